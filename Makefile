@@ -1,0 +1,43 @@
+# make demo: set-up, then images to samples on real digits.   make test: set-up, then the tests.
+VENV := .venv
+PYTHON ?= python3
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test slow lint install clean-demo
+
+demo: $(VENV)/.installed
+	python examples/digits/make_images.py --out demo/images
+	dit-extract --data demo/images --out demo/latents --config examples/digits/extract.yaml
+	accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no dit-train --latents demo/latents --out demo/run --config examples/digits/train.yaml
+	dit-sample --checkpoint demo/run --out demo/samples.png --config examples/digits/sample.yaml
+
+test: $(VENV)/.installed-test
+	python -m pytest -n 2 --dist loadscope -m "not slow and not gpu" -q
+
+slow: $(VENV)/.installed-test
+	python -m pytest -n 2 --dist loadscope -m "slow and not gpu" -q --durations=10
+
+lint: $(VENV)/.installed-test
+	ruff format --check .
+	ruff check .
+	mypy
+
+install: $(VENV)/.installed
+
+clean-demo:
+	rm -rf demo
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[demo]'
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[test,lint]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed, and $(PYTHON) is older: make PYTHON=python3.12 …" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,94 @@
+"""What was tried for the network's forward and backward pass on a GPU, each against the way training takes.
+
+Every entry is a prediction put to the test: compilation and CUDA graphs, the attention kernels, activations computed
+again. None of it runs on a CPU, where compilation gave no resolved gain and took minutes.
+"""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.report import Row
+from benchmarks.suite.network import Case, networks, precision_of_ours
+from benchmarks.suite.setting import Setting
+from benchmarks.timing import device_seconds_of, interleaved, peak_bytes, rates, ratios, release
+from pipeline.dit import DiT, compile_blocks
+
+Around = Callable[[], AbstractContextManager[Any]]
+BASE = "blocks compiled"
+
+
+def variants() -> dict[str, tuple[dict[str, Any] | None, Around, bool]]:
+    """Name → (options of torch.compile or None, what to compute within, whether to compute activations again)."""
+
+    def attention(backend: SDPBackend) -> Around:
+        return lambda: sdpa_kernel(backend)
+
+    none = contextlib.nullcontext
+    # Without an option of its own a variant would be given the code that was compiled for the usual way.
+    own = {"options": {"triton.unique_kernel_names": True}}
+    return {
+        BASE: ({}, none, False),
+        "eager": (None, none, False),
+        "CUDA graphs (reduce-overhead)": ({"mode": "reduce-overhead"}, none, False),
+        "tuned products (max-autotune-no-cudagraphs)": ({"mode": "max-autotune-no-cudagraphs"}, none, False),
+        "attention: flash": (own, attention(SDPBackend.FLASH_ATTENTION), False),
+        "attention: cuDNN": (own, attention(SDPBackend.CUDNN_ATTENTION), False),
+        "attention: memory-efficient": (own, attention(SDPBackend.EFFICIENT_ATTENTION), False),
+        "gradient checkpointing": ({}, none, True),
+    }
+
+
+def measure(setting: Setting) -> list[Row]:
+    """One row per variant: its rate, and the rate of the usual way in the same rounds."""
+    if not setting.on_gpu:
+        return []
+    case = Case(model="DiT-XL/2", batch_size=64)
+    return [_against_base(name, case, setting) for name in variants() if name != BASE]
+
+
+def _against_base(name: str, case: Case, setting: Setting) -> Row:
+    with networks(case, setting) as (base, _, inputs):
+        other = DiT(base.config, seed=None).to(setting.device)
+        other.load_state_dict(base.state_dict())
+        works = {}
+        for role, network, variant in (("plain", base, BASE), ("ours", other, name)):
+            options, around, again = variants()[variant]
+            network.gradient_checkpointing = again
+            if options is not None:
+                compile_blocks(network, **options)
+            works[role] = _both_ways(network, inputs, around, setting)
+        times = interleaved(
+            works, rounds=setting.rounds(3), device=setting.device, warm_ups=2, calls=3, clock=device_seconds_of
+        )
+        peaks = [
+            peak_bytes(lambda role=role: contextlib.nullcontext(works[role]), setting.device)  # type: ignore[misc]
+            for role in ("ours", "plain")
+        ]
+    release(setting.device)
+    return Row(
+        what=f"{case.model} at 256 px, batch {case.batch_size}, forward and backward: {name}",
+        unit="images/s",
+        ours=rates(times["ours"], case.batch_size),
+        plain=rates(times["plain"], case.batch_size),
+        ratio=ratios(times),
+        ours_bytes=peaks[0],
+        plain_bytes=peaks[1],
+        note=f"“plain” is: {BASE}",
+    )
+
+
+def _both_ways(network: DiT, inputs: Any, around: Around, setting: Setting) -> Callable[[], None]:
+    def work() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        network.zero_grad(set_to_none=True)
+        with around():
+            with precision_of_ours(setting):
+                out = network(*inputs)
+            out.float().square().mean().backward()
+
+    return work

@@ -1,0 +1,1 @@
+"""Raw images through a frozen VAE into a latent store, once."""

@@ -1,0 +1,189 @@
+"""One extraction from its options to its exit status: list, plan, check, preview, fill, finish."""
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extract.encode import Encoder, arithmetic, choose_device, cores_of_this_process, load_encoder
+from extract.finish import describe_store, finish
+from extract.meter import Amount, Meter, duration
+from extract.names import class_names
+from extract.options import ExtractOptions
+from extract.output import OutputFolder
+from extract.pixels import Loader
+from extract.plan import Plan
+from extract.preview import draw_preview
+from extract.shards import Work, fill
+from extract.sources.listing import Listing, Source, cached_listing
+from extract.sources.selection import open_source
+from pipeline.console import say
+from pipeline.latents.writer import DTYPES
+from pipeline.processes import Launch, StopRequest, launch
+from pipeline.vae import Vae
+from pipeline.vae_folder import find_folder, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What there is to encode, and in which order."""
+
+    loader: Loader
+    plan: Plan
+    classes: tuple[str, ...]
+    """Readable names, index = label."""
+
+    @property
+    def listing(self) -> Listing:
+        return self.loader.listing
+
+
+def extract(options: ExtractOptions, *, began: float) -> int:
+    """Make the store that the options describe, or continue it; gives the exit status.
+
+    Args:
+        options: what is asked for.
+        began: when this process started, in seconds since 1970.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    place = launch()
+    if options.out is None:
+        with tempfile.TemporaryDirectory(prefix="dit-extract-") as folder:
+            source = open_source(options.source, Path(folder))
+            return _preview(options, _inputs(options, source, None), place)
+    output = OutputFolder(path=options.out, split=options.source.split)
+    output.check()
+    source = open_source(options.source, output.remote_copies)
+    if options.overwrite and place.is_main:
+        output.remove_store()
+    elif options.overwrite:
+        output.wait_for_removal(began)
+    if output.is_finished:
+        output.tidy()
+        return _already_finished(options, output, source, place)
+    with output.occupied():
+        with output.turn("listing"):
+            inputs = _inputs(options, source, output.listing_cache)
+        if options.preview is not None and place.is_main:
+            _preview(options, inputs, place)
+        return _extract(options, output, inputs, place)
+
+
+def _extract(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: Launch) -> int:
+    if output.is_finished:
+        return _already_finished(options, output, inputs.loader.source, place)
+    settings = _settings(options, inputs)
+    output.check_settings(settings)
+    plan_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    device, reason = choose_device(options.work.device, place)
+    with arithmetic(device):
+        vae = load_encoder(options.vae, options.work, device)
+        vae.check_size(options.pixels.image_size, options.pixels.image_size)
+        say(f"encoding on {device} ({reason}) in {options.work.encode_dtype}")
+        output.begin(settings)
+        with StopRequest() as stop:
+            _fill(options, output, inputs, plan_hash, vae, stop)
+    if stop.signal:
+        done = len(output.done(range(inputs.plan.shards)))
+        say(f"stopped; {done} of {inputs.plan.shards} shards are in place; run the same command again to continue")
+        return stop.exit_status
+    description = describe_store(
+        options, settings, plan_hash, vae, classes=inputs.classes, class_ids=inputs.listing.class_ids
+    )
+    return finish(output, inputs.plan, description, allow_skips=options.work.allow_skips)
+
+
+def _fill(
+    options: ExtractOptions, output: OutputFolder, inputs: Inputs, plan_hash: str, vae: Vae, stop: StopRequest
+) -> None:
+    """Make the shards that are missing."""
+    span = options.shards.span(inputs.plan.shards)
+    if len(output.done(span)) == len(span):
+        return
+    with Encoder(
+        vae,
+        batch_size=options.work.batch_size,
+        flip=options.pixels.flip,
+        store_dtype=DTYPES[options.shards.store_dtype],
+        views=len(options.pixels.views),
+        image_px=options.pixels.image_size,
+    ) as encoder:
+        work = Work(
+            output=output,
+            plan=inputs.plan,
+            plan_hash=plan_hash,
+            span=span,
+            loader=inputs.loader,
+            encoder=encoder,
+            shard_format=options.shards.format,
+            store_dtype=options.shards.store_dtype,
+            workers=options.work.workers or cores_of_this_process(),
+            fail_on_error=options.work.on_error == "fail",
+        )
+        amount = Amount(plan=inputs.plan, span=span, sample_bytes=encoder.sample_bytes)
+        with Meter(output, amount, batches_ahead=encoder.batches_ahead) as meter:
+            fill(work, stop, meter)
+    say(f"{meter.images:,} images encoded here in {duration(meter.seconds)}, {meter.skipped} left out")
+
+
+def _inputs(options: ExtractOptions, source: Source, cache: Path | None) -> Inputs:
+    listing = cached_listing(source, cache)
+    classes = class_names(listing.class_ids, options.source.class_names)
+    plan = Plan(
+        inputs=len(listing),
+        seed=options.shards.seed,
+        samples_per_shard=options.shards.samples_per_shard,
+        limit=options.source.limit,
+    )
+    say(f"{source.description}: {len(listing):,} inputs, {len(classes) or 'no'} classes")
+    for note in listing.notes:
+        say(note)
+    loader = Loader(source=source, listing=listing, options=options.pixels, seed=options.shards.seed)
+    return Inputs(loader=loader, plan=plan, classes=classes)
+
+
+def _settings(options: ExtractOptions, inputs: Inputs | None) -> dict[str, Any]:
+    """All that decides about a store's bytes, by flag; without what the data decides where it is not listed."""
+    pixels, shards = options.pixels, options.shards
+    settings: dict[str, Any] = {
+        "split": options.source.split,
+        "limit": options.source.limit,
+        "vae": fingerprint(find_folder(options.vae)[0]),
+        "image-size": pixels.image_size,
+        "crop": pixels.crop,
+        "crops": pixels.crop_count,
+        "flip": pixels.flip,
+        "format": shards.format,
+        "samples-per-shard": shards.samples_per_shard,
+        "encode-dtype": options.work.encode_dtype,
+        "store-dtype": shards.store_dtype,
+        "seed": shards.seed,
+    }
+    if inputs is not None:
+        names = json.dumps(inputs.classes).encode()
+        settings |= {"data": inputs.listing.sha256, "class-names": hashlib.sha256(names).hexdigest()}
+    return settings
+
+
+def _already_finished(options: ExtractOptions, output: OutputFolder, source: Source, place: Launch) -> int:
+    """Nothing to do, if the finished store is the one that is asked for."""
+    inputs = None if source.is_remote else _inputs(options, source, None)
+    output.check_settings(_settings(options, inputs))
+    say(f"{output.path} is already finished; nothing to do")
+    if inputs is not None and options.preview is not None and place.is_main:
+        _preview(options, inputs, place)
+    return 0
+
+
+def _preview(options: ExtractOptions, inputs: Inputs, place: Launch) -> int:
+    assert options.preview is not None
+    device, _ = choose_device(options.work.device, place)
+    with arithmetic(device):
+        vae = load_encoder(options.vae, options.work, device)
+        vae.check_size(options.pixels.image_size, options.pixels.image_size)
+        draw_preview(options.preview, inputs.loader, inputs.plan, vae, count=options.preview_images)
+    return 0

@@ -1,0 +1,172 @@
+"""The options of `dit-extract`, in the groups that its parts read. No torch: `--help` must be quick."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOptions:
+    """Which images."""
+
+    data: str
+    """Folder of class folders, flat folder of images, WebDataset tars (/data/train-{000000..000146}.tar, also as https://, s3://, gs:// or hf:// URLs), ImageNet's own tars or Kaggle's layout, hf:OWNER/NAME[:CONFIG], or a folder of parquet or arrow files."""
+    split: str = "train"
+    """Sub-folder of DATA to read if there is one of that name, and the split of a Hugging Face data set; shard files are named after it."""
+    limit: int | None = None
+    """Take only N images: the first N of the order that --seed shuffles, so a random sample. Default: all."""
+    class_names: str | None = None
+    """Readable names of the classes: a text file with one name a line (or `id TAB name`), a JSON list or object, or the word imagenet. Default: ImageNet's names for its synsets, else the folder names."""
+    val_labels: Path | None = None
+    """Labels of ImageNet's validation images: a file with one synset a line, or Kaggle's LOC_val_solution.csv; with --devkit also its ground truth file."""
+    devkit: Path | None = None
+    """ImageNet's development kit (its folder, or its meta.mat), which tells the synsets of the validation images."""
+    image_column: str | None = None
+    """Column of a Hugging Face data set, or extension in WebDataset tars, that holds the image. Default: found by type."""
+    label_column: str | None = None
+    """Column, or extension, that holds the label. Default: the class label column, or .cls."""
+    ignore: str = ""
+    """File name patterns to leave out, separated by commas, as in "*.txt,*.json". Hidden files are always left out."""
+    source_cache: Path | None = None
+    """Folder for copies of remote tars. Default: within STORE, removed when the store is finished."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.split):
+            raise UserError(f"--split {self.split!r} becomes part of file names; use letters, digits, - and _ only")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit} must be at least 1; leave it out to take all images")
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return tuple(pattern for part in self.ignore.split(",") if (pattern := part.strip()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelOptions:
+    """How an image becomes a square of pixels, and which views of it are stored."""
+
+    image_size: int = 256
+    """Side of the square in pixels; a multiple of the VAE's down-factor."""
+    crop: Literal["adm-center", "random-resized"] = "adm-center"
+    """adm-center: the centre crop of ADM and DiT. random-resized: random parts of the image, for small data sets."""
+    crops: int | None = None
+    """Random crops of each image (with --crop random-resized). Default 1."""
+    flip: bool = True
+    """Also store every view of the mirrored image; turn it off where left and right mean something, as in digits."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"--image-size {self.image_size} must be at least 1")
+        if self.crops is not None and self.crop != "random-resized":
+            raise UserError(f"--crops {self.crops} needs --crop random-resized: there is only one centre crop")
+        if self.crops is not None and self.crops < 1:
+            raise UserError(f"--crops {self.crops} must be at least 1")
+
+    @property
+    def crop_count(self) -> int:
+        return self.crops or 1
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the views in stored order; each crop is followed by its mirror image."""
+        crops = ["center"] if self.crop == "adm-center" else [f"random-{number}" for number in range(self.crop_count)]
+        return tuple(view for crop in crops for view in ([crop, f"{crop}-hflip"] if self.flip else [crop]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardOptions:
+    """How the store is cut into files."""
+
+    format: Literal["safetensors", "webdataset"] = "safetensors"
+    """Format of the shards."""
+    samples_per_shard: int = 4096
+    """Inputs in one shard, which is the unit of work: what an interruption loses, and what processes share out."""
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Number format of the stored latents."""
+    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """Shuffles the inputs before they are cut into shards, and places random crops."""
+    shard_range: str | None = None
+    """A:B, make only shards A to B-1 (0:40); for job arrays whose tasks share the output folder. Default: all."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise UserError(f"--samples-per-shard {self.samples_per_shard} must be at least 1")
+        if self.format == "webdataset" and self.store_dtype == "bfloat16":
+            raise UserError("--store-dtype bfloat16 has no .npy form; use float16 or float32, or --format safetensors")
+        self.span(0)
+
+    def span(self, shards: int) -> range:
+        """The shard numbers of --shard-range that exist.
+
+        Raises:
+            UserError: it is not A:B with 0 ≤ A < B.
+        """
+        if self.shard_range is None:
+            return range(shards)
+        parts = re.fullmatch(r"(\d*):(\d*)", self.shard_range)
+        if not parts:
+            raise UserError(f"--shard-range {self.shard_range} must be A:B, as in 0:40, which makes shards 0 to 39")
+        first, end = int(parts[1] or 0), int(parts[2]) if parts[2] else None
+        if end is not None and first >= end:
+            raise UserError(f"--shard-range {self.shard_range} is empty: A must be less than B")
+        return range(first, shards)[: None if end is None else end - first]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkOptions:
+    """On what, how fast, and what to do about bad inputs."""
+
+    batch_size: int | None = None
+    """Images in one pass through the VAE; every pass is padded to it. Default: 32 on a GPU; 4 on a CPU, where as many passes run at a time as there are cores."""
+    workers: int | None = None
+    """Threads that read, decode and crop. Default: one for each core."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    encode_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the VAE's encoder; float32 uses TF32 where the GPU has it."""
+    compile: bool = False
+    """Compile the encoder first: a minute or so once, then faster on a GPU."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """A bad input is left out and listed in skipped.jsonl (skip), or stops the command (fail)."""
+    allow_skips: float = 0.01
+    """Largest share of inputs that may be left out in a finished store."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
+            if value is not None and value < 1:
+                raise UserError(f"{flag} {value} must be at least 1")
+        if not 0.0 <= self.allow_skips <= 1.0:
+            raise UserError(f"--allow-skips {self.allow_skips} is a share of the inputs and must lie in 0 … 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractOptions:
+    """What `dit-extract` is asked to make."""
+
+    out: Path | None = None
+    """The latent store to write; the same command again continues it. Needed unless only --preview is asked for."""
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    """A diffusers autoencoder: a Hub name, a local folder, or demo (a tiny one that ships with the project)."""
+    overwrite: bool = False
+    """Remove a store that is already in --out, and only that, before starting."""
+    preview: Path | None = None
+    """Draw some originals beside their reconstructions, with PSNR, as a PNG file before anything is extracted."""
+    preview_images: int = 8
+    """How many images --preview draws."""
+    source: SourceOptions
+    pixels: PixelOptions = field(default_factory=PixelOptions)
+    shards: ShardOptions = field(default_factory=ShardOptions)
+    work: WorkOptions = field(default_factory=WorkOptions)
+
+    def __post_init__(self) -> None:
+        if self.out is None and self.preview is None:
+            raise UserError("--out is missing: name the folder for the latent store, or --preview FILE.png")
+        if self.preview is not None and self.preview.suffix.lower() != ".png":
+            raise UserError(f"--preview {self.preview} must end in .png")
+        if self.preview_images < 1:
+            raise UserError(f"--preview-images {self.preview_images} must be at least 1")

@@ -1,0 +1,188 @@
+"""Images as files in folders: one folder per class at any depth, or one flat folder without labels.
+
+Files are told apart by content, not by name: every file that is not hidden is an input, and one that turns out not to
+be an image is left out with its reason. Nothing is opened or looked at while listing, folders excepted.
+"""
+
+import fnmatch
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from extract.sources.imagenet import hash_of_labels, listed_labels
+from extract.sources.listing import UNLABELLED, Listing, Stamp, UnreadableInputError, sorted_listing
+from pipeline.console import say
+from pipeline.errors import UserError
+
+_LITTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what Windows and macOS leave behind
+_LARGEST_INPUT = 1 << 30
+_TELL_EVERY = 200_000
+_IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+_GONE = (FileNotFoundError, NotADirectoryError)
+_REFUSED = (PermissionError, IsADirectoryError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderSource:
+    """A folder of class folders, or a flat folder."""
+
+    root: Path
+    ignored: tuple[str, ...] = ()
+    """Patterns of file names to leave out."""
+    label_of: Mapping[str, int] | None = None
+    """Labels by file stem, for a flat folder that is labelled by a list (ImageNet's validation images)."""
+    label_ids: tuple[str, ...] = ()
+    """Class ids of `label_of`."""
+
+    @property
+    def description(self) -> str:
+        return f"folder {self.root}"
+
+    @property
+    def is_remote(self) -> bool:
+        return False
+
+    @property
+    def identity(self) -> str:
+        labels = hash_of_labels(self.label_of) if self.label_of is not None else ""
+        return "\n".join(["folder", str(self.root.absolute()), *self.ignored, labels])
+
+    def inputs(self) -> Listing:
+        stamps: list[Stamp] = []
+        keys: list[str] = []
+        classes: list[str] = []
+        beside: list[str] = []
+        for count, key in enumerate(walk(self.root, stamps, classes), 1):
+            if not any(fnmatch.fnmatch(key.rpartition("/")[2], pattern) for pattern in self.ignored):
+                (keys if "/" in key else beside).append(key)
+            if count % _TELL_EVERY == 0:
+                say(f"listing {self.root}: {count:,} files so far")
+        if not keys and not beside:
+            raise UserError(f"{self.root} holds no files; --data must name a folder with images in it")
+        if self.label_of is not None:
+            return self._labelled_by_list(keys + beside, stamps)
+        if not keys:
+            return sorted_listing(beside, [UNLABELLED] * len(beside), stamps=stamps)
+        class_ids = tuple(sorted(classes))
+        label_of = {class_id: label for label, class_id in enumerate(class_ids)}
+        labels = [label_of[key.partition("/")[0]] for key in keys]
+        filled = set(labels)
+        notes = list(self._notes(beside, [name for name in class_ids if label_of[name] not in filled]))
+        return sorted_listing(keys, labels, class_ids=class_ids, stamps=stamps, notes=notes)
+
+    def _labelled_by_list(self, keys: list[str], stamps: list[Stamp]) -> Listing:
+        assert self.label_of is not None
+        labels = listed_labels(keys, self.label_of, str(self.root))
+        return sorted_listing(keys, labels, class_ids=self.label_ids, stamps=stamps)
+
+    def _notes(self, beside: list[str], empty: list[str]) -> Iterator[str]:
+        images = [name for name in sorted(beside)[:100] if _looks_like_image(self.root / name)]
+        if images:
+            raise UserError(
+                f"{self.root} holds class folders and also images beside them ({', '.join(images[:3])}"
+                f"{', …' if len(images) > 3 else ''}), whose class nothing tells; move them into a class folder or away"
+            )
+        if beside:
+            yield f"left out: {_some(beside, 'file')} beside the class folders"
+        if empty:
+            yield f"{_some(empty, 'class folder')} without any file; the labels stay as they are"
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        path = self.root / listing.keys[index]
+        try:
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > _LARGEST_INPUT:
+                    raise UnreadableInputError(f"the file has {size:,} bytes, more than any image here may have")
+                return file.readall()
+        except _REFUSED as error:
+            raise UnreadableInputError(f"cannot be opened: {error.strerror}") from error
+        except _GONE as error:
+            if path.is_symlink():
+                raise UnreadableInputError("broken symbolic link") from error
+            raise UserError(gone(path)) from error
+        except OSError as error:
+            if path.is_symlink() and not path.exists():
+                raise UnreadableInputError(f"symbolic link that leads nowhere: {error.strerror}") from error
+            raise UserError(storage_failed(path, error)) from error
+
+
+def gone(path: str | Path) -> str:
+    """The sentence for an input that was listed and is no longer there."""
+    return (
+        f"{path} is gone since the data was listed; bring it back and run the same command again to continue, "
+        "or start anew with --overwrite"
+    )
+
+
+def storage_failed(path: str | Path, error: OSError) -> str:
+    """The sentence for storage that fails while an input is read."""
+    return f"{path} cannot be read ({error.strerror}); mend the storage and run the same command again to continue"
+
+
+def walk(root: Path, stamps: list[Stamp], classes: list[str]) -> Iterator[str]:
+    """The path of every file under `root`, relative to it, in no order; links to folders are followed once.
+
+    Args:
+        root: where to begin.
+        stamps: receives every folder that was listed.
+        classes: receives the names of the folders directly under `root`.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
+    while pending:
+        prefix, above = pending.pop()
+        folder = root / prefix
+        try:
+            stamps.append(Stamp.of(folder))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") or entry.name in _LITTER:
+                        continue
+                    if entry.is_dir():
+                        chain = _chain(entry, above)
+                        if chain is None:
+                            continue
+                        pending.append((f"{prefix}{entry.name}/", chain))
+                        if not prefix:
+                            classes.append(entry.name)
+                    elif entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _may_be_file(entry.path)):
+                        yield prefix + entry.name
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be listed ({error.strerror}); change its rights or move it away"
+            ) from error
+
+
+def _chain(entry: "os.DirEntry[str]", above: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The real folders above this one, or None where a link leads back into one of them."""
+    if not entry.is_symlink():
+        return above
+    real = os.path.realpath(entry.path)
+    return None if any(f"{folder}/".startswith(f"{real}/") for folder in above) else (*above, real)
+
+
+def _may_be_file(path: str) -> bool:
+    """Whether a link is worth reading: a broken one is (it is reported), one to a pipe or device is not."""
+    try:
+        return stat.S_ISREG(Path(path).stat().st_mode)
+    except OSError:
+        return True
+
+
+def _looks_like_image(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(8).startswith(_IMAGE_STARTS)
+    except OSError:
+        return False
+
+
+def _some(names: Iterable[str], what: str) -> str:
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:3]) + (", …" if len(ordered) > 3 else "")
+    return f"{len(ordered)} {what}{'s' if len(ordered) > 1 else ''} ({shown})"

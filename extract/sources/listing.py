@@ -1,0 +1,196 @@
+"""The inputs of an extraction: key, label and place of each, sorted by key, and their cache on disk.
+
+A listing of a million files is kept as flat arrays, so that it loads in about a second and needs no object per input.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.files import replacing
+
+UNLABELLED = -1
+_VERSION = 1
+
+
+class UnreadableInputError(Exception):
+    """An input that is there but whose bytes cannot be had; its argument is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stamp:
+    """A folder or file as it was when it was listed; if it still looks so, the listing still holds."""
+
+    path: str
+    changed_ns: int
+    size: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> "Stamp":
+        status = Path(path).stat()
+        return cls(path=str(path), changed_ns=status.st_mtime_ns, size=status.st_size)
+
+    def holds(self) -> bool:
+        try:
+            return Stamp.of(self.path) == self
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """All inputs, sorted by key; the position in it is the input's `index` in the store."""
+
+    keys: Sequence[str]
+    """A name of each input: its path relative to the data, or the like. May hold lone surrogates, as file names may."""
+    labels: NDArray[np.int64]
+    """[inputs]; -1 where unlabelled."""
+    class_ids: tuple[str, ...] = ()
+    """Folder names or synsets; the position is the label."""
+    places: NDArray[np.int64]
+    """[inputs, 3] container, offset, size in bytes where inputs lie in larger files, else [0, 3]."""
+    containers: tuple[str, ...] = ()
+    stamps: tuple[Stamp, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What people should know about how the data was understood."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def sha256(self) -> str:
+        """A fingerprint of every key, label and class, not of where the data lies."""
+        digest = hashlib.sha256(_joined(self.keys))
+        digest.update(self.labels.astype("<i8").tobytes())
+        digest.update(_joined(self.class_ids))
+        return digest.hexdigest()
+
+    def printable_key(self, index: int) -> str:
+        """The key as valid Unicode: bytes of a file name that are not UTF-8 appear as hexadecimal."""
+        return _encoded(self.keys[index]).decode("utf-8", "backslashreplace")
+
+
+class Source(Protocol):
+    """One kind of place that images come from."""
+
+    @property
+    def description(self) -> str:
+        """What is read, for people."""
+
+    @property
+    def identity(self) -> str:
+        """Tells one source from another in the listing's cache."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether listing means fetching everything."""
+
+    def inputs(self) -> Listing:
+        """Every input, without opening it where the source allows that.
+
+        Raises:
+            UserError: there is nothing to list, or it is damaged.
+        """
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """The encoded image; safe to call from many threads.
+
+        Raises:
+            UnreadableInputError: this input is bad; others may be good.
+            UserError: the input was there when it was listed and is gone, or the storage fails.
+        """
+
+
+def sorted_listing(
+    keys: Sequence[str],
+    labels: Sequence[int] | NDArray[np.int64],
+    *,
+    places: Sequence[tuple[int, int, int]] = (),
+    class_ids: tuple[str, ...] = (),
+    containers: tuple[str, ...] = (),
+    stamps: Sequence[Stamp] = (),
+    notes: Sequence[str] = (),
+) -> Listing:
+    """The listing of inputs found in any order, sorted by key in code point order."""
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return Listing(
+        keys=[keys[i] for i in order],
+        labels=np.asarray(labels, dtype=np.int64).reshape(-1)[order],
+        class_ids=class_ids,
+        places=np.asarray(places, dtype=np.int64).reshape(-1, 3)[order if places else []],
+        containers=containers,
+        stamps=tuple(stamps),
+        notes=tuple(notes),
+    )
+
+
+def cached_listing(source: Source, cache: Path | None) -> Listing:
+    """The source's listing, from the cache if nothing that it was made from has changed since."""
+    if cache is None:
+        return source.inputs()
+    found = _load(cache, source.identity)
+    if found is None:
+        found = source.inputs()
+        if found.stamps:
+            _save(cache, source.identity, found)
+    return found
+
+
+def _save(cache: Path, identity: str, listing: Listing) -> None:
+    header = {
+        "version": _VERSION,
+        "identity": identity,
+        "class_ids": listing.class_ids,
+        "containers": listing.containers,
+        "notes": listing.notes,
+        "stamps": [(stamp.path, stamp.changed_ns, stamp.size) for stamp in listing.stamps],
+    }
+    with replacing(cache) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+            keys=np.frombuffer(_joined(listing.keys), np.uint8),
+            labels=listing.labels,
+            places=listing.places,
+        )
+
+
+def _load(cache: Path, identity: str) -> Listing | None:
+    """The cached listing, or None if there is none that holds: a cache is never a reason to stop."""
+    try:
+        with np.load(cache, allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            if header["version"] != _VERSION or header["identity"] != identity:
+                return None
+            stamps = tuple(Stamp(path=path, changed_ns=at, size=size) for path, at, size in header["stamps"])
+            if not all(stamp.holds() for stamp in stamps):
+                return None
+            return Listing(
+                keys=_split(arrays["keys"].tobytes()),
+                labels=arrays["labels"],
+                class_ids=tuple(header["class_ids"]),
+                places=arrays["places"],
+                containers=tuple(header["containers"]),
+                stamps=stamps,
+                notes=tuple(header["notes"]),
+            )
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _joined(texts: Sequence[str]) -> bytes:
+    return _encoded("".join(f"{text}\0" for text in texts))
+
+
+def _split(data: bytes) -> list[str]:
+    return data.decode("utf-8", "surrogateescape").split("\0")[:-1]

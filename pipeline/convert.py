@@ -1,0 +1,66 @@
+"""`dit-convert`: a trained DiT from any form that exists into another, checked by computing with both."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from pipeline.console import run_command
+from pipeline.errors import UserError
+
+Format = Literal["dit", "facebook", "diffusers", "store"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertOptions:
+    """What to convert into what."""
+
+    from_: Annotated[str, tyro.conf.arg(name="from", metavar="PATH")]
+    """A run, a checkpoint folder, a state dict (.pt, .pth, .safetensors), a diffusers folder or a Hub name of one;
+    for --format store a folder of features (*_features/*.npy beside *_labels/*.npy)."""
+    to: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """Where to write: a folder; for --format facebook a file that ends in .pt or .safetensors."""
+    format: Format
+    """dit: a checkpoint of this project. facebook: a state dict in the public release's names. diffusers: a folder
+    for DiTPipeline.from_pretrained. store: a latent store."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which weights to convert."""
+    num_heads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Attention heads of a bare state dict whose width is none of the published ones."""
+    vae: str | None = None
+    """The VAE of the latents: demo, a Hub name or a folder. Default: the recorded one, or
+    stabilityai/sd-vae-ft-ema where none is."""
+    class_names: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text file with one class name per line, label 0 first, for weights that come without names. Default: the
+    recorded names, or ImageNet's for 1000 classes."""
+    overwrite: bool = False
+    """Replace what an earlier conversion left at --to. (A store that was begun is continued without it.)"""
+
+    def __post_init__(self) -> None:
+        if self.num_heads is not None and self.num_heads < 1:
+            raise UserError(f"--num-heads {self.num_heads} must be at least 1")
+        if self.format == "facebook" and not self.to.endswith((".pt", ".safetensors")):
+            raise UserError(f"--to {self.to} must end in .pt or .safetensors for --format facebook, which is one file")
+
+
+def run(options: ConvertOptions) -> None:
+    """Convert, and print what was written and how far its forward pass is from the original's."""
+    from pipeline.conversion import convert, import_store
+
+    for line in (import_store if options.format == "store" else convert)(options):
+        sys.stdout.write(f"{line}\n")
+
+
+def main() -> int:
+    """The command's exit status."""
+    return run_command(
+        ConvertOptions,
+        run,
+        prog="dit-convert",
+        description="Convert a trained DiT from any form into another, checked by computing with both.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Rectified flow on the straight path between data and noise (SiT: Ma et al. 2024, arXiv 2401.08740).
+
+x_t = (1 - t) · x_0 + t · noise,   velocity dx_t / dt = noise - x_0
+
+Time is a real number from data (t = 0) to noise (t = 1), and the network is fed 1000 · t, so that its timestep
+features span what they span in diffusion.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.diffusion.denoiser import (
+    Denoise,
+    Latents,
+    PerSample,
+    check_batch,
+    mean_over_sample,
+    precise,
+    split_output,
+)
+from pipeline.diffusion.settings import check_settings
+
+TimestepLaw = Literal["logit-normal", "uniform"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RectifiedFlow:
+    """A straight path from data to noise and the network's task: its velocity."""
+
+    timestep_law: TimestepLaw = "logit-normal"
+    """How training draws times: a standard normal through the logistic function, or uniform."""
+
+    def __post_init__(self) -> None:
+        check_settings(type(self), dataclasses.asdict(self))
+
+    @property
+    def time_scale(self) -> float:
+        """What the network is fed at the noisy end of time."""
+        return 1000.0
+
+    @property
+    def learns_variance(self) -> bool:
+        """Never: the network gives C channels."""
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting; `make_process` is the inverse."""
+        return {"objective": "flow", **dataclasses.asdict(self)}
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> PerSample:
+        """Times in [0, 1] by the timestep law, on the generator's device."""
+        if self.timestep_law == "uniform":
+            return torch.rand(count, generator=generator, device=generator.device)
+        return torch.randn(count, generator=generator, device=generator.device).sigmoid()
+
+    def network_timesteps(self, t: PerSample) -> PerSample:
+        """What the network is fed at time t: 1000 · t."""
+        return t * self.time_scale
+
+    def q_sample(self, x_start: Latents, t: PerSample, noise: Latents) -> Latents:
+        """x_t on the line from x_0 (t = 0) to the noise (t = 1)."""
+        x_start, noise = precise(x_start), precise(noise)
+        return torch.lerp(x_start, noise, _columns(t, x_start))
+
+    def velocity(self, denoise: Denoise, x_t: Latents, t: PerSample) -> Latents:
+        """The network's velocity noise - x_0 at x_t.
+
+        Raises:
+            ValueError: the network's output has another shape than x_t.
+        """
+        return split_output(denoise(x_t, self.network_timesteps(t)), x_t, learns_variance=False)[0]
+
+    def predict_x_start(self, velocity: Latents, x_t: Latents, t: PerSample) -> Latents:
+        """Where the straight line through x_t with that velocity meets t = 0: x_t - t · velocity."""
+        return x_t - _columns(t, x_t) * velocity
+
+    def training_losses(
+        self, denoise: Denoise, x_start: Latents, t: PerSample, noise: Latents
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """Per sample: `loss` = `mse`, the velocity's squared error; `vb` is 0, as no variance is learned.
+
+        Raises:
+            ValueError: x_start, t and noise do not belong together, or the network's output has another shape.
+        """
+        check_batch(x_start, t, noise)
+        x_start, noise = precise(x_start), precise(noise)
+        error = self.velocity(denoise, self.q_sample(x_start, t, noise), t) - (noise - x_start)
+        mse = mean_over_sample(error.square())
+        return {"loss": mse, "mse": mse, "vb": torch.zeros_like(mse)}
+
+
+def _columns(t: Tensor, x: Latents) -> Float[Tensor, "batch 1 1 1"]:
+    return t.to(x.dtype)[:, None, None, None]

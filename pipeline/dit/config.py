@@ -1,0 +1,175 @@
+"""What a network is: its sizes, its inputs, and how it is told the timestep and the class."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from pipeline.errors import UserError
+
+Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
+
+
+class ConfigError(UserError, ValueError):
+    """A network that cannot be built: a sentence to a command's user, a `ValueError` to a Python caller."""
+
+
+def _sizes(hidden_size: int, depth: int, num_heads: int, patch_size: int) -> dict[str, int]:
+    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    f"DiT-{letter}/{patch_size}": _sizes(*sizes, patch_size)
+    for letter, sizes in {
+        "S": (384, 12, 6),
+        "B": (768, 12, 12),
+        "L": (1024, 24, 16),
+        "XL": (1152, 28, 16),
+    }.items()
+    for patch_size in (2, 4, 8)
+} | {"DiT-Ti/2": _sizes(128, 6, 4, 2)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DiTConfig:
+    """One network, complete: equal configurations have equal parameter names and shapes. Defaults are DiT-XL/2."""
+
+    input_size: int | tuple[int, int] = 32
+    """Latent cells along one side, or (height, width)."""
+    patch_size: int = 2
+    """Latent cells per token along one side."""
+    in_channels: int = 4
+    """Channels of the latent, C."""
+    hidden_size: int = 1152
+    """Width of a token."""
+    depth: int = 28
+    """Transformer blocks."""
+    num_heads: int = 16
+    """Attention heads; they share the width."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP's hidden layer, in widths of a token."""
+    class_dropout_prob: float = 0.1
+    """Share of labels that training replaces by the null class; 0 leaves the null row out of the label table."""
+    num_classes: int = 1000
+    """Classes, labels 0 … num_classes - 1; 0 makes an unconditional network."""
+    learn_sigma: bool = True
+    """Whether C variance channels follow the C predicted ones."""
+    conditioning: Conditioning = "adaln-zero"
+    """How a block is told the timestep and the class (section 3.2 of the paper)."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised per head, which the release does not do."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.input_size, int):
+            object.__setattr__(self, "input_size", tuple(self.input_size))
+        wrong = [*_out_of_range(self), *_mismatched(self)]
+        if wrong:
+            raise ConfigError(f"this network cannot be built: {'; '.join(wrong)}")
+
+    @property
+    def height(self) -> int:
+        """Latent cells from top to bottom."""
+        return self.input_size if isinstance(self.input_size, int) else self.input_size[0]
+
+    @property
+    def width(self) -> int:
+        """Latent cells from left to right."""
+        return self.input_size if isinstance(self.input_size, int) else self.input_size[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.height // self.patch_size, self.width // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: C, or 2C with a learned variance."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class", where the table has a row for it (`has_null_class`)."""
+        return self.num_classes
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the label table ends with the null row, which guidance needs."""
+        return self.class_dropout_prob > 0 or self.num_classes == 0
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table: one per class and, mostly, the null row."""
+        return self.num_classes + self.has_null_class
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "DiTConfig":
+        """The preset of that name with some fields replaced.
+
+        Raises:
+            ConfigError: there is no such preset or field, or the fields do not fit together.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"there is no model {name!r}; choose --model from {', '.join(PRESETS)}")
+        return cls.from_json({**PRESETS[name], **overrides})
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field by name, in plain JSON types."""
+        values = dataclasses.asdict(self)
+        if not isinstance(self.input_size, int):
+            values["input_size"] = list(self.input_size)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "DiTConfig":
+        """The inverse of `to_json`; fields left out take their defaults.
+
+        Raises:
+            ConfigError: a key that is no field, or fields that do not fit together.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ConfigError(f"a network has no setting {', '.join(unknown)}; it has {', '.join(names)}")
+        return cls(**values)
+
+
+def _out_of_range(config: DiTConfig) -> list[str]:
+    counts = {
+        "height": config.height,
+        "width": config.width,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "hidden_size": config.hidden_size,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+    }
+    wrong = [f"{name} is {value} but must be at least 1" for name, value in counts.items() if value < 1]
+    if config.mlp_ratio <= 0:
+        wrong.append(f"mlp_ratio is {config.mlp_ratio} but must be above 0")
+    if config.num_classes < 0:
+        wrong.append(f"num_classes is {config.num_classes} but must be at least 0")
+    if not 0 <= config.class_dropout_prob <= 1:
+        wrong.append(f"class_dropout_prob is {config.class_dropout_prob} but must lie between 0 and 1")
+    if config.conditioning not in get_args(Conditioning):
+        designs = ", ".join(get_args(Conditioning))
+        wrong.append(f"conditioning is {config.conditioning!r} but must be one of {designs}")
+    return wrong
+
+
+def _mismatched(config: DiTConfig) -> list[str]:
+    wrong = []
+    if config.patch_size > 0 and (config.height % config.patch_size or config.width % config.patch_size):
+        wrong.append(
+            f"a latent of {config.height}×{config.width} cells does not divide into patches of {config.patch_size}×"
+            f"{config.patch_size}; choose --model with another patch or extract at another --image-size"
+        )
+    if config.num_heads > 0 and config.hidden_size % config.num_heads:
+        wrong.append(f"hidden_size {config.hidden_size} does not divide among num_heads {config.num_heads}")
+    if config.hidden_size % 4:
+        wrong.append(f"hidden_size {config.hidden_size} is no multiple of 4, which the position table needs")
+    return wrong

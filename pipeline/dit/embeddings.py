@@ -1,0 +1,71 @@
+"""Latents, timesteps and labels as vectors of the network's width."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+TIMESTEP_FEATURES = 256
+
+
+def timestep_features(t: Tensor, count: int = TIMESTEP_FEATURES) -> Float[Tensor, "batch {count}"]:
+    """Cosines, then sines, of t · 10000^(-i / half) for i = 0 … half - 1, where half = count / 2.
+
+    Always float32: at t = 999 half precision would be off by whole radians. (diffusers divides by half - 1,
+    which is another set of frequencies.)
+    """
+    half = count // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_table(rows: int, columns: int, width: int) -> Float[Tensor, "1 tokens {width}"]:
+    """Fixed features of every token's place, row by row: first half for the column, second half for the row.
+
+    Each half holds sines, then cosines, of place · 10000^(-i / n) for i = 0 … n - 1, where n = width / 4.
+    """
+    n = width // 4
+    frequencies = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
+    row, column = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    angles = [place.flatten()[:, None] * frequencies for place in (column, row)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()
+
+
+class PatchEmbedder(nn.Module):
+    """One token per patch of the latent, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch token hidden"]:
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """A timestep's sinusoidal features through a small MLP."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_FEATURES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Float[Tensor, "batch hidden"]:
+        # The weight's dtype is asked for at run time: sharded training keeps another one between the steps.
+        return self.mlp(timestep_features(t).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A label's row of a learned table; the last row is mostly the null class."""
+
+    def __init__(self, label_rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(label_rows, hidden_size)
+
+    def forward(self, y: Int[Tensor, " batch"]) -> Float[Tensor, "batch hidden"]:
+        return self.embedding_table(y)

@@ -1,0 +1,213 @@
+"""Where a VAE's files lie and what they are: find the folder, know it by its fingerprint, load the model strictly.
+
+Only safetensors are read, whatever else lies in the folder, and no code that came with the weights is ever run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.files import read_json
+
+DEMO_FOLDER = Path(__file__).parent / "assets" / "demo-vae"
+KINDS = {
+    "AutoencoderKL": "moments",
+    "AutoencoderTiny": "point",
+    "AutoencoderDC": "point",
+    "AutoencoderRAE": "point",
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+
+def find_folder(name: str) -> tuple[Path, str]:
+    """(the folder that holds config.json and the weights, the name to remember).
+
+    Raises:
+        UserError: there is neither such a folder nor such a repository.
+    """
+    if name == "demo":
+        return DEMO_FOLDER, name
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        inner = folder / "vae" if not (folder / "config.json").exists() else folder
+        if not (inner / "config.json").exists():
+            raise UserError(
+                f"the folder {name} is no VAE in diffusers' layout: it has no config.json, nor has a folder `vae` in it"
+            )
+        return inner, folder.resolve().name
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts) or name.startswith((".", "~")) or folder.exists():
+        raise UserError(
+            f"there is no VAE folder {name!r}; a VAE is `demo`, a local folder in diffusers' layout, "
+            "or a Hub name such as stabilityai/sd-vae-ft-ema"
+        )
+    return _from_hub(name), name
+
+
+def _from_hub(name: str) -> Path:
+    """The snapshot folder of a Hub repository, from the local cache where it is there, else downloaded into it."""
+    for offline in (True, False):  # the local cache first: no network where nothing is missing
+        for prefix in ("", "vae/"):
+            config = _hub_file(name, f"{prefix}config.json", offline=offline)
+            if config is None:
+                continue
+            weights = _hub_file(name, f"{prefix}{WEIGHTS}", offline=offline)
+            index = None if weights else _hub_file(name, f"{prefix}{INDEX}", offline=offline)
+            shards = _shard_names(index) if index else []
+            if weights or all([index, *(_hub_file(name, f"{prefix}{shard}", offline=offline) for shard in shards)]):
+                return config.parent
+            if not offline:
+                return config.parent  # `weight_files` says what is missing
+    raise UserError(f"{name} on the Hub holds no VAE: it has neither config.json nor vae/config.json")
+
+
+def _hub_file(name: str, file: str, *, offline: bool) -> Path | None:
+    """One file of a repository in the local cache; None if it has none of that name (or, offline, not yet)."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=offline))
+    except LocalEntryNotFoundError as error:
+        if offline:
+            return None
+        raise UserError(
+            f"the VAE {name} is no local folder and not in the local Hub cache, and the Hub cannot be reached; "
+            "check the name, go online once, or give a local folder"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError as error:
+        raise UserError(
+            f"the VAE {name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"there is no VAE {name}: neither a local folder nor a repository on the Hub that you may read; "
+            "check the spelling"
+        ) from error
+    except OSError as error:
+        raise UserError(f"the VAE {name} cannot be fetched from the Hub ({_one_line(error)}); try again") from error
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The configuration as its file has it.
+
+    Raises:
+        UserError: it is of no class that can be used.
+    """
+    config = read_json(folder / "config.json")
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    if class_name not in KINDS:
+        found = f"a {class_name}" if class_name else "not a diffusers model (its config.json has no _class_name)"
+        raise UserError(f"{name} is {found}; the VAEs that can be used are {', '.join(KINDS)}")
+    return config
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a model folder, sorted."""
+    files = [folder / WEIGHTS]
+    if not files[0].exists() and (folder / INDEX).exists():
+        files = [folder / shard for shard in _shard_names(folder / INDEX)]
+    missing = [path.name for path in files if not path.exists()]
+    if missing:
+        pickled = any(folder.glob("*.bin"))
+        why = "; its .bin file is a pickle, which could run code and is never loaded: convert it to safetensors"
+        raise UserError(f"the VAE {name} has no {', '.join(missing)}{why if pickled else ''}")
+    return files
+
+
+def _shard_names(index: Path) -> list[str]:
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in names.values()
+    ):
+        raise UserError(f"{index} must map every tensor to a .safetensors file beside it; restore the file")
+    return sorted(set(names.values()))
+
+
+def load_model(folder: Path, class_name: str, name: str, dtype: torch.dtype) -> Any:
+    """The diffusers model with exactly the folder's weights.
+
+    Raises:
+        UserError: the weights are damaged or do not fit the configuration.
+    """
+    import diffusers
+
+    model_class = getattr(diffusers, class_name, None)
+    if model_class is None:
+        raise UserError(
+            f"diffusers {diffusers.__version__} has no {class_name}, which the VAE {name} is; install a newer diffusers"
+        )
+    if class_name == "AutoencoderRAE" and find_spec("transformers") is None:  # diffusers fails with a NameError
+        raise UserError(f"the VAE {name} is an {class_name}, which needs transformers; pip install transformers")
+    with _explained(folder):
+        model, report = model_class.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    wrong = {what: report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[what]}
+    if wrong:
+        details = "; ".join(f"{what.replace('_', ' ')}: {', '.join(map(str, keys))}" for what, keys in wrong.items())
+        raise UserError(f"the weights of the VAE {name} do not fit its config.json ({details})")
+    return model
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a damaged file, a setting that fits no model or a library that is not there into a `UserError`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"the VAE in {path} needs a library that is not installed: {_one_line(error)}") from error
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"the VAE in {path} cannot be loaded, its files are damaged: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256, in hexadecimal, of what a diffusers model folder computes, the same on every machine and for ever.
+
+    Hashed are the keys of `config.json` that do not start with `_`, as one JSON object (sorted keys, separators `,`
+    and `:`, ASCII only) and a newline; then for every tensor of the safetensors files, in the order of the names'
+    code points, the JSON array [name, dtype, shape] (dtype by its name in safetensors: `F32`, `F16`, `BF16`, …) and a
+    newline, followed by its values, row-major and little-endian. How tensors are spread over files, the files'
+    metadata and the version of diffusers that wrote them do not count.
+    """
+    from safetensors import safe_open
+
+    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    digest = hashlib.sha256(_canonical(config))
+    places = {}
+    for path in weight_files(folder, str(folder)):
+        with _explained(path), safe_open(path, framework="pt") as file:
+            places.update(dict.fromkeys(file.keys(), path))
+    for name in sorted(places):
+        with safe_open(places[name], framework="pt") as file:
+            view = file.get_slice(name)
+            digest.update(_canonical([name, view.get_dtype(), view.get_shape()]))
+            digest.update(file.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"

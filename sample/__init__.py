@@ -1,0 +1,1 @@
+"""A checkpoint into pictures, and pictures into numbers."""

@@ -1,0 +1,1 @@
+"""`dit-evaluate`: how far one set of images is from another, by ADM's protocol."""

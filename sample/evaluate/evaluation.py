@@ -1,0 +1,176 @@
+"""One `dit-evaluate` from its options to its numbers: open the inputs, make features, score, write."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from pipeline.console import say, warn
+from pipeline.files import make_folder, read_json, write_json
+from pipeline.options import flag_values
+from pipeline.processes import Launch, launch
+from sample.chunks import WorkFolder, begin
+from sample.evaluate import report
+from sample.evaluate.digests import pixels_fingerprint
+from sample.evaluate.features import DIGESTS, Blocks, make_features
+from sample.evaluate.inception import FIDInception
+from sample.evaluate.inception_weights import load_inception
+from sample.evaluate.meeting import meeting
+from sample.evaluate.options import EvaluateOptions
+from sample.evaluate.reference import write_statistics
+from sample.evaluate.scoring import FEWEST_FOR_FID, Side, compute_scores, warn_of_few
+from sample.evaluate.task import Task, settle_task
+from sample.job import explained_memory
+from sample.provenance import sidecar_of
+
+
+def evaluate(options: EvaluateOptions) -> int:
+    """Do what the options ask for and print the numbers; 0 when it is done.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    place = launch()
+    with ExitStack() as at_the_end:
+        task, network, work = _begin(options, place, at_the_end)
+        if not task.writes_reference and not task.scores:
+            return _tell_again(task, place)
+        if network is not None:
+            _make_all_features(task, network, work, place)
+        if place.is_main:
+            _finish(task, work)
+            _remove(work)
+    return 0
+
+
+def _begin(
+    options: EvaluateOptions, place: Launch, at_the_end: ExitStack
+) -> tuple[Task, FIDInception | None, dict[Path, WorkFolder]]:
+    """The task, its network if it needs one, and its work folders, which every process has opened when this returns."""
+    with meeting(place) as meet:
+        if place.is_main:
+            task = settle_task(options)
+        meet()  # the main process alone downloads weights and VAEs; the others find them in the cache
+        if not place.is_main:
+            task = settle_task(options)
+        for side in task.sides.values():
+            at_the_end.callback(side.close)
+        network = load_inception(task.weights) if task.weights is not None and task.extractions else None
+        if place.is_main:
+            for folder, extraction in task.extractions.items():
+                begin(folder, extraction.plan, overwrite=True)
+        meet()
+        work = {folder: WorkFolder(folder, chunks=extraction.parts) for folder, extraction in task.extractions.items()}
+        for made in work.values():
+            at_the_end.callback(made.close)
+        meet()  # nobody comes late to a folder that the main process has finished and removed
+    return task, network, work
+
+
+def _remove(work: Mapping[Path, WorkFolder]) -> None:
+    for made in work.values():
+        made.remove()
+    for base in {folder.parent for folder in work}:
+        with suppress(OSError):  # another evaluation's work is in it
+            base.rmdir()
+
+
+def _tell_again(task: Task, place: Launch) -> int:
+    """Print the numbers of an earlier run that was asked for the same."""
+    if place.is_main:
+        named = [path for path in (task.options.out, task.options.make_reference) if path is not None]
+        say(f"{' and '.join(named)}: there already, made from these very inputs; nothing to do")
+        if task.metrics:
+            result = read_json(Path(task.options.out or ""))
+            print(report.table(result["metrics"], result["std"]))
+    return 0
+
+
+def _make_all_features(task: Task, network: FIDInception, work: dict[Path, WorkFolder], place: Launch) -> None:
+    for folder, extraction in task.extractions.items():
+        with explained_memory(task.batch_size):
+            make_features(
+                extraction.images,
+                network,
+                extraction.wanted,
+                work[folder],
+                place=place,
+                batch_size=task.batch_size,
+                device=task.device,
+            )
+
+
+def _finish(task: Task, work: dict[Path, WorkFolder]) -> None:
+    """From the features of all images to the files and the table."""
+    for side in task.sides.values():
+        folder = task.folder_of(side)
+        if folder is not None:
+            names = (*task.extractions[folder].wanted, DIGESTS)
+            side.blocks = {name: Blocks(work=work[folder], name=name) for name in names}
+    if task.writes_reference:
+        _write_reference(task)
+    if task.scores:
+        _score(task)
+
+
+def _write_reference(task: Task) -> None:
+    """Write --make-reference; its sidecar first, so that the file itself means that both are there."""
+    side, path = task.reference_source, Path(task.options.make_reference or "")
+    images = side.given.images
+    assert images is not None, "settled: a reference is made of images"
+    assert task.weights is not None, "settled: features need the network"
+    if images.count < FEWEST_FOR_FID:
+        warn(f"{path} will hold statistics of {images.count} images; FID needs at least {FEWEST_FOR_FID}")
+    provenance = {
+        "images": report.describe_images(images, fingerprint=_fingerprint(side)),
+        "inception": task.weights.describe(),
+        "batch_size": task.batch_size,
+        "versions": report.all_versions(),
+    }
+    path.unlink(missing_ok=True)
+    write_json(sidecar_of(path), {"request": task.reference_request, **provenance, "source": side.given.path})
+    write_statistics(
+        path,
+        {feature: side.fitted(feature) for feature in ("features_2048", "spatial")},
+        count=images.count,
+        features=side.blocks["features_2048"].rows() if task.options.reference_features else None,
+        provenance=provenance,
+    )
+    say(f"wrote {path} (statistics of {images.count} images)")
+
+
+def _score(task: Task) -> None:
+    options = task.options
+    samples, reference = task.sides["--samples"], task.sides.get("--reference")
+    if reference is not None:
+        warn_of_few(task.metrics, samples, reference)
+    scores = compute_scores(
+        task.metrics,
+        samples,
+        reference,
+        seed=options.reverse.seed,
+        kid_subsets=options.kid_subsets,
+        kid_subset_size=options.kid_subset_size,
+        device=task.device,
+    )
+    result = report.build(
+        scores,
+        request=task.score_request,
+        inputs={
+            flag.removeprefix("--"): report.describe_input(side.given, fingerprint=_fingerprint(side))
+            for flag, side in task.sides.items()
+        },
+        inception=None if task.weights is None else task.weights.describe(),
+        options=flag_values(options),
+        device=task.device,
+        batch_size=task.batch_size,
+    )
+    if options.out is not None:
+        make_folder(Path(options.out).parent)
+        write_json(Path(options.out), result)
+        say(f"wrote {options.out}")
+    print(report.table(result["metrics"], result["std"]))
+
+
+def _fingerprint(side: Side) -> str | None:
+    """The digest of all pixels that were looked at; None where only a file of statistics was read."""
+    return pixels_fingerprint(side.blocks[DIGESTS]) if DIGESTS in side.blocks else None

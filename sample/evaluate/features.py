@@ -1,0 +1,114 @@
+"""Features of a set of images under the FID network, cut into parts that any number of processes share through files.
+
+A part holds a fixed run of images and is cut into batches on its own, so that every image meets the same
+batch whatever the number of processes: the features are equal to the bit, and so are the metrics, which the
+main process takes from the parts in order. Finished parts survive a kill; the next run makes only the others.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from pipeline.console import progress
+from pipeline.errors import UserError
+from pipeline.processes import Launch
+from sample.chunks import WorkFolder
+from sample.evaluate.digests import image_digests
+from sample.evaluate.inception import FeatureName, FIDInception
+from sample.evaluate.inputs import ImageSet, names_of
+
+DIGESTS = "pixels_sha256"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """One array of all parts, part after part, as often as wanted; one part is in memory at a time."""
+
+    work: WorkFolder
+    name: str
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        for part in range(self.work.chunks):
+            with safe_open(self.work.chunk_path(part), framework="numpy") as file:
+                yield file.get_tensor(self.name)
+
+    def rows(self) -> NDArray[Any]:
+        """All rows as one array."""
+        return np.concatenate(list(self))
+
+
+def make_features(
+    images: ImageSet,
+    network: FIDInception,
+    wanted: Sequence[FeatureName],
+    work: WorkFolder,
+    *,
+    place: Launch,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Put every part of the features into the work folder; the main process returns when all are there, others earlier.
+
+    Raises:
+        UserError: an image cannot be read, or its features are not finite; it is named.
+    """
+    network = network.to(device)
+    if device == "cpu":  # half the time there, as benchmarks/evaluate.py shows
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    bar = progress(images.count, unit="images", description=f"features of {images.kind}")
+
+    def show() -> None:
+        """Count what all processes have finished."""
+        bar.n = min((work.chunks - len(work.missing())) * images.part_size, images.count)
+        bar.refresh()
+
+    for part in work.unclaimed(rank=place.rank, world_size=place.world_size, wait=place.is_main, idle=show):
+        start = part * images.part_size
+        stop = min(start + images.part_size, images.count)
+        work.write(part, _features_of_part(images, start, stop, network, wanted, batch_size, device))
+        show()
+    show()
+    bar.close()
+
+
+def _features_of_part(
+    images: ImageSet,
+    start: int,
+    stop: int,
+    network: FIDInception,
+    wanted: Sequence[FeatureName],
+    batch_size: int,
+    device: str,
+) -> dict[str, NDArray[Any]]:
+    found: dict[str, list[NDArray[Any]]] = {name: [] for name in (*wanted, DIGESTS)}
+    at = start
+    for batch in images.batches(start, stop, batch_size):
+        found[DIGESTS].append(image_digests(batch))
+        for name, rows in _features_of_batch(batch, network, wanted, device).items():
+            _check_finite(rows, images, at)
+            found[name].append(rows)
+        at += len(batch)
+    return {name: np.concatenate(blocks) for name, blocks in found.items()}
+
+
+def _features_of_batch(
+    batch: NDArray[np.uint8], network: FIDInception, wanted: Sequence[FeatureName], device: str
+) -> dict[FeatureName, NDArray[np.float32]]:
+    # TF32 would move features by a thousandth; FIDs are compared to the second decimal.
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        pixels = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2)
+        return {name: rows.cpu().numpy() for name, rows in network(pixels, wanted).items()}
+
+
+def _check_finite(rows: NDArray[np.float32], images: ImageSet, first: int) -> None:
+    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist()
+    if broken:
+        raise UserError(
+            f"features are not finite (NaN or infinity) for {names_of(images, first, broken)}; "
+            f"check --inception and these images"
+        )

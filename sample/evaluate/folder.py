@@ -1,0 +1,104 @@
+"""A folder of image files, at any depth, as images [N, H, W, 3] in the order of their sorted relative paths."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.images import ImageError, centre_crop, decode_image
+from sample.evaluate.options import PART_IMAGES
+
+SUFFIXES = frozenset(
+    {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg"}
+    | {".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+_BATCHES_AHEAD = 2
+
+
+def list_images(folder: Path) -> list[str]:
+    """The relative paths of all image files at any depth, sorted; hidden files and folders are left out."""
+    found: list[str] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        wanted = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
+        found += [Path(place, name).relative_to(folder).as_posix() for name in wanted]
+    return sorted(found)
+
+
+class FolderImages:
+    """Every image file of a folder, centre-cropped to `image_size` pixels, or as it is where all have one size."""
+
+    kind = "folder of images"
+    part_size = PART_IMAGES
+    sorted_by_name = True
+
+    def __init__(self, folder: Path, *, image_size: int | None, workers: int) -> None:
+        self.folder = folder
+        self.names = list_images(folder)
+        if not self.names:
+            raise UserError(
+                f"{folder} holds no images, and is no latent store and no run either; "
+                f"give a folder with files such as .png or .jpg at any depth"
+            )
+        self.count = len(self.names)
+        self.image_size = image_size
+        self.workers = workers
+        first = self._read(self.names[0])
+        self.size = (first.shape[1], first.shape[0])
+
+    def name_of(self, index: int) -> str:
+        return str(self.folder / self.names[index])
+
+    def key(self) -> str:
+        """A digest over every file's name, length and time of change, and over the crop."""
+        digest = hashlib.sha256(repr(self.image_size).encode())
+        for name in self.names:
+            status = (self.folder / name).stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, object]:
+        return {"crop": None if self.image_size is None else "adm-center"}
+
+    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        """Give images start … stop − 1, decoded by threads that run two batches ahead."""
+        waiting: deque[Future[NDArray[np.uint8]]] = deque()
+        upcoming = iter(self.names[start:stop])
+        with ThreadPoolExecutor(self.workers) as pool:
+            for at in range(start, stop, batch_size):
+                while len(waiting) < _BATCHES_AHEAD * batch_size and (name := next(upcoming, None)) is not None:
+                    waiting.append(pool.submit(self._read, name))
+                yield np.stack(
+                    [self._checked(waiting.popleft().result(), at + i) for i in range(min(batch_size, stop - at))]
+                )
+
+    def close(self) -> None:
+        """Nothing is open between batches."""
+
+    def _read(self, name: str) -> NDArray[np.uint8]:
+        path = self.folder / name
+        try:
+            image = decode_image(path.read_bytes(), str(path))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror or error}); check the file and its rights"
+            ) from error
+        except ImageError as error:
+            raise UserError(f"{path} cannot be used: {error}; restore it or take it out of the folder") from error
+        return np.asarray(image, dtype=np.uint8) if self.image_size is None else centre_crop(image, self.image_size)
+
+    def _checked(self, image: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
+        found = (image.shape[1], image.shape[0])
+        if found != self.size:
+            raise UserError(
+                f"the images of {self.folder} have different sizes: {self.names[0]} has "
+                f"{self.size[0]}×{self.size[1]} pixels, {self.names[index]} has {found[0]}×{found[1]}; "
+                f"give --image-size to crop them all alike"
+            )
+        return image

@@ -1,0 +1,167 @@
+"""Images made while they are evaluated: a latent store through its VAE, a checkpoint through the reverse process."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.latents import LatentStore
+from pipeline.vae import Vae, find_vae, to_bytes
+from sample.evaluate.digests import digest_of
+from sample.evaluate.inputs import names_of
+from sample.evaluate.options import PART_IMAGES, EvaluateOptions
+from sample.generate import NotFiniteError
+from sample.options import ImageOptions, SampleOptions
+from sample.settle import Settled, choose_device, settle
+
+
+class StoreImages:
+    """What the VAE makes of a store's latents: the first view of every sample, the posterior's mean where there is one.
+
+    Compared with the images that the store was extracted from, this is the reconstruction FID of the VAE.
+    """
+
+    kind = "latent store, decoded"
+    part_size = PART_IMAGES
+    sorted_by_name = False
+
+    def __init__(self, path: str, store: LatentStore, vae: Vae) -> None:
+        self.path = path
+        self.store = store
+        self.vae = vae
+        self.count = len(store)
+        latent = store.manifest.latent
+        self.size = (latent.width * latent.downsample, latent.height * latent.downsample)
+
+    def name_of(self, index: int) -> str:
+        return f"sample {index} of {self.path}"
+
+    def key(self) -> str:
+        return digest_of([dict(self.store.manifest), self.vae.sha256, str(self.vae.dtype)])
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "view": self.store.manifest.views[0],
+            "latent": dict(self.store.manifest["latent"]),
+            "decoded": "mean of the posterior" if self._has_moments else "latent",
+            "decode_dtype": str(self.vae.dtype).removeprefix("torch."),
+            "vae": self.vae.describe(),
+        }
+
+    @property
+    def _has_moments(self) -> bool:
+        return self.store.manifest.latent.kind == "moments"
+
+    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        """Give images start … stop − 1.
+
+        Raises:
+            UserError: a latent is not finite; its place in the store is named.
+        """
+        for at in range(start, stop, batch_size):
+            stored, _ = self.store.gather(np.arange(at, min(at + batch_size, stop), dtype=np.int64))
+            latents = stored.float().chunk(2, dim=1)[0] if self._has_moments else stored.float()
+            self._check_finite(latents, at, "latents")
+            values = self.vae.decode_values(latents.contiguous())
+            self._check_finite(values, at, "decoded pixels")
+            yield to_bytes(values).numpy()
+
+    def _check_finite(self, values: torch.Tensor, first: int, what: str) -> None:
+        broken = (~torch.isfinite(values).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            raise UserError(
+                f"{what} are not finite (NaN or infinity) for {names_of(self, first, broken)}; "
+                f"dit-inspect --verify checks the store, --decode-dtype float32 is the safest"
+            )
+
+    def close(self) -> None:
+        """Close the store's files."""
+        self.store.close()
+
+
+def open_store(path: str, options: EvaluateOptions) -> StoreImages:
+    """A store's images.
+
+    Raises:
+        UserError: the store is unfinished or damaged, or its VAE is not to be found.
+    """
+    store = LatentStore(path)
+    vae = find_vae(
+        store.manifest.vae,
+        options.vae,
+        device=choose_device(options.compute.device),
+        dtype=getattr(torch, options.compute.decode_dtype),
+        allow_other=options.allow_other_vae,
+    )
+    return StoreImages(path, store, vae)
+
+
+class CheckpointImages:
+    """What a checkpoint samples: the very images that `dit-sample` makes with the same settings."""
+
+    kind = "checkpoint, sampled"
+    sorted_by_name = False
+
+    def __init__(self, path: str, settled: Settled) -> None:
+        self.path = path
+        self.settled = settled
+        self.count = len(settled.labels)
+        self.part_size = settled.batch_size
+        latent = settled.recipe["latent"]
+        self.size = (latent["width"] * latent["downsample"], latent["height"] * latent["downsample"])
+
+    def name_of(self, index: int) -> str:
+        label = self.settled.labels.values[min(index, self.count - 1)]  # past the end is padding
+        return f"image {index} of class {label} of {self.path}"
+
+    def key(self) -> str:
+        return digest_of({name: value for name, value in self.settled.recipe.items() if name != "versions"})
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "recipe": {name: value for name, value in self.settled.recipe.items() if name not in {"output", "versions"}}
+        }
+
+    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        """Give images start … stop − 1; the reverse process always runs on its own batch size, padded at the end."""
+        step = self.settled.batch_size
+        for at in range(start, stop, step):
+            labels = self.settled.labels.of_batch(at, step)
+            images = self._sample(at, labels)[: min(step, stop - at)]
+            for first in range(0, len(images), batch_size):
+                yield images[first : first + batch_size]
+
+    def _sample(self, first: int, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+        generator = self.settled.generator
+        try:
+            return generator.pixels(generator.latents(first, labels))
+        except NotFiniteError as error:
+            raise UserError(
+                f"{error.what} are not finite with --seed {generator.plan.seed}: {names_of(self, first, error.rows)}; "
+                f"try --mixed-precision no, --decode-dtype float32, a lower --guidance or other --weights"
+            ) from error
+
+    def close(self) -> None:
+        """No file is open."""
+
+
+def open_checkpoint(path: str, options: EvaluateOptions) -> CheckpointImages:
+    """The images that a checkpoint will be asked for.
+
+    Raises:
+        UserError: the checkpoint, its VAE or the settings are not as they must be.
+    """
+    asked = SampleOptions(
+        checkpoint=path,
+        out="evaluated.npz",
+        weights=options.weights,
+        vae=options.vae,
+        allow_other_vae=options.allow_other_vae,
+        images=ImageOptions(num_samples=options.num_samples, labels=options.labels),
+        reverse=options.reverse,
+        compute=options.compute,
+    )
+    return CheckpointImages(path, settle(asked))

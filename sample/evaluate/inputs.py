@@ -1,0 +1,141 @@
+"""What --samples and --reference may be, told apart by what lies there: images to look at, statistics to take."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from sample.evaluate.folder import FolderImages
+from sample.evaluate.npz import NpzImages, list_arrays
+from sample.evaluate.options import EvaluateOptions
+from sample.evaluate.reference import StatisticsFile
+from sample.provenance import read_sidecar
+
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order, made or read when they are asked for."""
+
+    kind: str
+    """What they are, for people."""
+    count: int
+    part_size: int
+    """Images in one unit of work."""
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    sorted_by_name: bool
+    """Whether neighbours are alike because the order is that of class folders."""
+
+    def name_of(self, index: int) -> str:
+        """What a message calls the image."""
+
+    def key(self) -> str:
+        """A digest that changes when the images do."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the result file says of them beside their kind, count and size."""
+
+    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        """Give images start … stop − 1 as uint8 [n, H, W, 3], n at most `batch_size`."""
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+def names_of(images: ImageSet, first: int, rows: Sequence[int]) -> str:
+    """What a message calls some rows of a batch that begins at image `first`: four of them, and how many more."""
+    names = ", ".join(images.name_of(first + row) for row in rows[:4])
+    return names + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Input:
+    """One side of the comparison."""
+
+    flag: str
+    """--samples or --reference."""
+    path: str
+    images: ImageSet | None
+    statistics: StatisticsFile | None
+    made_by: dict[str, Any] | None
+    """The sidecar that dit-sample wrote beside it."""
+
+    @property
+    def count(self) -> int | None:
+        """How many images the statistics are of, or there are; None where a file does not say."""
+        if self.statistics is not None:
+            return self.statistics.count
+        return None if self.images is None else self.images.count
+
+
+def open_inputs(options: EvaluateOptions) -> dict[str, Input]:
+    """What --samples and --reference name, by flag; folders come last, as they may take the other side's image size.
+
+    Raises:
+        UserError: a path is missing or of no kind that is known here.
+    """
+    named = {"--samples": options.samples, "--reference": options.reference}
+    given = {flag: path for flag, path in named.items() if path is not None}
+    kinds = {flag: kind_of(path, flag) for flag, path in given.items()}
+    inputs: dict[str, Input] = {}
+    for flag in sorted(given, key=lambda flag: kinds[flag] == "folder"):
+        size = options.image_size or _square_size_of_others(inputs, kinds)
+        inputs[flag] = _open(flag, given[flag], kinds[flag], size, options)
+    return {flag: inputs[flag] for flag in given}
+
+
+def kind_of(path: str, flag: str) -> str:
+    """One of "npz", "store", "checkpoint" or "folder".
+
+    Raises:
+        UserError: nothing is there, or a file of no known kind.
+    """
+    place = Path(path)
+    if "://" in path or (place / "manifest.json").is_file():
+        return "store"
+    if place.is_dir():
+        return "checkpoint" if (place / "checkpoints").is_dir() or (place / "config.json").is_file() else "folder"
+    if not place.exists():
+        raise UserError(f"{flag} {path} does not exist; check the path")
+    if place.suffix.lower() == ".npz":
+        return "npz"
+    if place.suffix.lower() in WEIGHT_SUFFIXES:
+        return "checkpoint"
+    raise UserError(
+        f"{flag} {path} is of no kind that is known here; give a folder of images, an .npz, a latent store, or a run"
+    )
+
+
+def _square_size_of_others(inputs: Mapping[str, "Input"], kinds: Mapping[str, str]) -> int | None:
+    """The side of the other side's images where they have one square size of their own; folders have none."""
+    for flag, other in inputs.items():
+        if kinds[flag] != "folder" and other.images is not None and other.images.size[0] == other.images.size[1]:
+            return other.images.size[0]
+    return None
+
+
+def _open(flag: str, path: str, kind: str, image_size: int | None, options: EvaluateOptions) -> Input:
+    images: ImageSet | None
+    statistics = None
+    if kind == "npz":
+        arrays = list_arrays(Path(path))
+        if "arr_0" not in arrays and "mu" not in arrays:
+            raise UserError(
+                f"{flag} {path} holds {', '.join(sorted(arrays)) or 'no arrays'}, but images (arr_0) or statistics "
+                f"(mu and sigma) are needed; check the file"
+            )
+        images = NpzImages(Path(path)) if "arr_0" in arrays else None
+        statistics = StatisticsFile(Path(path)) if "mu" in arrays else None
+    elif kind == "folder":
+        images = FolderImages(Path(path), image_size=image_size, workers=options.workers)
+    else:
+        from sample.evaluate import generated
+
+        images = generated.open_store(path, options) if kind == "store" else generated.open_checkpoint(path, options)
+    made_by = read_sidecar(Path(path)) if kind in {"npz", "folder"} else None
+    return Input(flag=flag, path=path, images=images, statistics=statistics, made_by=made_by)

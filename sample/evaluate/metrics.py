@@ -1,0 +1,160 @@
+"""Distances between two sets of features, in float64. Plain arrays in, plain numbers out; no images, no files.
+
+A set of features is given as blocks of rows (an iterable that can be walked more than once), so that nothing
+here needs all of 50,000 images' features at once where the mathematics does not.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from pipeline.randomness import generator
+
+Rows = NDArray[np.floating]
+"""Features [n, width]."""
+
+INCEPTION_SCORE_SPLIT = 5_000
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Gaussian:
+    """Mean [width] and unbiased covariance [width, width] of a set of features."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A mean over parts of the data, and the standard deviation over those parts."""
+
+    mean: float
+    std: float
+    parts: int
+    part_size: int
+
+
+def fit_gaussian(blocks: Iterable[Rows]) -> Gaussian:
+    """The Gaussian of a set of features: mean, and Σ (x − mean)(x − mean)ᵀ / (n − 1).
+
+    Two passes over the blocks, the mean first: the one-pass formula Σ x xᵀ − n·mean·meanᵀ loses digits where
+    the mean is large beside the spread.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    count, total = 0, np.float64(0)
+    for block in blocks:
+        count += len(block)
+        total = total + block.sum(axis=0, dtype=np.float64)
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 rows, not {count}")
+    mean = np.asarray(total / count, dtype=np.float64)
+    scatter = np.zeros((len(mean), len(mean)))
+    for block in blocks:
+        centred = block.astype(np.float64) - mean
+        scatter += centred.T @ centred
+    return Gaussian(mean=mean, covariance=scatter / (count - 1))
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """‖m₁ − m₂‖² + Tr(S₁ + S₂ − 2 (S₁ S₂)^½), the squared Fréchet distance of two Gaussians (Dowson & Landau 1982).
+
+    With S₁ = F₁ F₁ᵀ and S₂ = F₂ F₂ᵀ, Tr (S₁ S₂)^½ is the sum of the singular values of F₁ᵀ F₂. Unlike the square root
+    of the product, which is not symmetric, this is real for every pair of covariances, singular ones too, and rounding
+    errors stay errors instead of becoming their square roots.
+    """
+    difference = first.mean - second.mean
+    cross = np.linalg.svd(_factor(first.covariance).T @ _factor(second.covariance), compute_uv=False)
+    spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * cross.sum()
+    return max(0.0, float(difference @ difference + spread))
+
+
+def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """F [width, rank] with F Fᵀ = S to rounding, by Cholesky's method with pivots, which ends at the rank."""
+    triangle, pivots, rank, info = scipy.linalg.lapack.dpstrf(covariance, lower=1)
+    assert info >= 0, f"LAPACK's dpstrf refuses its argument {-info}"
+    factor = np.empty((len(covariance), rank))
+    factor[pivots - 1] = np.tril(triangle)[:, :rank]
+    return factor
+
+
+def inception_score(logits: Iterable[Rows], *, split_size: int = INCEPTION_SCORE_SPLIT) -> Spread:
+    """Exp E[KL(p(y|x) ‖ p(y))], mean and standard deviation over splits in the given order (Salimans et al. 2016).
+
+    The splits have 5,000 images as in ADM; a last, shorter split counts like the others, as there.
+    """
+    scores = [_score_of_split(split) for split in _splits(logits, split_size)]
+    return Spread(mean=float(np.mean(scores)), std=float(np.std(scores)), parts=len(scores), part_size=split_size)
+
+
+def _splits(blocks: Iterable[Rows], size: int) -> Iterable[Rows]:
+    """Cut rows that come in blocks of any length into splits of `size` rows; the last may be shorter."""
+    pending: list[Rows] = []
+    waiting = 0
+    for block in blocks:
+        rest = block
+        while waiting + len(rest) >= size:
+            taken = size - waiting
+            yield np.concatenate([*pending, rest[:taken]])
+            pending, waiting, rest = [], 0, rest[taken:]
+        if len(rest):
+            pending.append(rest)
+            waiting += len(rest)
+    if pending:
+        yield np.concatenate(pending)
+
+
+def _score_of_split(logits: Rows) -> float:
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    p = np.exp(log_p)
+    marginal = p.mean(axis=0)
+    # A class that underflows to zero for every image adds nothing: 0 · log 0 is 0 here.
+    entropy_of_mean = -(marginal * np.log(np.where(marginal > 0, marginal, 1))).sum()
+    mean_entropy = -(p * log_p).sum(axis=1).mean()
+    return float(np.exp(entropy_of_mean - mean_entropy))
+
+
+def kernel_distance(
+    first: Rows, second: Rows, *, seed: int, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET_SIZE
+) -> Spread:
+    """The unbiased squared MMD under the kernel (x·y / width + 1)³, over random subsets (Bińkowski et al. 2018).
+
+    Unlike FID it has no bias from small samples, so it can be negative where the sets agree. Subsets are
+    drawn without replacement, subset k from (seed, k); sets smaller than `subset_size` shrink it.
+    """
+    import torch
+
+    size = min(subset_size, len(first), len(second))
+    estimates = []
+    for k in range(subsets):
+        draw = generator(seed, "kid-subset", k)
+        ours = torch.randperm(len(first), generator=draw)[:size].numpy()
+        theirs = torch.randperm(len(second), generator=draw)[:size].numpy()
+        estimates.append(unbiased_mmd(first[ours], second[theirs]))
+    return Spread(mean=float(np.mean(estimates)), std=float(np.std(estimates)), parts=subsets, part_size=size)
+
+
+def unbiased_mmd(first: Rows, second: Rows) -> float:
+    """The unbiased estimate of the squared MMD of two sets of at least two rows each, cubic polynomial kernel."""
+    x, y = first.astype(np.float64), second.astype(np.float64)
+    within = _mean_off_diagonal(_cubic_kernel(x, x)) + _mean_off_diagonal(_cubic_kernel(y, y))
+    return float(within - 2 * _cubic_kernel(x, y).mean())
+
+
+def _cubic_kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(x·y / width + 1)³ of every pair of rows; products are some ten times quicker than NumPy's power."""
+    base = x @ y.T / x.shape[1] + 1
+    return base * base * base
+
+
+def _mean_off_diagonal(kernel: NDArray[np.float64]) -> np.float64:
+    n = len(kernel)
+    return np.float64((kernel.sum() - np.trace(kernel)) / (n * (n - 1)))

@@ -1,0 +1,125 @@
+"""Files of statistics: ADM's reference files read as they stand, and our own in the same form.
+
+| array | what |
+|---|---|
+| `mu` [2048], `sigma` [2048, 2048] | Gaussian of the pooled features, for FID |
+| `mu_s` [2023], `sigma_s` [2023, 2023] | Gaussian of the spatial features, for sFID |
+| `count` | ours only: how many images they are of |
+| `features` [count, 2048] | ours only, if asked for: what precision, recall and KID need |
+| `provenance` | ours only: JSON text, what the numbers were made of |
+"""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.files import replacing
+from sample.evaluate.metrics import Gaussian
+from sample.evaluate.npz import content_key, list_arrays, read_array
+
+FORMAT = "dit-reference"
+VERSION = 1
+ARRAY_NAMES = {"features_2048": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_WIDTHS = {"features_2048": 2048, "spatial": 2023}
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+class StatisticsFile:
+    """The statistics in an .npz, read when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Raises:
+            UserError: it is damaged, or of a version that is not known here.
+        """
+        self.path = path
+        self._arrays = list_arrays(path)
+        self.provenance = self._read_provenance()
+        self.count = int(read_array(path, "count")) if "count" in self._arrays else None
+
+    def key(self) -> str:
+        return content_key(self.path)
+
+    def has_gaussian(self, feature: str) -> bool:
+        return all(name in self._arrays for name in ARRAY_NAMES[feature])
+
+    def gaussian(self, feature: str) -> Gaussian:
+        """The Gaussian of `features_2048` or `spatial`.
+
+        Raises:
+            UserError: it is of another width, not finite, or its arrays are damaged.
+        """
+        mean_name, covariance_name = ARRAY_NAMES[feature]
+        width = _WIDTHS[feature]
+        mean = self._numbers(mean_name, (width,))
+        return Gaussian(mean=mean, covariance=self._numbers(covariance_name, (width, width)))
+
+    @property
+    def has_features(self) -> bool:
+        return "features" in self._arrays
+
+    def features(self) -> NDArray[np.floating]:
+        """The pooled features of every image, float32 [count, 2048]."""
+        rows = read_array(self.path, "features")
+        if rows.ndim != 2 or rows.shape[1] != 2048 or rows.dtype.kind != "f" or not np.isfinite(rows).all():
+            raise UserError(f"features of {self.path} are not finite numbers [N, 2048]; make the reference again")
+        return rows.astype(np.float32)
+
+    def _numbers(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        array = read_array(self.path, name)
+        if array.shape != shape or array.dtype.kind not in "fiu":
+            raise UserError(
+                f"{name} of {self.path} is {array.dtype}{list(array.shape)}, but numbers {list(shape)} are needed: "
+                f"it comes from another network than FID's; make it again with --make-reference"
+            )
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} of {self.path} holds NaN or infinity; make it again with --make-reference")
+        return array.astype(np.float64)
+
+    def _read_provenance(self) -> dict[str, Any]:
+        if "provenance" not in self._arrays:
+            return {}
+        try:
+            content = json.loads(str(read_array(self.path, "provenance")))
+        except json.JSONDecodeError as error:
+            raise UserError(f"provenance of {self.path} is damaged ({error}); make it again") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            return {}
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"{self.path} is a reference of version {content.get('version')}, but version {VERSION} is known here; "
+                f"upgrade this program or make the file again"
+            )
+        return content
+
+
+def write_statistics(
+    path: Path,
+    gaussians: Mapping[str, Gaussian],
+    *,
+    count: int,
+    features: NDArray[np.floating] | None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a file of statistics, whole or not at all; the same numbers give the same bytes."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for feature, gaussian in gaussians.items():
+        mean_name, covariance_name = ARRAY_NAMES[feature]
+        arrays[mean_name], arrays[covariance_name] = gaussian.mean, gaussian.covariance
+    arrays["count"] = np.asarray(count, dtype=np.int64)
+    if features is not None:
+        arrays["features"] = features
+    text = json.dumps({"format": FORMAT, "version": VERSION, **provenance}, ensure_ascii=True)
+    arrays["provenance"] = np.asarray(text)
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_EPOCH), "w", force_zip64=True) as file:
+                npy.write_array(file, np.asarray(array, order="C"), allow_pickle=False)

@@ -1,0 +1,97 @@
+"""The result as a table for people and as JSON for machines, with all that the numbers were made of."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+from sample.evaluate.inputs import ImageSet, Input
+from sample.evaluate.scoring import Score
+from sample.provenance import versions
+
+FORMAT = "dit-evaluation"
+VERSION = 1
+
+
+def table(scores: Mapping[str, float], spreads: Mapping[str, float]) -> str:
+    """The metrics, one a line, numbers aligned at their points, with the standard deviation where there is one."""
+    width = max(len(name) for name in scores)
+    lines = [f"{'metric':<{width}}  {'value':>14}  {'std':>12}"]
+    for name, value in scores.items():
+        std = f"{spreads[name]:>12.6f}" if name in spreads else ""
+        lines.append(f"{name:<{width}}  {value:>14.6f}  {std}".rstrip())
+    return "\n".join(lines)
+
+
+def describe_images(images: ImageSet, *, fingerprint: str | None) -> dict[str, Any]:
+    """What a file says of a set of images; the fingerprint is None where none of them was looked at."""
+    return {
+        "kind": images.kind,
+        "count": images.count,
+        "width": images.size[0],
+        "height": images.size[1],
+        **images.describe(),
+        "pixels_sha256": fingerprint,
+    }
+
+
+def describe_input(given: Input, *, fingerprint: str | None) -> dict[str, Any]:
+    """What the result says of one input."""
+    images, statistics = given.images, given.statistics
+    return {
+        "path": given.path,
+        "images": None if images is None else describe_images(images, fingerprint=fingerprint),
+        "statistics": None
+        if statistics is None
+        else {
+            "contents_sha256": statistics.key(),
+            "count": statistics.count,
+            "provenance": statistics.provenance or None,
+        },
+        "made_by": given.made_by,
+    }
+
+
+def all_versions() -> dict[str, str]:
+    """The versions of what the numbers depend on."""
+    return {**versions(), "scipy": version("scipy")}
+
+
+def build(
+    scores: Sequence[Score],
+    *,
+    request: str,
+    inputs: Mapping[str, Any],
+    inception: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+    device: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """The content of the result file."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "metrics": {score.name: score.value for score in scores},
+        "std": {score.name: score.std for score in scores if score.std is not None},
+        "details": {score.name: dict(score.details) for score in scores},
+        **inputs,
+        "inception": inception,
+        "compute": {
+            "device": device,
+            "batch_size": batch_size,
+            "features": "float32",
+            "metrics": "float64",
+        },
+        "options": dict(options),
+        "versions": all_versions(),
+        "request": request,
+    }
+
+
+def request_of(path: Path) -> str | None:
+    """What an earlier result answered; None where the file is no result of this version."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
+        return None
+    return str(content.get("request"))

@@ -1,0 +1,212 @@
+"""Options and what lies at their paths into a task: metrics settled, images and statistics checked, work planned."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import warn
+from pipeline.errors import UserError
+from pipeline.files import make_folder, read_json
+from sample.chunks import work_folder_of
+from sample.evaluate import report
+from sample.evaluate.digests import digest_of
+from sample.evaluate.inception import FeatureName
+from sample.evaluate.inception_weights import InceptionWeights, cache_folder, find_inception
+from sample.evaluate.inputs import ImageSet, open_inputs
+from sample.evaluate.options import EvaluateOptions
+from sample.evaluate.scoring import Side, settle_metrics
+from sample.provenance import sidecar_of
+from sample.settle import choose_device
+
+FEATURE_BATCH = {"cpu": 32, "cuda": 256}
+REFERENCE_FEATURES: tuple[FeatureName, ...] = ("features_2048", "spatial")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Extraction:
+    """Features to be made of one set of images."""
+
+    images: ImageSet
+    wanted: tuple[FeatureName, ...]
+    plan: dict[str, Any]
+    """All that the features depend on."""
+
+    @property
+    def parts(self) -> int:
+        return -(-self.images.count // self.images.part_size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """What is to be done, settled and checked."""
+
+    options: EvaluateOptions
+    sides: Mapping[str, Side]
+    metrics: tuple[str, ...]
+    weights: InceptionWeights | None
+    """None where files of statistics say everything."""
+    device: str
+    batch_size: int
+
+    @property
+    def reference_source(self) -> Side:
+        """The side that --make-reference describes."""
+        return self.sides.get("--reference") or self.sides["--samples"]
+
+    @cached_property
+    def score_request(self) -> str:
+        """A digest of all that the numbers depend on but the libraries' versions."""
+        sides = {flag: side.key for flag, side in self.sides.items()}
+        kid = [self.options.reverse.seed, self.options.kid_subsets, self.options.kid_subset_size]
+        weights = None if self.weights is None else self.weights.sha256
+        return digest_of([sides, self.metrics, kid if "kid" in self.metrics else None, weights, self.batch_size])
+
+    @cached_property
+    def reference_request(self) -> str:
+        """A digest of all that the reference depends on but the libraries' versions."""
+        weights = None if self.weights is None else self.weights.sha256
+        return digest_of([self.reference_source.key, weights, self.batch_size, self.options.reference_features])
+
+    @cached_property
+    def writes_reference(self) -> bool:
+        """Whether --make-reference is still to be written.
+
+        Raises:
+            UserError: something else is there, and --overwrite is not given.
+        """
+        if self.options.make_reference is None:
+            return False
+        path = Path(self.options.make_reference)
+        if not path.exists() or self.options.overwrite:
+            return True
+        sidecar = sidecar_of(path)
+        if sidecar.is_file() and read_json(sidecar).get("request") == self.reference_request:
+            return False
+        raise UserError(
+            f"--make-reference {path} is there already and holds something else; choose another name or --overwrite"
+        )
+
+    @cached_property
+    def scores(self) -> bool:
+        """Whether numbers are still to be computed.
+
+        Raises:
+            UserError: --out holds something else, and --overwrite is not given.
+        """
+        if not self.metrics:
+            return False
+        if self.options.out is None or self.options.overwrite or not Path(self.options.out).exists():
+            return True
+        if report.request_of(Path(self.options.out)) == self.score_request:
+            return False
+        raise UserError(
+            f"--out {self.options.out} is there already and holds another result; choose another name or --overwrite"
+        )
+
+    @cached_property
+    def extractions(self) -> dict[Path, Extraction]:
+        """The features to be made, by work folder; two sides that are the same images share one."""
+        by_key: dict[str, tuple[ImageSet, set[FeatureName]]] = {}
+        for side in self.sides.values():
+            if side.given.images is not None and (wanted := self._wanted_of(side)):
+                by_key.setdefault(side.images_key, (side.given.images, set()))[1].update(wanted)
+        extractions = {}
+        for key, (images, wanted) in by_key.items():
+            plan = {
+                "images": key,
+                "count": images.count,
+                "part_size": images.part_size,
+                "features": sorted(wanted),
+                "inception": None if self.weights is None else self.weights.sha256,
+                "batch_size": self.batch_size,
+                "device": self.device.partition(":")[0],
+            }
+            folder = self._work_base / digest_of(plan)[:16]
+            extractions[folder] = Extraction(images=images, wanted=tuple(sorted(wanted)), plan=plan)
+        return extractions
+
+    def folder_of(self, side: Side) -> Path | None:
+        """Where the features of a side are; None where a file of statistics says everything."""
+        if side.given.images is None or not self._wanted_of(side):
+            return None
+        return next(folder for folder, made in self.extractions.items() if made.plan["images"] == side.images_key)
+
+    def _wanted_of(self, side: Side) -> set[FeatureName]:
+        """The features that have to be made of a side's images."""
+        wanted: set[FeatureName] = set()
+        for metric in self.metrics if self.scores else ():
+            if metric != "is" or side is self.sides["--samples"]:
+                wanted |= {name for name in [side.needs(metric)] if name is not None}
+        if self.writes_reference and side is self.reference_source:
+            wanted |= set(REFERENCE_FEATURES)
+        return wanted
+
+    @property
+    def _work_base(self) -> Path:
+        out = self.options.out or self.options.make_reference
+        if self.options.work is not None:
+            return Path(self.options.work)
+        return cache_folder() / "evaluate" if out is None else work_folder_of(Path(out))
+
+
+def settle_task(options: EvaluateOptions) -> Task:
+    """Open the inputs and settle every choice that the command line left open.
+
+    Raises:
+        UserError: an input is not what it must be, or the weights of the network are missing.
+    """
+    sides = {flag: Side(given) for flag, given in open_inputs(options).items()}
+    metrics = _settle_metrics(options, sides)
+    source = sides.get("--reference") or sides["--samples"]
+    if options.make_reference is not None and source.given.images is None:
+        raise UserError(f"--make-reference needs images, but {source.label} holds statistics alone; give the images")
+    needs_network = options.make_reference is not None or any(
+        side.needs(metric)
+        for metric in metrics
+        for side in sides.values()
+        if metric != "is" or side is sides.get("--samples")
+    )
+    weights = find_inception(options.inception) if needs_network else None
+    _check_same_network(sides, weights)
+    _warn_of_sizes(sides)
+    for path in (options.out, options.make_reference):
+        if path is not None:
+            make_folder(Path(path).parent)
+    device = choose_device(options.compute.device)
+    batch_size = options.compute.batch_size or FEATURE_BATCH[device.partition(":")[0]]
+    return Task(options=options, sides=sides, metrics=metrics, weights=weights, device=device, batch_size=batch_size)
+
+
+def _settle_metrics(options: EvaluateOptions, sides: Mapping[str, Side]) -> tuple[str, ...]:
+    if options.only_makes_reference:
+        return ()
+    return settle_metrics(
+        options.wanted, sides["--samples"], sides.get("--reference"), asked=options.metrics is not None
+    )
+
+
+def _check_same_network(sides: Mapping[str, Side], weights: InceptionWeights | None) -> None:
+    """Refuse statistics that other weights made: numbers of two networks cannot be compared."""
+    known = {} if weights is None else {"--inception": weights.sha256}
+    for side in sides.values():
+        recorded = side.given.statistics.provenance.get("inception") if side.given.statistics is not None else None
+        if isinstance(recorded, dict) and recorded.get("sha256"):
+            known[side.label] = str(recorded["sha256"])
+    if len(set(known.values())) > 1:
+        found = ", ".join(f"{label} {sha256[:12]}…" for label, sha256 in known.items())
+        raise UserError(
+            f"the statistics come from different Inception weights ({found}); "
+            f"make the reference again with the same file"
+        )
+
+
+def _warn_of_sizes(sides: Mapping[str, Side]) -> None:
+    sizes = {side.label: side.given.images.size for side in sides.values() if side.given.images is not None}
+    if len(set(sizes.values())) > 1:
+        found = " and ".join(f"{label} has {width}×{height} pixels" for label, (width, height) in sizes.items())
+        warn(
+            f"{found}: both are resized to the network's 299, but sizes that differ move FID; "
+            f"--image-size crops folders alike"
+        )

@@ -1,0 +1,141 @@
+"""Finished images as a file a user opens: a labelled grid, a folder of PNGs, an ADM `.npz`, raw latents.
+
+Each writer takes the parts of the result once, in order, and holds one of them at a time (the grid holds all of its
+cells); equal parts give equal bytes: no time, no host and no order of a folder's listing goes in.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.files import explained_writes, remove_folder, replacing, sha256_of
+from pipeline.pictures import grid, save_png
+
+Parts = Iterable[NDArray[Any]]
+Labels = NDArray[np.int64]
+ClassName = Callable[[int], str]
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+_PNG_WRITERS = 4
+
+
+def write_npz(path: Path, images: Parts, labels: Labels, *, pixels: tuple[int, int]) -> dict[str, Any]:
+    """`arr_0` images uint8 [N, H, W, 3] and `arr_1` labels int64 [N], stored uncompressed, as ADM's tools read them."""
+    with replacing(path) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            _store_array(archive, "arr_0", "|u1", (len(labels), *pixels, 3), images)
+            _store_array(archive, "arr_1", "<i8", (len(labels),), [labels])
+        return _describe_file(temporary, path)
+
+
+def _store_array(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...], parts: Parts) -> None:
+    entry = zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_EPOCH)
+    entry.create_system = 3
+    entry.external_attr = 0o644 << 16
+    with archive.open(entry, "w", force_zip64=True) as file:
+        header = {"descr": dtype, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        _write_parts(file, dtype, parts)
+
+
+def write_latents(path: Path, latents: Parts, labels: Labels, *, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Safetensors: `latents` float32 [N, C, h, w], unscaled as the VAE's decoder takes them, and `label` int64 [N]."""
+    fields = {"latents": ("F32", "<f4", (len(labels), *shape)), "label": ("I64", "<i8", (len(labels),))}
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, (kind, dtype, size) in fields.items():
+        end = offset + int(np.dtype(dtype).itemsize * np.prod(size, dtype=np.int64))
+        header[name] = {"dtype": kind, "shape": list(size), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            _write_parts(file, "<f4", latents)
+            _write_parts(file, "<i8", [labels])
+        return _describe_file(temporary, path)
+
+
+def _write_parts(file: IO[bytes], dtype: str, parts: Parts) -> None:
+    for part in parts:
+        file.write(np.ascontiguousarray(part, dtype=dtype).data)
+
+
+def _describe_file(written: Path, final: Path) -> dict[str, Any]:
+    return {"file": final.name, "bytes": written.stat().st_size, "sha256": sha256_of(written)}
+
+
+def fill_folder(
+    unfinished: Path, images: Parts, labels: Labels, *, folder_name: ClassName, final: Path
+) -> dict[str, Any]:
+    """`CLASS/INDEX.png` in a fresh folder that the caller publishes; images without a class have no CLASS/."""
+    remove_folder(unfinished)
+    names = [str(Path(folder_name(int(label)), f"{index:06d}.png")) for index, label in enumerate(labels)]
+    lines: list[str] = []
+    with explained_writes(final), ThreadPoolExecutor(_PNG_WRITERS) as pool:
+        for folder in {(unfinished / name).parent for name in names}:
+            folder.mkdir(parents=True, exist_ok=True)
+        for part in images:
+            batch = names[len(lines) : len(lines) + len(part)]
+            lines += pool.map(_write_png, (unfinished / name for name in batch), part, batch)
+    return {"folder": final.name, "files": len(lines), "sha256": _digest(lines)}
+
+
+def _write_png(path: Path, image: NDArray[np.uint8], name: str) -> str:
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    path.write_bytes(buffer.getvalue())
+    return f"{name} {hashlib.sha256(buffer.getvalue()).hexdigest()}\n"
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def is_intact(path: Path, description: dict[str, Any], *, thorough: bool) -> bool:
+    """Whether an output still is what its sidecar says: by size and count, or `thorough`, by every byte."""
+    if "file" in description:
+        return (
+            path.is_file()
+            and path.stat().st_size == description.get("bytes")
+            and (not thorough or sha256_of(path) == description.get("sha256"))
+        )
+    files = sorted(path.rglob("*.png")) if path.is_dir() else []
+    if len(files) != description.get("files"):
+        return False
+    lines = (f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n" for file in files)
+    return not thorough or _digest(lines) == description.get("sha256")
+
+
+def write_grid(
+    path: Path, images: Parts, labels: Labels, *, class_name: ClassName, columns: int | None
+) -> dict[str, Any]:
+    """One picture: rows by class with `columns` images each; without `columns` a square, sorted by class."""
+    cells = np.concatenate(list(images))
+    if columns is None:
+        order = np.argsort(labels, kind="stable")
+        captions = [class_name(int(label)) for label in labels[order]] if labels.min() >= 0 else None
+        side = int(np.ceil(np.sqrt(len(cells))))
+        picture = grid(cells[order], columns=side, captions=captions)
+    else:
+        row_labels = [class_name(int(label)) for label in labels[::columns]]
+        picture = grid(cells, columns=columns, row_labels=row_labels)
+    save_png(path, picture)
+    return _describe_file(path, path)
+
+
+def write_strip(path: Path, frames: NDArray[np.uint8], *, row_labels: list[str], captions: list[str]) -> None:
+    """The reverse process from left to right: `frames` [row, moment, H, W, 3], one caption per moment."""
+    rows, moments = frames.shape[:2]
+    cells = frames.reshape(rows * moments, *frames.shape[2:])
+    picture = grid(cells, columns=moments, row_labels=row_labels, captions=captions * rows)
+    save_png(path, picture)

@@ -1,0 +1,216 @@
+"""Options and a checkpoint into a job with every default filled in, and the recipe that describes it."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import Checkpoint, read_checkpoint
+from pipeline.class_lookup import short_name
+from pipeline.console import say
+from pipeline.diffusion import GaussianDiffusion, default_sampler, samplers_for
+from pipeline.dit import compile_blocks
+from pipeline.errors import UserError
+from pipeline.options import nearest
+from pipeline.processes import launch
+from pipeline.vae import Vae, find_vae
+from sample.classes import ChosenLabels, KnownClasses, choose_labels
+from sample.generate import Generator, ReversePlan
+from sample.options import GRID_PIXELS, ComputeOptions, ReverseOptions, SampleOptions
+from sample.provenance import versions, weights_fingerprint
+
+PAPER_GUIDANCE = 4.0
+LARGEST_BATCH = {"cpu": 64, "cuda": 128}
+NAMED_CLASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """A job, complete."""
+
+    generator: Generator
+    labels: ChosenLabels
+    known: KnownClasses
+    recipe: dict[str, Any]
+    """All that the pixels depend on, in JSON; equal recipes make equal outputs."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.generator.plan.batch_size
+
+    @property
+    def chunks(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def class_name(self, label: int) -> str:
+        return short_name(label, self.known.names, self.known.ids)
+
+    def folder_name(self, label: int) -> str:
+        """A class's sub-folder: its folder name or synset, else its label; nothing where there are no classes."""
+        if label < 0:
+            return ""
+        name = self.known.ids[label] if label < len(self.known.ids) else ""
+        is_one_folder = name not in {"", ".", ".."} and Path(name).name == name  # names are a stranger's: no ../
+        return name if is_one_folder else f"{label:04d}"
+
+
+def settle(options: SampleOptions) -> Settled:
+    """Read the checkpoint and the VAE, and settle every choice that the command line left open.
+
+    Raises:
+        UserError: something asked for does not exist or does not fit the checkpoint.
+    """
+    checkpoint = read_checkpoint(options.checkpoint, weights=options.weights)
+    known = KnownClasses(
+        count=checkpoint.config.num_classes, names=checkpoint.info["classes"], ids=checkpoint.info["class_ids"]
+    )
+    labels = choose_labels(options.images, known, seed=options.reverse.seed)
+    if options.kind == "grid":
+        _check_grid(len(labels), checkpoint.info["latent"])
+    device = choose_device(options.compute.device)
+    plan = settle_plan(options.reverse, options.compute, checkpoint, samples=len(labels), device=device)
+    vae = None if options.kind == "latents" else _decoder(options, checkpoint, device)
+    fingerprint = weights_fingerprint(checkpoint.model.state_dict())
+    if options.compute.compile:
+        compile_blocks(checkpoint.model)
+    generator = Generator(checkpoint, plan, device=device, vae=vae, in_parallel=not options.compute.compile)
+    recipe = {
+        "checkpoint": {
+            "step": checkpoint.info["step"],
+            "weights": checkpoint.weights,
+            "sha256": fingerprint,
+            "network": checkpoint.config.to_json(),
+            "process": checkpoint.process.to_json(),
+        },
+        **_describe_plan(plan),
+        "labels": labels.rule,
+        "classes": _names_of_used(labels, known),
+        "vae": None if vae is None else vae.describe(),
+        "latent": checkpoint.info["latent"],
+        "image": checkpoint.info["image"],
+        "output": {"kind": options.kind, "samples": len(labels), "trajectory": options.trajectory},
+        "device": _describe_device(device),
+        "mixed_precision": plan.precision,
+        "decode_dtype": options.compute.decode_dtype if vae is not None else None,
+        "compile": options.compute.compile,
+        "versions": versions(),
+    }
+    return Settled(generator=generator, labels=labels, known=known, recipe=recipe)
+
+
+def choose_device(asked: str) -> str:
+    """The device of this process; with several GPUs and processes, each takes its own.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if asked == "auto":
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+        asked = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+    kind, _, number = asked.partition(":")
+    if kind not in LARGEST_BATCH or (number and not number.isdigit()):
+        raise UserError(f"--device {asked} is unknown; use auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count()
+    index = int(number) if number else launch().local_rank % max(count, 1)
+    if index >= count:
+        raise UserError(f"--device {asked} is not there: {count} GPUs are visible; use --device auto or cpu")
+    return f"cuda:{index}"
+
+
+def settle_plan(
+    reverse: ReverseOptions, compute: ComputeOptions, checkpoint: Checkpoint, *, samples: int, device: str
+) -> ReversePlan:
+    """The reverse process with every default filled in.
+
+    Raises:
+        UserError: the sampler or the guidance does not fit the checkpoint.
+    """
+    names = samplers_for(checkpoint.process)
+    sampler = reverse.sampler or default_sampler(checkpoint.process)
+    if sampler not in names:
+        close = nearest(sampler, names, count=1)
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"
+        raise UserError(f"--sampler {sampler} does not fit this checkpoint's process; {hint}")
+    if reverse.eta and sampler != "ddim":
+        raise UserError(f"--eta {reverse.eta} is for --sampler ddim, not {sampler}; drop one of the two")
+    if isinstance(checkpoint.process, GaussianDiffusion):
+        checkpoint.process.respaced(str(reverse.steps))  # refuses more steps than there are
+    kind = device.partition(":")[0]
+    precision = compute.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    guidance = _settle_guidance(reverse, checkpoint)
+    guides = guidance != 1
+    return ReversePlan(
+        sampler=sampler,
+        steps=reverse.steps,
+        eta=reverse.eta,
+        guidance=guidance,
+        channels=reverse.channels if guides else None,
+        interval=reverse.interval if guides else None,
+        seed=reverse.seed,
+        batch_size=compute.batch_size or _even_batch(samples, LARGEST_BATCH[kind]),
+        precision=precision,
+    )
+
+
+def _even_batch(samples: int, largest: int) -> int:
+    """The batch size that makes the fewest batches with the least padding."""
+    batches = -(-samples // largest)
+    return -(-samples // batches)
+
+
+def _settle_guidance(reverse: ReverseOptions, checkpoint: Checkpoint) -> float:
+    config = checkpoint.config
+    if config.num_classes and config.has_null_class:
+        return PAPER_GUIDANCE if reverse.guidance is None else reverse.guidance
+    why = (
+        "is unconditional: it has no classes to guide towards"
+        if config.num_classes == 0
+        else "was trained without label dropout, so it has no null class to guide away from"
+    )
+    if reverse.guidance not in {None, 1.0}:
+        raise UserError(f"--guidance {reverse.guidance} cannot apply: this checkpoint {why}; use --guidance 1")
+    if reverse.guidance is None and config.num_classes:
+        say(f"note: sampling without guidance, because this checkpoint {why}")
+    return 1.0
+
+
+def _check_grid(count: int, latent: dict[str, Any]) -> None:
+    pixels = latent["height"] * latent["width"] * latent["downsample"] ** 2
+    if count * pixels > GRID_PIXELS:
+        raise UserError(
+            f"a grid of {count} images is too large to look at; choose at most {GRID_PIXELS // pixels}, "
+            f"or --out FOLDER/ or PATH.npz"
+        )
+
+
+def _decoder(options: SampleOptions, checkpoint: Checkpoint, device: str) -> Vae:
+    return find_vae(
+        checkpoint.info["vae"],
+        options.vae,
+        device=device,
+        dtype=getattr(torch, options.compute.decode_dtype),
+        allow_other=options.allow_other_vae,
+    )
+
+
+def _describe_plan(plan: ReversePlan) -> dict[str, Any]:
+    values = asdict(plan)
+    values["guidance_channels"] = values.pop("channels")
+    values["guidance_interval"] = values.pop("interval") and list(plan.interval or ())
+    del values["precision"]
+    return values
+
+
+def _names_of_used(labels: ChosenLabels, known: KnownClasses) -> dict[str, str]:
+    used = sorted({int(label) for label in labels.values if label >= 0})
+    return {str(label): known.names[label] for label in used[:NAMED_CLASSES] if label < len(known.names)}
+
+
+def _describe_device(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"

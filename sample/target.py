@@ -1,0 +1,80 @@
+"""What stands where an output is to go: nothing, the finished output itself, or something that must not be lost."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import remove_folder
+from sample.chunks import differences, is_plan, work_folder_of
+from sample.options import SampleOptions
+from sample.outputs import is_intact
+from sample.provenance import read_sidecar, same_recipe, sidecar_of
+
+
+def strip_of(out: Path) -> Path:
+    """Where the denoising strip of an output goes."""
+    return out.with_name(f"{out.stem}.trajectory.png")
+
+
+def is_finished(options: SampleOptions, recipe: dict[str, Any], *, thorough: bool) -> bool:
+    """Whether the output is there already, made by this very recipe; if not, whether it may be made.
+
+    Args:
+        thorough: compare every byte with the sidecar, so that --overwrite makes an output again that was changed since.
+
+    Raises:
+        UserError: something else is in the way that may not, or not without --overwrite, be replaced.
+    """
+    out = options.path
+    sidecar = read_sidecar(out)
+    ours = is_plan(work_folder_of(out), recipe)  # a kill may have come between the output and its sidecar
+    if sidecar is not None and same_recipe(sidecar.get("recipe"), recipe) and out.exists():
+        if is_intact(out, sidecar.get("output", {}), thorough=thorough):
+            return True
+        if not options.overwrite and not ours:
+            raise UserError(f"{out} is not what {sidecar_of(out)} says it is; pass --overwrite to make it again")
+        return False
+    _check_kind(out, options.kind, ours=sidecar is not None)
+    if not ours and not options.overwrite:
+        _check_free(options, sidecar, recipe)
+    return False
+
+
+def sweep(out: Path, recipe: dict[str, Any]) -> None:
+    """Remove the work folder that a kill left behind after its output was finished."""
+    folder = work_folder_of(out)
+    if is_plan(folder, recipe):
+        remove_folder(folder)
+
+
+def _check_kind(out: Path, kind: str, *, ours: bool) -> None:
+    """A folder never gives way to a file or the other way round, and a folder of other things is never replaced."""
+    if kind != "folder":
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder; for single PNGs write --out {out}/, or name another file")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, but a folder of PNGs is to go there; name another folder")
+    elif out.is_dir() and not ours and any(out.iterdir()):
+        raise UserError(f"--out {out}/ holds other things; name a folder that is empty or not there yet")
+
+
+def _check_free(options: SampleOptions, sidecar: dict[str, Any] | None, recipe: dict[str, Any]) -> None:
+    out = options.path
+    if out.exists() and not (out.is_dir() and sidecar is None):
+        how = f", made another way ({differences(sidecar.get('recipe'), recipe)})" if sidecar else ""
+        raise UserError(f"{out} is there already{how}; pass --overwrite to replace it, or name another --out")
+    others = [sidecar_of(out)] if sidecar is None else []
+    if options.trajectory is not None:
+        others.append(strip_of(out))
+    for path in others:
+        if path.exists():
+            raise UserError(f"{path} is in the way; pass --overwrite to replace it, or name another --out")
+
+
+def clear(out: Path) -> None:
+    """Remove a folder of ours that is to be replaced; the sidecar goes first, so that nothing claims it is whole."""
+    if out.is_dir():
+        ours = read_sidecar(out) is not None
+        sidecar_of(out).unlink(missing_ok=True)
+        if ours:
+            remove_folder(out)

@@ -1,0 +1,137 @@
+"""Small real images, a VAE that costs nothing, and the command: run in this process, or started as real processes."""
+
+import hashlib
+import io
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def picture(number, size=(40, 32), kind="JPEG", mode="RGB"):
+    """An encoded image whose pixels depend on its number."""
+    width, height = size
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [(x * (3 + number) + y * k * 5 + number * 31) % 256 for k in range(3)]
+    image = Image.fromarray(np.stack(channels, -1).astype(np.uint8)).convert(mode)
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_picture():
+    return picture
+
+
+def write_tree(root, files):
+    for name, data in files.items():
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """Writes {relative path: bytes} under a folder."""
+    return write_tree
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """A random AutoencoderKL with down-factor 8, readable for every user."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vaes") / "small"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(
+            block_out_channels=(4, 4, 4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            latent_channels=4,
+        ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """50 images in three classes."""
+    files = {f"{'abc'[n % 3]}/{n:02d}.jpg": picture(n) for n in range(50)}
+    return write_tree(tmp_path_factory.mktemp("images"), files)
+
+
+@pytest.fixture
+def command(capsys, vae_folder, images):
+    """Runs dit-extract in this process on 32 pixels and shards of 8; gives (exit status, stderr)."""
+    from extract.__main__ import main
+
+    def run(*arguments, data=images, vae=vae_folder):
+        base = ["--data", data, "--vae", vae, "--image-size", 32, "--samples-per-shard", 8]
+        status = main([str(argument) for argument in (*base, *arguments)])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory, vae_folder, images):
+    """Starts dit-extract as a process of its own, forked from a server that has torch loaded; gives the process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["extract.extraction", "diffusers.models.autoencoders.autoencoder_kl"])
+    logs = tmp_path_factory.mktemp("logs")
+    root = str(Path(__file__).parent.parent.parent)
+    started = []
+
+    def run(*arguments, before="", data=images, vae=vae_folder):
+        base = ["--data", data, "--vae", vae, "--image-size", 32, "--samples-per-shard", 8]
+        argv = [str(argument) for argument in (*base, *arguments)]
+        log = logs / f"{len(started)}.log"
+        code = (
+            f"import os, sys; sys.path.insert(0, {root!r}); sys.stderr = open({str(log)!r}, 'w', buffering=1)\n{before}\n"
+            f"from extract.__main__ import main\nos._exit(main({argv!r}))"
+        )
+        process = context.Process(target=exec, args=(code, {}))
+        process.start()
+        process.log = log.read_text
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+@pytest.fixture(scope="session")
+def hashes():
+    """{relative path: SHA-256} of everything in a folder."""
+
+    def of(folder):
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, vae_folder, images, hashes):
+    """The hashes of a store that one process made undisturbed."""
+    from extract.__main__ import main
+
+    out = tmp_path_factory.mktemp("reference") / "store"
+    arguments = ["--data", images, "--vae", vae_folder, "--image-size", 32, "--samples-per-shard", 8, "--out", out]
+    assert main([str(argument) for argument in arguments]) == 0
+    return hashes(out)
+
+
+def pytest_configure(config):
+    assert sys.platform != "win32", "locks, forks and signals of this suite are those of Unix"

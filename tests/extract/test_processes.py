@@ -1,0 +1,176 @@
+"""Real processes, real signals: any number of them, killed at any moment, end in the same bytes."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.002)
+
+
+def finish_all(processes):
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_and_three_processes_give_the_bytes_of_one(tmp_path, start, reference, hashes, count):
+    processes = [start("--out", tmp_path / "store") for _ in range(count)]
+    assert finish_all(processes) == [0] * count, [process.log() for process in processes]
+    assert hashes(tmp_path / "store") == reference
+
+
+def kill_rounds(tmp_path, start, reference, hashes, rounds):
+    """Kill one or two processes at random moments, continue with as many, compare; gives what the kills left behind."""
+    draw = random.Random(2024)
+    left = []
+    for number in range(rounds):
+        out = tmp_path / f"store-{number}"
+        count = 1 + number % 2
+        for attempt in range(2):
+            processes = [start("--out", out) for _ in range(count)]
+            if attempt == 0:
+                wait_for(lambda out=out: (out / ".work/settings.json").exists())
+            time.sleep(draw.uniform(0, 0.4))
+            for process in processes:
+                process.kill()
+            finish_all(processes)
+            left.append(sorted(path.name for path in out.rglob("*") if path.is_file()))
+        last = [start("--out", out) for _ in range(count)]
+        assert finish_all(last) == [0] * count, [process.log() for process in last]
+        assert hashes(out) == reference
+        shutil.rmtree(out)
+    return left
+
+
+def test_killed_at_random_moments_and_continued_the_bytes_are_the_same(tmp_path, start, reference, hashes):
+    left = kill_rounds(tmp_path, start, reference, hashes, 3)
+    assert any("manifest.json" not in names for names in left), "no kill came before the end"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_rounds_of_kills(tmp_path, start, reference, hashes):
+    left = kill_rounds(tmp_path, start, reference, hashes, 20)
+    assert sum("manifest.json" not in names for names in left) > 10
+
+
+SLOWLY = """
+import time, extract.shards as shards
+write = shards.write_shard
+shards.write_shard = lambda *a, **k: (time.sleep(0.3), write(*a, **k))[1]
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_says_how_to_continue_and_the_rest_is_made_later(tmp_path, start, reference, hashes, number):
+    out = tmp_path / "store"
+    process = start("--out", out, before=SLOWLY)
+    wait_for((out / "train-00000.json").exists)
+    os.kill(process.pid, number)
+    assert finish_all([process]) == [128 + number], process.log()
+    assert "run the same command again to continue" in process.log()
+    assert not (out / "manifest.json").exists() and not list(out.rglob("*.partial"))
+    again = start("--out", out)
+    assert finish_all([again]) == [0]
+    assert hashes(out) == reference
+
+
+def test_a_shard_claimed_by_a_killed_process_is_free_again(tmp_path, start, reference, hashes):
+    out = tmp_path / "store"
+    process = start("--out", out, before=SLOWLY)
+    wait_for((out / ".work/locks/00001.lock").exists)
+    process.kill()
+    finish_all([process])
+    assert finish_all([start("--out", out)]) == [0]
+    assert hashes(out) == reference
+
+
+def test_overwrite_waits_for_nobody_and_refuses_while_another_works(tmp_path, start, reference, hashes):
+    out = tmp_path / "store"
+    process = start("--out", out, before=SLOWLY)
+    wait_for((out / "train-00000.json").exists)
+    second = start("--out", out, "--overwrite")
+    assert finish_all([second]) == [2]
+    assert "another process is writing" in second.log()
+    assert finish_all([process]) == [0]
+    assert hashes(out) == reference
+
+
+NOBODY = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+
+
+@pytest.fixture
+def open_folder(tmp_path_factory, vae_folder):
+    """A folder that any user may enter, with the VAE in it."""
+    folder = Path("/tmp") / f"dit-extract-{os.getpid()}"
+    shutil.copytree(vae_folder, folder / "vae")
+    for path in (folder / "vae").iterdir():
+        path.chmod(0o644)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_without_permission_an_input_is_left_out_and_an_output_is_one_sentence(open_folder, start, tree, make_picture):
+    tree(open_folder / "data", {f"a/{n}.jpg": make_picture(n) for n in range(4)})
+    (open_folder / "data/a/2.jpg").chmod(0)
+    (open_folder / "store").mkdir()
+    arguments = {"data": open_folder / "data", "vae": open_folder / "vae", "before": NOBODY}
+    refused = start("--out", open_folder / "store", **arguments)
+    assert finish_all([refused]) == [2]
+    assert "no permission to write" in refused.log() and "Traceback" not in refused.log()
+    (open_folder / "store").chmod(0o777)
+    process = start("--out", open_folder / "store", "--allow-skips", "0.3", **arguments)
+    assert finish_all([process]) == [0], process.log()
+    assert (
+        '"a/2.jpg", "reason": "cannot be opened: Permission denied"'
+        in (open_folder / "store/skipped.jsonl").read_text()
+    )
+
+
+LITTLE_DISK = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+
+
+def test_a_file_that_may_not_grow_ends_in_one_sentence(tmp_path, start, reference, hashes):
+    out = tmp_path / "store"
+    process = start("--out", out, before=LITTLE_DISK)
+    assert finish_all([process]) == [2]
+    assert "cannot write" in process.log() and "Traceback" not in process.log()
+    assert not list(out.glob("*.safetensors"))
+    assert finish_all([start("--out", out)]) == [0]
+    assert hashes(out) == reference
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_launchers_start_processes_that_share_the_work(
+    tmp_path, start, reference, hashes, images, vae_folder, launcher
+):
+    out = tmp_path / "store"
+    arguments = ["--data", images, "--vae", vae_folder, "--image-size", 32, "--samples-per-shard", 8, "--out", out]
+    head = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0, "--module", "extract"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "-m", "extract"],
+    }[launcher]
+    if launcher == "accelerate":  # the old store goes once, and both processes work on the new one
+        assert finish_all([start("--out", out, "--seed", 1)]) == [0]
+        arguments.append("--overwrite")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, "-m", *map(str, (*head, *arguments))]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hashes(out) == reference

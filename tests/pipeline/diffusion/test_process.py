@@ -1,0 +1,43 @@
+import pytest
+
+from pipeline.diffusion import GaussianDiffusion, RectifiedFlow, make_process
+from pipeline.errors import UserError
+
+
+def test_the_objective_names_the_process_and_defaults_are_the_papers():
+    assert make_process({"objective": "ddpm"}) == GaussianDiffusion()
+    assert make_process({"objective": "flow"}) == RectifiedFlow()
+    assert GaussianDiffusion().to_json() == {
+        "objective": "ddpm",
+        "schedule": "linear",
+        "steps": 1000,
+        "prediction": "epsilon",
+        "variance": "learned-range",
+        "loss": "mse",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "the objective is None, but only ddpm and flow exist"),
+        ({"objective": "score"}, "the objective is 'score', but only ddpm and flow exist"),
+        (
+            {"objective": "flow", "steps": 10, "law": 1},
+            r"steps is no setting of it \(they are timestep_law\); law is no setting",
+        ),
+        ({"objective": "ddpm", "schedule": "sigmoid"}, "schedule is 'sigmoid' but must be one of linear, cosine"),
+        ({"objective": "ddpm", "kept": [0, 1000]}, "kept must rise within 0 … 999"),
+        ({"objective": "ddpm", "kept": [5, 5]}, "kept must rise within 0 … 999"),
+        ({"objective": "ddpm", "kept": []}, "kept must rise within 0 … 999"),
+        ({"objective": "ddpm", "steps": 0}, "steps is 0 but must be at least 1"),
+        (
+            {"objective": "flow", "timestep_law": "beta"},
+            "timestep_law is 'beta' but must be one of logit-normal, uniform",
+        ),
+        ({"objective": "ddpm", "prediction": "x"}, "prediction is 'x' but must be one of epsilon, x0, v"),
+    ],
+)
+def test_what_there_is_not_is_refused_by_name(settings, message):
+    with pytest.raises(UserError, match=message):
+        make_process(settings)

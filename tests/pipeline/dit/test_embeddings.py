@@ -1,0 +1,29 @@
+import math
+
+import torch
+
+from pipeline.dit.embeddings import position_table, timestep_features
+
+
+def test_timestep_features_are_the_references(golden, relative_error):
+    assert relative_error(timestep_features(golden["forward.t"]), golden["forward.t_freq"]) < 1e-6
+
+
+def test_timestep_features_stay_float32_whatever_comes_in():
+    whole = timestep_features(torch.tensor([0, 999]))
+    assert whole.dtype == torch.float32
+    assert torch.equal(whole, timestep_features(torch.tensor([0.0, 999.0], dtype=torch.float64)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(whole, timestep_features(torch.tensor([0, 999])))
+
+
+def test_the_position_table_is_the_references(golden):
+    assert torch.equal(position_table(4, 4, 64), golden["state.pos_embed"])
+
+
+def test_on_a_non_square_grid_the_first_half_tells_the_column_and_the_second_the_row():
+    table = position_table(2, 3, 8).view(2, 3, 8)
+    assert torch.equal(table[0, :, :4], table[1, :, :4])
+    assert torch.equal(table[:, 0, 4:], table[:, 2, 4:])
+    expected = torch.tensor([math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02)])
+    torch.testing.assert_close(table[0, 2, :4], expected)

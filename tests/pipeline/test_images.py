@@ -1,0 +1,278 @@
+"""Any image file becomes RGB pixels of one size, and a file that cannot says why."""
+
+import io
+import struct
+import threading
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.images import (
+    ImageError,
+    centre_crop,
+    choose_box,
+    decode_image,
+    random_resized_crop,
+    to_pixels,
+)
+
+SOLID = (200, 100, 50)
+GOLDEN_BOXES = [(44, 8, 243, 180), (16, 0, 183, 200), (68, 7, 292, 179)]
+
+
+def picture(width=24, height=16, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    return file.getvalue()
+
+
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def adm_center_crop(image, size):
+    """The published definition, statement by statement: halve by BOX, then BICUBIC, then the middle."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)
+    array = np.array(image)
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "JPEG", "WEBP", "PPM"])
+def test_every_format_is_known_by_its_content(kind):
+    image = decode_image(encoded(Image.new("RGB", (10, 7), SOLID), kind), "no-suffix")
+    assert (image.mode, image.size) == ("RGB", (10, 7))
+    assert np.abs(np.asarray(image).astype(int) - SOLID).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_rgb_comes_back_to_the_last_bit(kind):
+    original = picture()
+    assert np.array_equal(decode_image(encoded(original, kind)), original)
+
+
+def test_the_first_frame_of_an_animation_is_taken():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert decode_image(data).getpixel((3, 3)) == (255, 0, 0), kind
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_turns_the_image_upright_once(kind, orientation):
+    upright = Image.new("RGB", (32, 16), "black")
+    upright.paste("white", (0, 0, 8, 8))
+    stored = {
+        1: lambda image: image,
+        2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
+        4: lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
+        6: lambda image: image.transpose(Image.Transpose.ROTATE_90),
+        7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
+        8: lambda image: image.transpose(Image.Transpose.ROTATE_270),
+    }[orientation](upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode_image(encoded(stored, kind, exif=exif))
+    assert decoded.size == (32, 16)
+    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(upright)).max() < 40
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # the commands silence Pillow; pytest undoes that
+def test_damaged_exif_turns_nothing():
+    data = encoded(picture(), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12\x01\x03")
+    assert decode_image(data).size == (24, 16)
+
+
+def test_cmyk_and_inverted_adobe_cmyk_become_rgb():
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = np.asarray(decode_image(encoded(cmyk, "JPEG", quality=95)))[8, 8].astype(int)
+    assert np.abs(red - (255, 0, 0)).max() < 12
+    assert decode_image(encoded(cmyk, "TIFF")).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_palettes_grey_and_single_bits_become_rgb():
+    assert decode_image(encoded(Image.new("RGB", (4, 4), SOLID).convert("P"), "PNG")).mode == "RGB"
+    assert decode_image(encoded(Image.new("L", (4, 4), 77), "PNG")).getpixel((0, 0)) == (77, 77, 77)
+    assert decode_image(encoded(Image.new("1", (4, 4), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_alpha_is_composited_on_white():
+    half_red = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert decode_image(encoded(half_red, "PNG")).getpixel((0, 0)) == (255, 127, 127)
+    clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
+    for kind in ("PNG", "WEBP", "TIFF"):
+        assert decode_image(encoded(clear, kind)).getpixel((0, 0)) == (255, 255, 255), kind
+    assert decode_image(encoded(Image.new("LA", (4, 4), (0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_colour_marked_transparent_becomes_white():
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((0, 0), 0)
+    for transparency in (0, bytes([0, 255])):
+        image = decode_image(encoded(palette, "PNG", transparency=transparency))
+        assert (image.getpixel((0, 0)), image.getpixel((1, 1))) == ((255, 255, 255), (40, 50, 60))
+    assert decode_image(encoded(palette, "GIF", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    keyed = encoded(Image.new("RGB", (4, 4), SOLID), "PNG", transparency=SOLID)
+    assert decode_image(keyed).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_of_sixteen_bits_the_upper_eight_count():
+    for value, byte in ((0, 0), (0x80FF, 0x80), (65535, 255)):
+        grey = Image.fromarray(np.full((4, 4), value, dtype=np.uint16))
+        assert decode_image(encoded(grey, "PNG")).getpixel((0, 0)) == (byte,) * 3
+        assert decode_image(encoded(grey, "TIFF")).getpixel((0, 0)) == (byte,) * 3
+    rows = b"".join(b"\x00" + struct.pack(">HHH", 0x12FF, 0x80FF, 0xFFFF) * 2 for _ in range(2))
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    assert decode_image(b"\x89PNG\r\n\x1a\n" + chunks).getpixel((1, 1)) == (0x12, 0x80, 0xFF)
+
+
+def test_floating_point_images_are_taken_from_zero_to_one():
+    ramp = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
+    assert np.asarray(decode_image(encoded(Image.fromarray(ramp), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+    with pytest.raises(ImageError, match="floating-point values outside 0 to 1"):
+        decode_image(encoded(Image.fromarray(ramp * 7), "TIFF"))
+
+
+def test_a_broken_colour_profile_is_ignored():
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        data = encoded(Image.new("RGB", (8, 8), SOLID), kind, icc_profile=b"this is no profile")
+        assert np.abs(np.asarray(decode_image(data)).astype(int) - SOLID).max() <= 3, kind
+
+
+def test_one_pixel_is_an_image():
+    pixels = centre_crop(decode_image(encoded(Image.new("RGB", (1, 1), SOLID), "PNG")), 64)
+    assert pixels.shape == (64, 64, 3)
+    assert (pixels == SOLID).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.9])
+def test_a_file_that_was_cut_off_is_refused(kind, share):
+    data = encoded(picture(240, 160), kind)
+    with pytest.raises(ImageError, match=r"a/b\.x: (truncated|cannot be decoded|not an image)"):
+        decode_image(data[: int(len(data) * share)], "a/b.x")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "zero bytes"),
+        (b"<html>not found</html>", "not an image of a known kind, or cut off inside its header"),
+        (b"\x89PNG\r\n\x1a\n", "not an image of a known kind, or cut off inside its header"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known kind"),
+        (b"\xff\xd8\xff" + bytes(50), "not an image of a known kind, or cut off inside its header"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_a_reason(data, reason):
+    with pytest.raises(ImageError) as caught:
+        decode_image(data, "cat.jpg")
+    assert caught.value.reason.startswith(reason)
+    assert caught.value.key == "cat.jpg"
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked():
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 1, 0, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match="a decompression bomb: more than 178 megapixels"):
+        decode_image(bomb)
+
+
+def test_noise_never_raises_anything_but_image_errors():
+    draw = np.random.default_rng(0)
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"):
+        sound = encoded(picture(), kind)
+        for _ in range(40):
+            damaged = bytearray(sound)
+            for place in draw.integers(0, len(damaged), 5):
+                damaged[place] = draw.integers(256)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # odd metadata, which the commands silence too
+                try:
+                    assert decode_image(bytes(damaged)).mode == "RGB"
+                except ImageError:
+                    continue
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize(
+    "shape", [(500, 375), (375, 500), (64, 64), (257, 511), (129, 1000), (1023, 769), (1, 3), (40, 30), (512, 512)]
+)
+def test_the_centre_crop_is_bit_for_bit_the_published_one(size, shape):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
+    assert np.array_equal(centre_crop(image, size), adm_center_crop(image, size))
+
+
+def test_a_side_ratio_that_would_fill_the_memory_is_refused():
+    with pytest.raises(ImageError, match="too thin: 1×5000 pixels would be resized to 256×1280000, more than 64 mega"):
+        centre_crop(Image.new("RGB", (1, 5000)), 256)
+    assert centre_crop(Image.new("RGB", (1, 99)), 64).shape == (64, 64, 3)
+
+
+def test_boxes_depend_on_their_key_alone_and_stay_inside():
+    boxes = [choose_box(300, 200, 0, index, view) for index in range(200) for view in range(2)]
+    assert boxes == [choose_box(300, 200, 0, index, view) for index in range(200) for view in range(2)]
+    assert len(set(boxes)) > 390
+    assert choose_box(300, 200, 0, 1) != choose_box(300, 200, 1, 1)
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 300
+        assert 0 <= top < bottom <= 200
+        assert 0.49 < (right - left) * (bottom - top) / 60_000 <= 1
+        assert 0.74 < (right - left) / (bottom - top) < 1.35
+
+
+def test_boxes_keep_their_values_for_ever():
+    assert [choose_box(300, 200, 0, index) for index in range(3)] == GOLDEN_BOXES
+
+
+def test_a_box_of_an_image_too_thin_for_any_ratio_is_its_middle():
+    assert choose_box(1000, 10, 0, 0) == (493, 0, 506, 10)
+    assert choose_box(1, 1, 0, 0) == (0, 0, 1, 1)
+
+
+def test_a_random_crop_is_the_box_enlarged():
+    image = picture(48, 32)
+    whole = random_resized_crop(image, 16, (8, 4, 40, 28))
+    assert np.array_equal(whole, np.asarray(image.crop((8, 4, 40, 28)).resize((16, 16), Image.Resampling.BICUBIC)))
+
+
+def test_bytes_map_linearly_onto_minus_one_to_one():
+    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    pixels = to_pixels(images)
+    assert (pixels.dtype, pixels.shape, pixels.flags.c_contiguous) == (np.float32, (1, 3, 16, 16), True)
+    assert pixels.min() == -1 and pixels.max() == 1 and abs(pixels[0, 0, 0, 1] - (1 / 127.5 - 1)) < 1e-7
+    assert np.array_equal(((pixels + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1), images)
+
+
+def test_many_threads_decode_what_one_does():
+    files = [encoded(picture(64, 48, seed), kind) for seed in range(4) for kind in ("PNG", "JPEG", "WEBP", "GIF")]
+    expected = [centre_crop(decode_image(data), 32) for data in files]
+    failures = []
+
+    def decode_all():
+        for data, pixels in zip(files * 3, expected * 3, strict=True):
+            if not np.array_equal(centre_crop(decode_image(data), 32), pixels):
+                failures.append(data)
+
+    threads = [threading.Thread(target=decode_all) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

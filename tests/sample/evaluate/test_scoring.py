@@ -1,0 +1,52 @@
+"""Names with counts, and what is computed of what: on features made up here."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from sample.evaluate.inputs import Input
+from sample.evaluate.scoring import Side, compute_scores, count_name, settle_metrics
+
+SETTINGS = {"seed": 0, "kid_subsets": 2, "kid_subset_size": 10, "device": "cpu"}
+
+
+class Rows(list):
+    """Blocks of one feature."""
+
+    def rows(self):
+        return np.concatenate(self)
+
+
+def side(count=3000, *, flag="--samples", sorted_by_name=False, **features):
+    images = SimpleNamespace(count=count, sorted_by_name=sorted_by_name)
+    made = Side(Input(flag=flag, path="x", images=images, statistics=None, made_by=None))
+    made.blocks = {name: Rows([rows]) for name, rows in features.items()}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(50_000, "FID-50k"), (2500, "FID-2500"), (2048, "FID-2048"), (10_000, "FID-10k"), (None, "FID")]
+)
+def test_a_metric_is_named_with_its_count(count, name):
+    assert count_name("fid", count) == name
+
+
+def test_the_limits_are_2048_for_fid_and_four_for_neighbours():
+    assert settle_metrics(("fid", "sfid"), side(2048), side(2048), asked=True) == ("fid", "sfid")
+    with pytest.raises(UserError, match="fid and sfid: at least 2048 images are needed, but --reference x has 2047"):
+        settle_metrics(("fid", "sfid", "kid"), side(), side(2047, flag="--reference"), asked=False)
+    with pytest.raises(UserError, match="precision and recall: at least 4 images are needed"):
+        settle_metrics(("precision", "recall"), side(4), side(3), asked=True)
+    assert settle_metrics(("is", "kid"), side(2), side(2), asked=True) == ("is", "kid")
+
+
+def test_the_inception_score_of_a_folder_does_not_depend_on_its_class_folders():
+    """12,000 images in the order of ten classes: splits of 5,000 in that order would hold half of the classes each."""
+    logits = np.repeat(np.eye(10) * 100, 1200, axis=0)
+    in_order = compute_scores(("is",), side(12_000, logits_unbiased=logits), None, **SETTINGS)[0]
+    shuffled = compute_scores(("is",), side(12_000, sorted_by_name=True, logits_unbiased=logits), None, **SETTINGS)[0]
+    assert in_order.value < 6
+    assert shuffled.value == pytest.approx(10, rel=0.01)
+    assert (shuffled.details["splits"], shuffled.details["order"]) == (3, "shuffled")

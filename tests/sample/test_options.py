@@ -1,0 +1,73 @@
+"""What the command line refuses before any work, and what it makes of the rest."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.options import parse_options
+from sample.__main__ import PRESETS
+from sample.options import SampleOptions
+
+
+def parse(*arguments, out="a.png"):
+    given = ["--checkpoint", "run", "--out", out, *arguments]
+    return parse_options(SampleOptions, given, prog="dit-sample", description="", presets=PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("out", "kind"),
+    [("a.png", "grid"), ("a.npz", "npz"), ("a.safetensors", "latents"), ("a/", "folder"), ("a", "folder"),
+     ("v1.5", "folder"), ("a.png/", "folder")],
+)  # fmt: skip
+def test_the_output_is_told_by_its_name(out, kind):
+    assert parse(out=out).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples-per-class", "2", "--num-samples", "4"], "--samples-per-class excludes --num-samples"),
+        (["--labels", "random"], "--labels random needs --num-samples"),
+        (["--labels", "l.txt", "--classes", "1"], "excludes --classes"),
+        (["--num-samples", "0"], "--num-samples 0 must be at least 1"),
+        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--eta", "2"], "--eta 2.0 must lie in 0"),
+        (["--guidance", "-1"], "--guidance -1.0 must be a number from 0 on"),
+        (["--guidance", "nan"], "--guidance nan"),
+        (["--guidance-interval", "0.8:0.2"], "--guidance-interval 0.8:0.2 must be A:B"),
+        (["--guidance-interval", "half"], "--guidance-interval half must be A:B"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--trajectory", "1"], "--trajectory 1 must be at least 2"),
+        (["--stepz", "3"], "did you mean --steps"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_flag_that_mends_it(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse(*arguments)
+
+
+def test_an_output_of_another_kind_is_refused():
+    with pytest.raises(UserError, match=r"--out a.jpg ends in .jpg; use .png, .npz, .safetensors, or FOLDER/"):
+        parse(out="a.jpg")
+    with pytest.raises(UserError, match="--trajectory draws pictures"):
+        parse("--trajectory", "4", out="a.safetensors")
+
+
+def test_an_interval_is_two_shares_of_time():
+    assert parse("--guidance-interval", "0.2:0.8").reverse.interval == (0.2, 0.8)
+    assert parse("--guidance-channels", "3").reverse.channels == 3
+    assert parse().reverse.channels is None
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in Path(PRESETS).glob("*.yaml")))
+def test_every_preset_is_a_command_line(preset):
+    options = parse("--config", preset)
+    assert options.images.num_samples == yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())["num-samples"]
+
+
+def test_the_papers_preset_guides_three_channels_at_one_and_a_half():
+    options = parse("--config", "paper-256")
+    assert (options.reverse.guidance, options.reverse.channels, options.reverse.steps) == (1.5, 3, 250)
+    assert (options.images.labels, options.images.num_samples) == ("random", 50_000)

@@ -1,0 +1,116 @@
+import pytest
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.options import parse_options
+from train.__main__ import PRESETS
+from train.options import (
+    MAY_CHANGE,
+    AverageOptions,
+    DataOptions,
+    HardwareOptions,
+    OptimiserOptions,
+    TrainOptions,
+    plain_values,
+)
+
+
+def parse(*arguments):
+    return parse_options(
+        TrainOptions,
+        ["--latents", "store", "--out", "run", *arguments],
+        prog="dit-train",
+        description="",
+        presets=PRESETS,
+    )
+
+
+def test_the_papers_recipe_is_the_default():
+    options = plain_values(parse())
+    assert {
+        name: options[name] for name in ("model", "lr", "lr-schedule", "lr-warmup-steps", "weight-decay", "batch-size")
+    } == {
+        "model": "DiT-XL/2",
+        "lr": 1e-4,
+        "lr-schedule": "constant",
+        "lr-warmup-steps": 0,
+        "weight-decay": 0.0,
+        "batch-size": 256,
+    }
+    assert {
+        name: options[name]
+        for name in ("ema-decay", "class-dropout", "flip", "objective", "prediction", "variance", "loss")
+    } == {
+        "ema-decay": 0.9999,
+        "class-dropout": 0.1,
+        "flip": True,
+        "objective": "ddpm",
+        "prediction": "epsilon",
+        "variance": "learned-range",
+        "loss": "mse",
+    }
+    differing = {
+        name
+        for name, value in yaml.safe_load((PRESETS / "paper-256.yaml").read_text()).items()
+        if options[name] != value
+    }
+    assert differing == {"recipe"}
+
+
+@pytest.mark.parametrize("name", ["paper-256", "paper-512", "small-data"])
+def test_every_preset_is_read_by_its_name_and_says_which_it_is(name):
+    options = parse("--config", name)
+    assert options.recipe == name
+    assert plain_values(options) | yaml.safe_load((PRESETS / f"{name}.yaml").read_text()) == plain_values(options)
+
+
+def test_the_command_line_overrides_a_preset():
+    assert parse("--config", "small-data", "--batch-size", "32").optimiser.batch_size == 32
+
+
+def test_resolved_options_read_back_are_the_same(tmp_path):
+    options = parse(
+        "--extra-ema",
+        "a=0.9",
+        "b=0.99",
+        "--betas",
+        "0.8",
+        "0.95",
+        "--no-flip",
+        "--keep-every",
+        "5",
+        "--time-limit",
+        "1.5",
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(plain_values(options)))
+    assert parse_options(TrainOptions, ["--config", str(path)], prog="dit-train", description="") == options
+
+
+def test_every_flag_that_may_change_exists():
+    assert set(plain_values(parse())) >= MAY_CHANGE
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimiserOptions(batch_size=0), "--batch-size 0 must be at least 1"),
+        (lambda: OptimiserOptions(betas=(0.9, 1.0)), "--betas 0.9 1.0 must both lie"),
+        (lambda: OptimiserOptions(clip_norm=0.0), "--clip-norm 0.0 must be above 0"),
+        (lambda: OptimiserOptions(lr=float("nan")), "--lr nan must be at least 0"),
+        (lambda: HardwareOptions(grad_accumulation=0), "--grad-accumulation 0 must be at least 1"),
+        (lambda: DataOptions(latents="x", validation="y", validation_share=0.1), "exclude each other"),
+        (lambda: DataOptions(latents="x", validation_share=0.9), "--validation-share 0.9 must lie between 0 and 0.5"),
+        (lambda: AverageOptions(ema_decay=1.0), "decay 1.0 of ema must lie"),
+        (lambda: AverageOptions(extra_ema=("slow",)), "--extra-ema slow must be NAME=DECAY"),
+        (lambda: AverageOptions(extra_ema=("a=0.9", "a=0.8")), "the name 'a' is taken"),
+        (lambda: AverageOptions(extra_ema=("../a=0.9",)), "no plain file name"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_averages_are_named_by_their_files():
+    assert AverageOptions(extra_ema=("slow=0.99995",)).decays == {"ema": 0.9999, "ema-slow": 0.99995}

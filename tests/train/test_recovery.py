@@ -1,0 +1,67 @@
+"""Losses that are not finite: skipped, counted, and too many of them undone."""
+
+import json
+
+import pytest
+import torch
+
+from tests.train.runs import assert_same_run, checkpoints, history, lines, make_store, poison, tensors, train
+from train.order import DataOrder, Share
+
+SAVING = ["--save-every", "2", "--keep-last", "0"]
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """A store whose sample 3 makes its batch's loss NaN; it comes once per epoch of 50 samples."""
+    folder = make_store(tmp_path_factory.mktemp("poisoned") / "latents")
+    poison(folder, [3])
+    return folder
+
+
+def bad_batches(count):
+    order = DataOrder(50, seed=0)
+    return [number for number in range(count) if 3 in order.batch(number, Share(batch_size=8))]
+
+
+def test_a_bad_step_changes_nothing_and_is_counted(poisoned, tmp_path):
+    bad = bad_batches(6)
+    assert len(bad) == 1
+    assert train(poisoned, tmp_path / "run", "--save-every", "1", "--keep-last", "0", steps=6) == 0
+    skipped = [line["step"] for line in lines(tmp_path / "run") if line["loss"] is None]
+    assert skipped == [bad[0] + 1]
+    assert lines(tmp_path / "run")[-1]["skipped_steps"] == 1
+    before, after = tensors(tmp_path / "run", bad[0]), tensors(tmp_path / "run", bad[0] + 1)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_too_many_in_a_row_go_back_and_jump_past_them_and_resuming_does_the_same(poisoned, tmp_path, capsys):
+    flags = [*SAVING, "--max-skipped-in-a-row", "1"]
+    run, first_bad = tmp_path / "run", bad_batches(6)[0]
+    saved = first_bad // 2 * 2  # the last checkpoint before the step that trains on it
+    assert saved > 0
+    assert train(poisoned, run, *flags, steps=12) == 0
+    assert f"back to step {saved}, going on with the batches after the offending ones" in capsys.readouterr().err
+    assert [line["step"] for line in lines(run)] == list(range(1, 13))
+    assert all(line["loss"] is not None for line in lines(run))
+    state = json.loads((run / "checkpoints" / "step-0000012" / "state" / "trainer.json").read_text())
+    assert state["rollbacks"] >= 1 and state["jump"] >= first_bad + 1 - saved
+    for steps in (saved + 3, 12):
+        assert train(poisoned, tmp_path / "again", *flags, steps=steps) == 0
+    assert history(run) == history(tmp_path / "again")
+    assert_same_run(run, tmp_path / "again", 12)
+
+
+def test_without_a_checkpoint_to_go_back_to_it_ends_with_a_clear_line(poisoned, tmp_path, capsys):
+    assert train(poisoned, tmp_path / "run", "--max-skipped-in-a-row", "1", steps=12) == 1
+    spoken = capsys.readouterr().err
+    assert "not finite for 1 steps in a row" in spoken and "there is no checkpoint to go back to; lower --lr" in spoken
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_going_back_too_often_ends_with_a_clear_line(tmp_path, capsys):
+    folder = make_store(tmp_path / "latents", samples=16, shards=1)
+    poison(folder, [1, 2, 5, 9])
+    flags = ["--save-every", "1", "--max-skipped-in-a-row", "1", "--max-rollbacks", "2", "--batch-size", "2"]
+    assert train(folder, tmp_path / "run", *flags, steps=100) == 1
+    assert "2 returns did not help" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from pipeline.errors import UserError
+from train.options import DataOptions, OptimiserOptions, RunOptions, TrainOptions
+from train.run_folder import MetricsFile, begin_run, check_run, claimed
+
+
+def options(out, *, seed=0, steps=10, overwrite=False, **data):
+    return TrainOptions(
+        data=DataOptions(latents="store", seed=seed, **data),
+        run=RunOptions(out=out, overwrite=overwrite),
+        optimiser=OptimiserOptions(steps=steps),
+    )
+
+
+def open_run(options, data_identity):
+    with claimed(options.run.out):
+        check_run(options, data_identity)
+        begin_run(options, data_identity)
+
+
+def test_the_resolved_options_are_written_and_can_be_read_as_flags(tmp_path):
+    open_run(options(tmp_path / "run"), "abc")
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["latents"] == "store" and saved["seed"] == 0 and saved["out"] == str(tmp_path / "run")
+
+
+def test_a_setting_that_would_alter_the_run_is_refused_with_the_difference(tmp_path):
+    open_run(options(tmp_path), "abc")
+    with pytest.raises(
+        UserError, match="--seed was 0 and is now 1; .*--flip was True and is now False|--flip was True.*--seed was 0"
+    ):
+        open_run(options(tmp_path, seed=1, flip=False), "abc")
+    with pytest.raises(UserError, match="the data of --latents was store and is now other data"):
+        open_run(options(tmp_path), "def")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
+
+
+def test_settings_that_leave_the_past_alone_may_change(tmp_path):
+    open_run(options(tmp_path), "abc")
+    changed = dataclasses.replace(options(tmp_path, steps=20), data=DataOptions(latents="moved", prefetch=2))
+    open_run(changed, "abc")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["steps"] == 20
+
+
+def test_a_folder_with_other_contents_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "holiday.jpg").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"is not empty and holds no run \(no config.yaml, but holiday.jpg\)"):
+            open_run(options(tmp_path, overwrite=overwrite), "abc")
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(UserError, match="is a file, but a run needs a folder"):
+        open_run(options(tmp_path / "run"), "abc")
+
+
+def test_overwrite_removes_the_run_that_was_there(tmp_path):
+    open_run(options(tmp_path), "abc")
+    (tmp_path / "checkpoints" / "step-0000001").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    open_run(options(tmp_path, seed=5, overwrite=True), "abc")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (saved["seed"], saved["overwrite"]) == (5, False)
+    assert not list((tmp_path / "checkpoints").iterdir()) and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_is_held_by_one_process_at_a_time(tmp_path):
+    with claimed(tmp_path), pytest.raises(UserError, match="another process is training in"), claimed(tmp_path):
+        pass
+    with claimed(tmp_path):
+        pass
+
+
+def test_a_refused_run_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="mended elsewhere"), claimed(tmp_path / "a" / "run"):
+        raise UserError("mended elsewhere")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_metrics_past_a_step_and_torn_lines_are_dropped(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 0.5}) for step in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 25, "lo')
+    metrics = MetricsFile(tmp_path, after_step=20)
+    metrics.append({"step": 21, "loss": None})
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 21]

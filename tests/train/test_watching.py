@@ -1,0 +1,176 @@
+"""What a user sees while a run goes on: lines, events, pictures, the summary."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.vae import load_vae
+from tests.train.runs import QUICK, ROOT, assert_same_run, command, environment, lines, make_store, train
+from train.__main__ import main
+from train.plot import main as plot
+from train.plot import smoothed
+
+NUMBERS = {"step", "loss", "mse", "vb", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "grad_norm", "lr"}
+NUMBERS |= {"images_per_second", "data_wait_share", "skipped_steps", "memory_bytes", "save_pause_seconds"}
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def demo_store(tmp_path_factory):
+    """A store that names the demo VAE, so that previews can be decoded."""
+    return make_store(tmp_path_factory.mktemp("demo") / "latents", vae=load_vae("demo").describe())
+
+
+@pytest.fixture(scope="module")
+def watched(demo_store, tmp_path_factory):
+    run = tmp_path_factory.mktemp("watched") / "run"
+    flags = ["--sample-every", "2", "--preview-steps", "3", "--preview-classes", "3", "--validation-share", "0.2"]
+    flags += ["--validate-every", "2", "--tensorboard", "--log-every", "2", "--save-every", "2"]
+    assert train(demo_store, run, *flags, steps=4) == 0
+    return run
+
+
+def test_every_logged_step_has_its_numbers_and_the_loss_is_its_parts(watched):
+    assert [line["step"] for line in lines(watched)] == [2, 4]
+    for line in lines(watched):
+        assert line.keys() == NUMBERS | {"validation_loss", "validation_loss_ema"}
+        assert line["loss"] == pytest.approx(line["mse"] + line["vb"])
+        assert line["images_per_second"] > 0 and 0 <= line["data_wait_share"] <= 1 and line["memory_bytes"] > 1e8
+    assert lines(watched)[1]["save_pause_seconds"] > 0
+
+
+def test_previews_show_raw_and_averaged_weights_with_their_classes(watched):
+    names = sorted(path.name for path in (watched / "samples").iterdir())
+    assert names == ["step-0000002.png", "step-0000004.png"]
+    first, second = (picture(watched / "samples" / name) for name in names)
+    assert first.shape == second.shape and not np.array_equal(first, second)
+
+
+def test_tensorboard_events_hold_the_same_numbers(watched):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(watched / "tensorboard"))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert found == pytest.approx({line["step"]: line["loss"] for line in lines(watched)}, rel=1e-6)
+    assert [event.step for event in events.Images("previews")] == [2, 4]
+
+
+def test_watching_changes_nothing(demo_store, watched, tmp_path):
+    """The same run without previews, validation losses (but with its split), events or checkpoints in between."""
+    flags = ["--validation-share", "0.2", "--validate-every", "2", "--log-every", "2", "--save-every", "100"]
+    assert train(demo_store, tmp_path / "run", *flags, steps=4) == 0
+    assert_same_run(watched, tmp_path / "run", 4)
+
+
+def test_curves_are_drawn_without_tensorboard(watched, tmp_path, capsys):
+    assert plot([str(watched), "--out", str(tmp_path / "curves.png")]) == 0
+    assert picture(tmp_path / "curves.png").shape[1] > 800
+    assert plot([str(watched)]) == 0 and (watched / "curves.png").is_file()
+    (tmp_path / "empty").mkdir()
+    assert plot([str(tmp_path / "empty")]) == 2
+    assert "does not exist; name the folder of a run that has logged a step" in capsys.readouterr().err
+
+
+def test_smoothing_is_a_running_mean_without_a_bias_at_the_start():
+    assert smoothed([(1, 4.0), (2, 4.0)], 0.9) == [(1, pytest.approx(4.0)), (2, pytest.approx(4.0))]
+    assert smoothed([(1, 1.0), (2, 3.0)], 0.5)[1][1] == pytest.approx((0.25 * 1 + 0.5 * 3) / 0.75)
+
+
+def test_the_summary_says_what_is_trained_on_what_and_where_it_resumes(store, tmp_path, capsys):
+    assert train(store, tmp_path / "run", steps=2) == 0
+    spoken = capsys.readouterr().err
+    for part in (
+        "1.9 M parameters",
+        "GFLOPs forward",
+        "8 per process × 1 accumulation × 1 processes = 8",
+        "50 samples",
+    ):
+        assert part in spoken
+    for part in ("nobody/knows (555555555555", "precision no (default here)", "from the beginning", "alone"):
+        assert part in spoken
+    assert train(store, tmp_path / "run", steps=3) == 0
+    assert "going on after step 2" in capsys.readouterr().err
+
+
+def test_a_long_run_says_how_long_it_will_take(store, tmp_path, capsys):
+    assert train(store, tmp_path / "run", "--batch-size", "2", steps=52) == 0
+    assert "at this pace the remaining 2 steps take about" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_not_the_presets_is_said(store, tmp_path, capsys):
+    flags = ["--config", "small-data", "--latents", str(store), "--out", str(tmp_path / "run"), "--steps", "1", *QUICK]
+    assert main(flags) == 0
+    spoken = capsys.readouterr().err
+    assert "--batch-size is 8, but small-data means 128" in spoken
+    assert "--model is DiT-Ti/2, but small-data means DiT-B/2" in spoken
+
+
+def test_a_store_that_is_not_what_a_preset_means_is_said(store, tmp_path, capsys):
+    flags = ["--config", "paper-256", "--latents", str(store), "--out", str(tmp_path / "run"), "--steps", "1", *QUICK]
+    assert main(flags) == 0
+    assert "the store's images have 64 px, but paper-256 means 256" in capsys.readouterr().err
+
+
+def test_without_the_stores_vae_there_is_one_warning_and_no_previews(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert train(store, tmp_path / "run", "--sample-every", "1", steps=2) == 0
+    assert capsys.readouterr().err.count("no preview grids will be drawn") == 1
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_weights_and_biases_not_installed_is_said(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert train(store, tmp_path / "run", "--wandb-project", "x", steps=1) == 2
+    assert "pip install wandb" in capsys.readouterr().err
+
+
+STAND_IN = """
+import json, os, types
+def _write(**values):
+    with open(os.environ["STAND_IN_LOG"], "a") as file:
+        file.write(json.dumps(values) + "\\n")
+def init(project, **_):
+    _write(project=project)
+    return types.SimpleNamespace(log=lambda values, step, **_: _write(step=step, **values), finish=lambda: _write(end=1))
+config = types.SimpleNamespace(update=lambda values, **_: _write(config=values))
+"""
+
+
+def test_weights_and_biases_get_the_same_numbers_through_accelerate(store, tmp_path):
+    """A stand-in package of that name, as the real one is not installed here."""
+    for name, text in (
+        ("wandb/__init__.py", STAND_IN),
+        ("wandb-1.0.dist-info/METADATA", "Name: wandb\nVersion: 1.0\n"),
+    ):
+        path = tmp_path / "packages" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    log = tmp_path / "log.jsonl"
+    extra = {"PYTHONPATH": f"{ROOT}:{tmp_path / 'packages'}", "STAND_IN_LOG": str(log)}
+    words = [sys.executable, *command(store, tmp_path / "run", "--wandb-project", "x", steps=2)]
+    subprocess.run(words, env=environment(**extra), cwd=tmp_path, capture_output=True, timeout=300, check=True)
+    seen = [json.loads(line) for line in log.read_text().splitlines()]
+    assert seen[0] == {"project": "x"} and seen[1]["config"]["model"] == "DiT-Ti/2" and seen[-1] == {"end": 1}
+    assert [(line["step"], line["loss"]) for line in seen[2:-1]] == [
+        (x["step"], x["loss"]) for x in lines(tmp_path / "run")
+    ]
+
+
+def test_a_checkpoint_says_all_that_sampling_needs(watched, demo_store):
+    info = json.loads((watched / "checkpoints" / "step-0000004" / "config.json").read_text())
+    manifest = json.loads((demo_store / "manifest.json").read_text())
+    assert (info["format"], info["version"], info["step"]) == ("dit-checkpoint", 1, 4)
+    for key in ("classes", "class_ids", "vae", "latent", "image"):
+        expected = {name: manifest[key][name] for name in info[key]} if isinstance(info[key], dict) else manifest[key]
+        assert info[key] == expected
+    assert info["diffusion"]["objective"] == "ddpm" and info["model"]["num_classes"] == 4
+    assert info["training"]["batch_size"] == 8

@@ -1,0 +1,1 @@
+"""A latent store into a trained Diffusion Transformer."""

@@ -1,0 +1,120 @@
+"""Preview grids: the same noise and classes every time, from the raw and from the averaged weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.console import warn
+from pipeline.diffusion import SAMPLERS, guided
+from pipeline.dit import DiTConfig
+from pipeline.errors import UserError
+from pipeline.files import make_folder
+from pipeline.latents import Manifest
+from pipeline.pictures import grid, save_png
+from pipeline.randomness import normal
+from pipeline.vae import Vae, denormalise, find_vae
+from train.hardware import Hardware
+from train.options import PreviewOptions
+
+
+class Previews:
+    """Draws RUN/samples/step-N.png; the images are divided among the processes."""
+
+    def __init__(
+        self,
+        options: PreviewOptions,
+        manifest: Manifest,
+        config: DiTConfig,
+        process: Any,
+        hardware: Hardware,
+        *,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self._options, self._manifest, self._config = options, manifest, config
+        self._process, self._hardware = process, hardware
+        self._folder, self._seed = folder, seed
+        count = min(options.preview_classes, max(config.num_classes, 1))
+        last = max(config.num_classes - 1, 0)
+        self._columns = [round(k * last / max(count - 1, 1)) for k in range(count)]
+        self._vae = self._find_vae()
+
+    def _find_vae(self) -> Vae | None:
+        """The store's VAE on the main process; without it there are no previews, which is said once."""
+        vae, message = None, None
+        if self._options.sample_every and self._hardware.is_main:
+            try:
+                vae = find_vae(self._manifest["vae"], self._options.vae, device=self._hardware.device)
+            except UserError as error:
+                message = f"no preview grids will be drawn: {error}"
+        self.possible = bool(self._hardware.from_main(vae is not None))
+        if message:
+            warn(message)
+        return vae
+
+    def draw(self, weights: dict[str, Callable[[], Any]], model: Callable[..., Tensor], step: int) -> Any:
+        """Write the grid of one step and return it (None off the main process); every process must call it.
+
+        Args:
+            weights: by name, a context manager in which `model` computes with those weights.
+        """
+        rows = {}
+        for name, in_place in weights.items():
+            with in_place():
+                rows[name] = self._latents(model)
+        if self._vae is None:
+            return None
+        images = torch.cat([self._decode(latents) for latents in rows.values()])
+        labels = [name for name in rows for _ in range(self._options.preview_rows)]
+        names = list(self._manifest["classes"])
+        captions = [names[label] if names else "" for label in self._columns] * len(labels)
+        picture = grid(images.numpy(), len(self._columns), row_labels=labels, captions=captions, title=f"step {step:,}")
+        make_folder(self._folder)
+        save_png(self._folder / f"step-{step:07d}.png", picture, {"step": str(step)})
+        return picture
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        assert self._vae is not None
+        vae = self._manifest["vae"]
+        return self._vae.decode(denormalise(latents, vae["scaling_factor"], vae["shift_factor"]))
+
+    @torch.no_grad()
+    def _latents(self, model: Callable[..., Tensor]) -> Tensor:
+        """[rows · columns, C, H, W], gathered; every process computes the same number of them."""
+        hardware, config = self._hardware, self._config
+        labels = self._columns * self._options.preview_rows
+        mine = [
+            k % len(labels)
+            for k in range(
+                hardware.rank, -(-len(labels) // hardware.processes) * hardware.processes, hardware.processes
+            )
+        ]
+        shape = (config.in_channels, config.height, config.width)
+
+        def noise(purpose: str, *numbers: int) -> Tensor:
+            return torch.stack([normal(shape, self._seed, purpose, k, *numbers) for k in mine]).to(hardware.device)
+
+        y = torch.tensor([labels[k] for k in mine], device=hardware.device)
+        scale = self._options.preview_guidance if config.num_classes and config.has_null_class else 1.0
+        denoise = guided(model, y, scale=scale, null_class=config.null_class, time_scale=self._process.time_scale)
+        sampler = "ddim" if "ddim" in SAMPLERS and self._process.to_json()["objective"] == "ddpm" else "euler"
+        made = SAMPLERS[sampler](
+            self._process,
+            denoise,
+            noise("preview"),
+            lambda k: noise("preview step", k),
+            steps=self._options.preview_steps,
+        )
+        return self._in_order(made, len(labels))
+
+    def _in_order(self, made: Tensor, count: int) -> Tensor:
+        """All processes' latents on every one, in the order of the grid."""
+        processes = self._hardware.processes
+        if processes == 1:
+            return made
+        gathered = self._hardware.accelerator.gather(made.contiguous())
+        dealt = gathered.view(processes, -1, *made.shape[1:]).transpose(0, 1)
+        return dealt.reshape(-1, *made.shape[1:])[:count]

@@ -1,0 +1,151 @@
+"""A run's folder: made, claimed by one command at a time, and refused to settings that would alter its past."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.files import explained_writes, flush_file, make_folder, remove_folder, write_bytes
+from train.options import MAY_CHANGE, TrainOptions, plain_values
+
+CONFIG, METRICS, DATA_IDENTITY = "config.yaml", "metrics.jsonl", "data_identity"
+_OURS = ("checkpoints", "samples", "tensorboard")
+_LOCK = ".lock"
+
+
+def check_run(options: TrainOptions, data_identity: str) -> None:
+    """Nothing, if the folder is empty or holds this very run (any run, with --overwrite); writes nothing.
+
+    Raises:
+        UserError: it holds something else, or a run that these settings would alter, with every difference.
+    """
+    folder = options.run.out
+    held = [path.name for path in folder.iterdir() if path.name != _LOCK]
+    if CONFIG in held:
+        if not options.run.overwrite:
+            _compare(folder, options, data_identity)
+    elif held:
+        raise UserError(
+            f"--out {folder} is not empty and holds no run (no {CONFIG}, but {min(held)}); choose another --out"
+        )
+
+
+def begin_run(options: TrainOptions, data_identity: str) -> None:
+    """Write the resolved options into the checked folder, which --overwrite empties first."""
+    folder = options.run.out
+    if options.run.overwrite and (folder / CONFIG).is_file():
+        _empty(folder)
+    make_folder(folder / "checkpoints")
+    header = f"# The resolved options of this run; dit-train --config {CONFIG} repeats it.\n"
+    header += f"# {DATA_IDENTITY}: {data_identity}\n"
+    text = yaml.safe_dump(plain_values(options) | {"overwrite": False}, sort_keys=False, allow_unicode=True)
+    write_bytes(folder / CONFIG, (header + text).encode())
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a run consists of; anything else stays."""
+    for name in _OURS:
+        remove_folder(folder / name)
+    with explained_writes(folder):
+        (folder / METRICS).unlink(missing_ok=True)
+        (folder / CONFIG).unlink()
+
+
+def _compare(folder: Path, options: TrainOptions, data_identity: str) -> None:
+    path = folder / CONFIG
+    try:
+        text = path.read_text()
+        before = yaml.safe_load(text)
+        assert isinstance(before, dict)
+    except (OSError, yaml.YAMLError, AssertionError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as this project's settings; choose another --out") from error
+    now = plain_values(options)
+    changed = [
+        f"--{name} was {before[name]} and is now {value}"
+        for name, value in now.items()
+        if name in before and name not in MAY_CHANGE and before[name] != value
+    ]
+    marker = f"# {DATA_IDENTITY}: "
+    identities = [line.removeprefix(marker) for line in text.splitlines() if line.startswith(marker)]
+    if identities and identities[0] != data_identity:
+        changed.append(f"the data of --latents was {before.get('latents')} and is now other data")
+    if changed:
+        raise UserError(
+            f"--out {folder} holds a run with other settings: {'; '.join(changed)}; use the same settings to "
+            f"continue it, another --out for a new run, or --overwrite to begin anew"
+        )
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process alone while the block runs.
+
+    Raises:
+        UserError: another process is training in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file, but a run needs a folder; choose another --out")
+    make_folder(folder)
+    with explained_writes(folder):
+        lock = (folder / _LOCK).open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training in {folder}; wait for it, or choose another --out (processes of one run "
+                f"must be started together, by accelerate launch or torchrun)"
+            ) from error
+        except OSError:  # a file system without locks: nothing to check with
+            pass
+        try:
+            yield
+        finally:
+            _leave_nothing(folder)
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Take back the lock, and the folder if that was all, where no run was begun: what was asked for was refused."""
+    if not (folder / CONFIG).exists():
+        with contextlib.suppress(OSError):
+            (folder / _LOCK).unlink()
+            folder.rmdir()
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line, the line whole before the next is begun."""
+
+    def __init__(self, folder: Path, *, after_step: int) -> None:
+        """Open for appending, dropping the lines past `after_step` and a last line cut short."""
+        self.path = folder / METRICS
+        self.drop_after(after_step)
+
+    def drop_after(self, step: int) -> None:
+        """Drop the lines past a step that the run has gone back behind."""
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            write_bytes(self.path, "".join(f"{line}\n" for line in lines).encode())
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Add one line; it outlives this process at once, and a power cut after `flush`."""
+        line = json.dumps(values, allow_nan=False)
+        with explained_writes(self.path), self.path.open("a") as file:
+            file.write(line + "\n")
+
+    def flush(self) -> None:
+        """Make the lines survive a power cut."""
+        if self.path.exists():
+            flush_file(self.path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite where the line is damaged, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

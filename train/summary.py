@@ -1,0 +1,72 @@
+"""What is said before the first step: the run in a few aligned lines, and where it leaves its preset."""
+
+import yaml
+
+from pipeline.console import say, warn
+from pipeline.dit import DiTConfig
+from pipeline.dit.counting import count_flops, count_parameters
+from pipeline.latents import Manifest
+from train.assembly import PRESETS_FOLDER
+from train.hardware import Hardware
+from train.options import TrainOptions, plain_values
+from train.order import DataOrder, Share
+from train.state import TrainState
+
+# The images a preset is meant for; its settings are tuned to them.
+_MEANT_FOR_PX = {"paper-256": 256, "paper-512": 512}
+
+
+def say_summary(
+    options: TrainOptions,
+    manifest: Manifest,
+    config: DiTConfig,
+    state: TrainState,
+    hardware: Hardware,
+    share: Share,
+    order: DataOrder,
+    *,
+    origin: str,
+) -> None:
+    """The start-up summary."""
+    latent, vae = manifest.latent, manifest["vae"]
+    parts = f"{share.micro_size} per process × {share.accumulation} accumulation × {share.processes} processes"
+    epochs = options.optimiser.steps * share.batch_size / order.samples
+    lines = {
+        "model": f"{options.model.model}, {count_parameters(config) / 1e6:.1f} M parameters, "
+        f"{count_flops(config) / 1e9:.2f} GFLOPs forward (multiply-adds) per image",
+        "batch": f"{parts} = {share.batch_size}",
+        "store": f"{options.data.latents}: {order.samples:,} samples, {len(manifest['classes'])} classes",
+        "latents": f"{latent.channels}×{latent.height}×{latent.width} {latent.dtype}, "
+        f"views {', '.join(manifest['views'])}",
+        "vae": f"{vae['name']} ({(vae['sha256'] or 'fingerprint not recorded')[:24]}), "
+        f"scale {vae['scaling_factor']}, shift {vae['shift_factor']}",
+        "device": hardware.reason,
+        "processes": state.placement.description,
+        "optimizer": f"AdamW ({state.optimiser.kernel}), lr {options.optimiser.lr:g} {options.optimiser.lr_schedule}",
+        "run": f"{options.run.out}, {origin}; until step {options.optimiser.steps:,} ({epochs:,.1f} epochs)",
+    }
+    width = max(map(len, lines))
+    say("\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()))
+    for difference in differences_from_preset(options, manifest):
+        warn(difference)
+
+
+def differences_from_preset(options: TrainOptions, manifest: Manifest) -> list[str]:
+    """One sentence per setting, and per property of the store, that is not what the named preset means."""
+    if options.recipe is None:
+        return []
+    path = PRESETS_FOLDER / f"{options.recipe}.yaml"
+    if not path.is_file():
+        return [f"there is no preset {options.recipe}, so nothing is compared with it"]
+    meant, now = yaml.safe_load(path.read_text()), plain_values(options)
+    found = [
+        f"--{name} is {now[name]}, but {options.recipe} means {value}"
+        for name, value in meant.items()
+        if now[name] != value
+    ]
+    size = manifest["image"]["size"]
+    if _MEANT_FOR_PX.get(options.recipe, size) != size:
+        found.append(f"the store's images have {size} px, but {options.recipe} means {_MEANT_FOR_PX[options.recipe]}")
+    if meant.get("flip") and not any(view.endswith("-hflip") for view in manifest["views"]):
+        found.append(f"the store has no mirrored views, but {options.recipe} means flips; extract with --flip")
+    return found

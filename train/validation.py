@@ -1,0 +1,75 @@
+"""The loss on held-out samples under fixed noise and timesteps: comparable from step to step and run to run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.randomness import derive_seed, generator
+from train.hardware import Hardware
+from train.objective import Draws, Latents, sample_losses
+from train.order import Indices
+
+CHUNK = 32
+
+
+class Validation:
+    """A fixed set of samples, views, noise and timesteps, dealt out to the processes in chunks of equal size."""
+
+    def __init__(
+        self, store: Any, indices: Indices, latents: Latents, process: Any, hardware: Hardware, *, seed: int
+    ) -> None:
+        self._store, self._indices = store, np.sort(indices)
+        self._latents, self._process, self._hardware = latents, process, hardware
+        self._seed = derive_seed(seed, "validation")
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @torch.no_grad()
+    def loss(self, model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
+        """The mean loss over the whole set; every process must call it, each computes its chunks.
+
+        Every process makes the same number of forward passes (a sharded network needs all of them): a missing chunk
+        is computed on another's samples and counts nothing.
+        """
+        hardware = self._hardware
+        chunks = -(-len(self._indices) // CHUNK)
+        total = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, chunks, hardware.processes):
+            mine = first + hardware.rank
+            losses = self._chunk_losses(model, min(mine, chunks - 1))
+            if mine < chunks:
+                total += torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
+        precision = torch.float32 if hardware.device.type == "mps" else torch.float64
+        summed = hardware.add_up(total.to(hardware.device, precision)).tolist()
+        return summed[0] / summed[1]
+
+    def _chunk_losses(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], chunk: int) -> Tensor:
+        device = self._hardware.device
+        indices = self._indices[chunk * CHUNK : (chunk + 1) * CHUNK]
+        moments, labels = self._store.gather(indices, np.zeros(len(indices), dtype=np.int64))
+        draws = self._draws(chunk, len(indices))
+        rows = [draws.t, draws.noise, draws.posterior, draws.dropped]
+        t, noise, posterior, dropped = (tensor.to(device) for tensor in rows)
+        return sample_losses(
+            model,
+            self._process,
+            self._latents,
+            moments.to(device),
+            labels.to(device),
+            Draws(t=t, noise=noise, posterior=posterior, dropped=dropped),
+        )["loss"].double()
+
+    def _draws(self, chunk: int, count: int) -> Draws:
+        """Drawn on the CPU for a whole chunk, so that they are the same on every device and for every number."""
+        manifest = self._store.manifest.latent
+        shape = (CHUNK, manifest.channels, manifest.height, manifest.width)
+        return Draws(
+            t=self._process.draw_timesteps(CHUNK, generator(self._seed, "timestep", chunk)),
+            noise=torch.randn(shape, generator=generator(self._seed, "diffusion noise", chunk)),
+            posterior=torch.randn(shape, generator=generator(self._seed, "posterior noise", chunk)),
+            dropped=torch.zeros(CHUNK, dtype=torch.bool),
+        ).rows(slice(count))
