@@ -1,5 +1,4 @@
 import contextlib
-import time
 
 import pytest
 import torch
@@ -23,9 +22,14 @@ def test_ratios_are_taken_round_by_round_and_are_above_one_where_ours_is_faster(
     assert spread([1.0, 5.0, 3.0]).scaled(2).median == 6.0
 
 
-def test_a_turn_is_the_time_of_one_call():
-    times = interleaved({"nap": lambda: time.sleep(0.01)}, rounds=1, warm_ups=0, calls=3)
-    assert 0.01 <= times["nap"][0] < 0.1
+def test_a_turn_is_the_time_of_one_call(monkeypatch):
+    now = [100.0]
+
+    def nap():
+        now[0] += 0.25
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    assert interleaved({"nap": nap}, rounds=2, warm_ups=0, calls=3) == {"nap": [0.25, 0.25]}
 
 
 def test_peak_memory_counts_what_is_kept_and_what_passes():

@@ -35,38 +35,44 @@ def test_two_and_three_processes_give_the_bytes_of_one(tmp_path, start, referenc
 
 
 def kill_rounds(tmp_path, start, reference, hashes, rounds):
-    """Kill one or two processes at random moments, continue with as many, compare; gives what the kills left behind."""
+    """Kill one or two processes twice at random moments, continue with as many, compare the bytes.
+
+    A fast machine finishes the store before a kill: then that round begins anew, with a shorter wait.
+    """
     draw = random.Random(2024)
-    left = []
+    longest_wait = 0.4
     for number in range(rounds):
         out = tmp_path / f"store-{number}"
         count = 1 + number % 2
-        for attempt in range(2):
+        kills = 0
+        while kills < 2:
             processes = [start("--out", out) for _ in range(count)]
-            if attempt == 0:
-                wait_for(lambda out=out: (out / ".work/settings.json").exists())
-            time.sleep(draw.uniform(0, 0.4))
+            if not kills:
+                wait_for(
+                    lambda out=out: any((out / name).exists() for name in (".work/settings.json", "manifest.json"))
+                )
+            time.sleep(draw.uniform(0, longest_wait))
             for process in processes:
                 process.kill()
             finish_all(processes)
-            left.append(sorted(path.name for path in out.rglob("*") if path.is_file()))
+            kills += 1
+            if (out / "manifest.json").exists():
+                longest_wait, kills = longest_wait / 2, 0
+                shutil.rmtree(out)
         last = [start("--out", out) for _ in range(count)]
         assert finish_all(last) == [0] * count, [process.log() for process in last]
         assert hashes(out) == reference
         shutil.rmtree(out)
-    return left
 
 
 def test_killed_at_random_moments_and_continued_the_bytes_are_the_same(tmp_path, start, reference, hashes):
-    left = kill_rounds(tmp_path, start, reference, hashes, 3)
-    assert any("manifest.json" not in names for names in left), "no kill came before the end"
+    kill_rounds(tmp_path, start, reference, hashes, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_rounds_of_kills(tmp_path, start, reference, hashes):
-    left = kill_rounds(tmp_path, start, reference, hashes, 20)
-    assert sum("manifest.json" not in names for names in left) > 10
+    kill_rounds(tmp_path, start, reference, hashes, 20)
 
 
 SLOWLY = """

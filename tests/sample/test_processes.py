@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from sample.chunks import work_folder_of
+from tests.families import kill_family
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -47,18 +47,7 @@ def start(tiny, vae_folder, tmp_path):
 
     yield run
     for process in started:
-        kill(process)
-
-
-def kill(process):
-    """SIGKILL for the process and all of its children: launchers start theirs in sessions of their own."""
-    if process.poll() is None:
-        root = psutil.Process(process.pid)
-        family = [*root.children(recursive=True), root]
-        for member in family:
-            member.kill()
-        psutil.wait_procs(family, timeout=10)
-    process.communicate()
+        kill_family(process)
 
 
 def finish(process):
@@ -96,7 +85,7 @@ def test_a_killed_run_goes_on_under_two_processes_and_ends_with_the_same_bytes(s
     out = tmp_path / "a.npz"
     first = start((sys.executable, "-m", "sample"), out)
     wait_for_chunks(out, first)
-    kill(first)
+    kill_family(first)
     assert not out.exists()
     said = finish(start(TORCHRUN, out))
     assert "of them there already" in said
@@ -128,7 +117,7 @@ def test_many_kills_change_nothing(start, straight, tmp_path):
     for count in range(1, 5):
         process = start(TORCHRUN if count % 2 else (sys.executable, "-m", "sample"), out)
         wait_for_chunks(out, process, count)
-        kill(process)
+        kill_family(process)
     finish(start((sys.executable, "-m", "sample"), out))
     assert out.read_bytes() == straight
 
@@ -139,7 +128,7 @@ def test_sigterm_keeps_what_is_finished_and_exits_with_128_plus_15(start, straig
     process = start((sys.executable, "-m", "sample"), out)
     wait_for_chunks(out, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 143, said
     assert "samples are kept" in said
     finish(start((sys.executable, "-m", "sample"), out))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.latents.manifest import LatentSpec
 from pipeline.latents.writer import StoreDescription, finish_store, write_shard
+from tests.families import kill_family
 from train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -82,18 +83,16 @@ def environment(**extra):
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"} | extra
 
 
-def launch(store, out, *flags, processes=2, steps=12, extra=()):
+def torchrun(store, out, *flags, processes=2, steps=12):
+    """The words of a run in several real processes."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--module"]
+    return [*words, *command(store, out, *flags, steps=steps)[1:]]
+
+
+def launch(store, out, *flags, processes=2, steps=12):
     """A run in real processes under torchrun."""
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--rdzv-backend",
-        "c10d",
-    ]
-    words += ["--rdzv-endpoint", "localhost:0", "--module", *command(store, out, *flags, steps=steps)[1:], *extra]
+    words = torchrun(store, out, *flags, processes=processes, steps=steps)
     return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -106,14 +105,13 @@ def start(store, out, *flags, steps=12):
 
 @contextlib.contextmanager
 def running(words):
-    """A process whose stderr the test reads; killed if the test has not ended it."""
+    """A process whose stderr the test reads; killed, with all that it started, if the test has not ended it."""
     process = subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
         if process.returncode is None:
-            process.kill()
-            process.communicate()
+            kill_family(process)
 
 
 def wait_for(condition, seconds=300):

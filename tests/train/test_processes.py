@@ -23,6 +23,7 @@ from tests.train.runs import (
     poison,
     running,
     start,
+    torchrun,
     train,
     wait_for,
 )
@@ -110,12 +111,10 @@ def test_a_sharded_network_trains_as_one_does_and_its_checkpoint_loads_on_anothe
 
 
 def test_a_stop_of_two_processes_is_agreed_and_saved(store, tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    words += ["--rdzv-endpoint", "localhost:0", "--module", *command(store, tmp_path / "run", steps=100_000)[1:]]
-    with running(words) as process:
+    with running(torchrun(store, tmp_path / "run", steps=100_000)) as process:
         wait_for(lambda: len(lines(tmp_path / "run")) > 1)
         process.send_signal(signal.SIGTERM)
-        spoken = process.communicate(timeout=120)[1]
+        spoken = process.communicate(timeout=300)[1]
     step = int(re.search(r"stopped by SIGTERM after step (\d+)", spoken)[1])
     assert checkpoints(tmp_path / "run") == [f"step-{step:07d}"] and lines(tmp_path / "run")[-1]["step"] == step
 
@@ -125,7 +124,7 @@ def test_a_run_is_one_commands_at_a_time_and_ends_on_sigusr1_with_its_status(sto
         wait_for(lambda: len(lines(tmp_path / "run")) > 1)
         assert train(store, tmp_path / "run", steps=4) == 2  # it is being trained in
         process.send_signal(signal.SIGUSR1)
-        spoken = process.communicate(timeout=120)[1]
+        spoken = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + signal.SIGUSR1
     assert "stopped by SIGUSR1" in spoken and "run the same command again to go on" in spoken
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from tests.families import kill_family
 from tests.train.runs import (
     assert_close_histories,
     assert_same_run,
@@ -11,7 +12,9 @@ from tests.train.runs import (
     history,
     launch,
     lines,
+    running,
     start,
+    torchrun,
     train,
     wait_for,
 )
@@ -37,8 +40,13 @@ def cut_back(run, step):
 def killed(store, out, after_step, *flags, steps=STEPS):
     """A run in a process of its own that is killed (SIGKILL) once it has logged a step."""
     with start(store, out, *flags, steps=steps) as process:
-        wait_for(lambda: any(line["step"] >= after_step for line in lines(out)) or process.poll() is not None)
-        process.kill()
+        kill_after(process, out, after_step)
+
+
+def kill_after(process, out, after_step):
+    """SIGKILL for a run's every process, once it has logged a step."""
+    wait_for(lambda: any(line["step"] >= after_step for line in lines(out)) or process.poll() is not None)
+    kill_family(process)
 
 
 def test_a_run_killed_twice_at_random_moments_comes_back_to_the_bit(store, straight, tmp_path):
@@ -150,15 +158,24 @@ def test_a_checkpoint_at_every_step_leads_to_the_same_end(store, straight, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_killed_come_back_to_the_bit(store, tmp_path):
+def test_two_processes_killed_at_random_moments_come_back_to_the_bit(store, tmp_path):
     settings = ["--save-every", "2", "--keep-last", "0"]
-    result = launch(store, tmp_path / "straight", *settings, steps=8)
+    result = launch(store, tmp_path / "straight", *settings, steps=STEPS)
     assert result.returncode == 0, result.stderr
     for round_ in range(3):
         run = tmp_path / f"run-{round_}"
-        shutil.copytree(tmp_path / "straight", run)
-        cut_back(run, random.choice([2, 4, 6]))
-        with (run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": 99, "loss": 1.0}) + '\n{"step": 10')
-        assert launch(store, run, *settings, steps=8).returncode == 0
-        assert_same_run(tmp_path / "straight", run, 8)
+        for after_step in sorted(random.sample(range(1, STEPS - 2), 1 + round_ % 2)):
+            with running(torchrun(store, run, *settings, steps=STEPS)) as process:
+                kill_after(process, run, after_step)
+        assert launch(store, run, *settings, steps=STEPS).returncode == 0
+        assert_same_run(tmp_path / "straight", run, STEPS)
+
+
+def test_lines_past_the_checkpoint_and_a_line_cut_short_are_dropped(store, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    cut_back(run, 12)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 99, "loss": 1.0}) + '\n{"step": 10')
+    assert train(store, run, *SETTINGS, steps=STEPS) == 0
+    assert_same_run(straight, run, STEPS)

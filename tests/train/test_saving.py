@@ -1,10 +1,9 @@
 import re
 import resource
 
-import pytest
-
 from pipeline.checkpoint import read_checkpoint
-from tests.train.runs import assert_same_run, checkpoints, lines, tensors, train
+from tests.train.runs import assert_same_run, checkpoints, lines, tensors, train, wait_for
+from train.state import write_snapshot
 
 
 def test_checkpoints_are_kept_by_count_and_by_interval(store, tmp_path):
@@ -61,8 +60,23 @@ def test_overwrite_begins_anew(store, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "fresh", 2)
 
 
-@pytest.mark.slow
-def test_training_waits_for_the_snapshot_only(store, tmp_path, capsys):
-    assert train(store, tmp_path / "run", "--model", "DiT-S/2", "--save-every", "3", steps=7) == 0
-    said = re.findall(r"training paused ([\d.]+) s, written in ([\d.]+) s", capsys.readouterr().err)
-    assert len(said) == 3 and all(float(paused) < float(written) for paused, written in said)
+def test_training_goes_on_while_a_checkpoint_is_written_of_the_step_it_was_taken_at(
+    store, tmp_path, capsys, monkeypatch
+):
+    """The writer begins only after three later steps were logged: if training waited for it, both would wait for ever."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    assert train(store, straight, steps=5) == 0
+
+    def write_late(folder, snapshot, info):
+        if snapshot.step == 5:
+            wait_for(lambda: lines(run)[-1]["step"] >= 8, seconds=120)
+        write_snapshot(folder, snapshot, info)
+
+    monkeypatch.setattr("train.saving.write_snapshot", write_late)
+    capsys.readouterr()
+    assert train(store, run, "--save-every", "5", steps=9) == 0
+    early, late = tensors(straight, 5), tensors(run, 5)
+    assert early.keys() == late.keys() and all(early[name].equal(late[name]) for name in early)
+    said = re.findall(r"checkpoint step-(\d+): training paused [\d.]+ s, written in [\d.]+ s", capsys.readouterr().err)
+    assert said == ["0000005", "0000009"]
+    assert max(line["save_pause_seconds"] for line in lines(run)) > 0
