@@ -22,7 +22,19 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "dit-checkpoint"
 VERSION: Final = 1
-_NEEDED = ("step", "model", "diffusion", "classes", "class_ids", "latent", "vae", "image", "training")
+# What config.json must hold, with the type of each value, and what must stand within some of them.
+_NEEDED: dict[str, type] = {
+    "step": int,
+    "model": dict,
+    "diffusion": dict,
+    "classes": list,
+    "class_ids": list,
+    "latent": dict,
+    "vae": dict,
+    "image": dict,
+    "training": dict,
+}
+_WITHIN = {"latent": ("kind", "channels", "height", "width", "downsample"), "image": ("size", "crop")}
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -163,6 +175,9 @@ def load_strictly(model: DiT, state: Mapping[str, Tensor], *, origin: object) ->
         if wanted[name] != found[name]
     ]
     faults = {
+        "of no floating-point type": [
+            f"{name} {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()
+        ],
         "missing": wanted.keys() - found.keys(),
         "surplus": found.keys() - wanted.keys(),
         "of another shape": shapes,
@@ -187,7 +202,7 @@ def read_stored(path: str | Path, *, weights: str = "ema", num_heads: int | None
     if _HUB_NAME.fullmatch(str(path)) and place.suffix not in SUFFIXES:
         from pipeline.hub import fetch_pipeline
 
-        return _from_diffusers(fetch_pipeline(str(path)), weights, hub_name=str(path))
+        return _from_diffusers(fetch_pipeline(str(path)), weights, num_heads, hub_name=str(path))
     raise UserError(
         f"there is no checkpoint at {path}; give a run folder, a checkpoint folder, a weight file "
         f"({', '.join(SUFFIXES)}), a diffusers folder or a Hub name (OWNER/NAME)"
@@ -218,15 +233,37 @@ def read_info(folder: Path) -> dict[str, Any]:
             f"{path} is a {FORMAT} of version {info.get('version')!r}, but this program reads version {VERSION}; "
             f"update dit-pipeline, or convert the checkpoint with the version that wrote it"
         )
-    missing = [key for key in _NEEDED if key not in info]
-    if missing:
-        raise UserError(f"{path} lacks {listed(missing)}; it is damaged, restore the checkpoint")
+    _check_info(info, path)
     return info
+
+
+def _check_info(info: Mapping[str, Any], path: Path) -> None:
+    from pipeline.diffusion import make_process
+
+    missing = [key for key in _NEEDED if key not in info]
+    wrong = [
+        f"{key} is {type(info[key]).__name__}, not {kind.__name__}"
+        for key, kind in _NEEDED.items()
+        if key in info and type(info[key]) is not kind
+    ]
+    missing += [
+        f"{key}.{inner}"
+        for key, within in _WITHIN.items()
+        for inner in within
+        if isinstance(info.get(key), dict) and inner not in info[key]
+    ]
+    faults = [f"it lacks {listed(missing)}"] * bool(missing) + wrong
+    if faults:
+        raise UserError(f"{path} is damaged: {'; '.join(faults)}; restore the checkpoint")
+    try:
+        make_process(info["diffusion"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _from_folder(folder: Path, weights: str, num_heads: int | None) -> Stored:
     if (folder / "model_index.json").is_file() or _is_diffusers_config(folder / "config.json"):
-        return _from_diffusers(folder, weights)
+        return _from_diffusers(folder, weights, num_heads)
     if (folder / "config.json").is_file():
         return _from_checkpoint(folder, weights, num_heads)
     run = folder.parent if folder.name == "checkpoints" else folder
@@ -260,8 +297,7 @@ def _own_weights(folder: Path, file: Path, weights: str, num_heads: int | None) 
         config = DiTConfig.from_json(info["model"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
-    if num_heads not in {None, config.num_heads}:
-        raise UserError(f"--num-heads {num_heads} contradicts {folder}, whose network has {config.num_heads}; drop it")
+    _check_heads(num_heads, config, folder)
     return Stored(read_safetensors(file), config, info, weights, folder)
 
 
@@ -270,19 +306,27 @@ def _from_file(file: Path, weights: str, num_heads: int | None) -> Stored:
 
     beside = file.with_name("config.json")
     if file.suffix == ".safetensors" and _is_diffusers_config(beside):
-        return _from_diffusers(file.parent, weights)
+        return _from_diffusers(file.parent, weights, num_heads)
     if file.suffix == ".safetensors" and beside.is_file() and _format_of(beside) == FORMAT:
         return _own_weights(file.parent, file, file.stem.replace("model", "raw"), num_heads)
+    if weights not in {"ema", "raw"}:
+        raise UserError(f"{file} has no {weights} weights, only its own; pass --weights ema or raw")
     state = load_tensors(file, weights=weights)
     config = infer_config(state, num_heads=num_heads, origin=file)
     return Stored(state, config, default_info(config), weights, None)
 
 
-def _from_diffusers(folder: Path, weights: str, *, hub_name: str | None = None) -> Stored:
-    from pipeline.diffusers_layout import read_diffusers, transformer_folder
+def _from_diffusers(folder: Path, weights: str, num_heads: int | None, *, hub_name: str | None = None) -> Stored:
+    from pipeline.diffusers_layout import read_diffusers, recorded_weights, transformer_folder
 
     state, config, info = read_diffusers(folder, hub_name=hub_name)
-    return Stored(state, config, info, weights, None, transformer_folder(folder))
+    _check_heads(num_heads, config, hub_name or folder)
+    return Stored(state, config, info, recorded_weights(folder) or weights, None, transformer_folder(folder))
+
+
+def _check_heads(num_heads: int | None, config: DiTConfig, origin: object) -> None:
+    if num_heads not in {None, config.num_heads}:
+        raise UserError(f"--num-heads {num_heads} contradicts {origin}, whose network has {config.num_heads}; drop it")
 
 
 def _format_of(path: Path) -> object:

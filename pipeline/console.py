@@ -3,10 +3,15 @@
 Exit status: 0 done; 2 the user's input is wrong; 128 + signal after a saved stop; 1 anything else.
 """
 
+import contextlib
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -40,18 +45,61 @@ def run_command(
 ) -> int:
     """Parse the command line, run the command, and give its exit status; a `UserError` is printed, not raised."""
     _configure_log()
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        place = launch()
-        arguments = sys.argv[1:] if argv is None else argv
-        options = parse_options(options_class, arguments, prog=prog, description=description, presets=presets)
-        return run(options) or 0
+        with _signals_interrupt():
+            options = parse_options(options_class, arguments, prog=prog, description=description, presets=presets)
+            return run(options) or 0
     except UserError as error:
-        process = f" (process {place.rank} of {place.world_size})" if place.world_size > 1 else ""
-        tqdm.write(f"{prog}{process}: error: {error}", file=sys.stderr)
-        return 2
+        return _refused(prog, str(error))
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        return _refused(prog, f"{error.filename} may not be used ({error.strerror}); change its rights or the path")
+    except _InterruptedError as stop:
+        tqdm.write(f"{prog}: stopped by {stop}; run the same command again to continue", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         tqdm.write(f"{prog}: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _refused(prog: str, sentence: str) -> int:
+    process = ""
+    with contextlib.suppress(UserError):
+        place = launch()
+        process = f" (process {place.rank} of {place.world_size})" if place.world_size > 1 else ""
+    tqdm.write(f"{prog}{process}: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+class _InterruptedError(BaseException):
+    """A signal came while nothing watched for it with a `StopRequest`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the command as Ctrl-C does: work folders are tidied, and a line says how to go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise _InterruptedError(number)
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _configure_log() -> None:
@@ -61,9 +109,9 @@ def _configure_log() -> None:
         _log.propagate = False
 
 
-def say(message: str) -> None:
-    """A line for people, from the main process only."""
-    if launch().is_main:
+def say(message: str, *, every_process: bool = False) -> None:
+    """A line for people, from the main process only, or from whichever has something to say."""
+    if every_process or launch().is_main:
         _log.info("%s", message)
 
 

@@ -24,8 +24,8 @@ class ConvertOptions:
     format: Format
     """dit: a checkpoint of this project. facebook: a state dict in the public release's names. diffusers: a folder
     for DiTPipeline.from_pretrained. store: a latent store."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights to convert."""
+    weights: Annotated[str, tyro.conf.arg(metavar="ema|raw|NAME")] = "ema"
+    """Which weights to convert: ema, raw, or the NAME of another average."""
     num_heads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Attention heads of a bare state dict whose width is none of the published ones."""
     vae: str | None = None

@@ -33,7 +33,7 @@ def write_diffusers(folder: Path, stored: Stored, *, vae: str | None) -> None:
     _check_expressible(config)
     stamp = {"_diffusers_version": diffusers.__version__}
     scheduler = _scheduler_settings(stored.info["diffusion"])
-    used_vae = write_vae(folder / "vae", stored.info["vae"], vae)
+    used_vae = write_vae(folder / "vae", stored.info["vae"], vae, channels=config.in_channels)
     rows = _label_rows(config)
     for part in ("transformer", "scheduler"):
         make_folder(folder / part)
@@ -49,7 +49,7 @@ def write_diffusers(folder: Path, stored: Stored, *, vae: str | None) -> None:
         "_class_name": "DiTPipeline",
         **stamp,
         # What diffusers has no place for; it passes over keys that begin with an underscore.
-        "_dit": {key: info[key] for key in _KEPT},
+        "_dit": {"weights": stored.weights, **{key: info[key] for key in _KEPT}},
         "id2label": {str(label): name for label, name in enumerate(names)},
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "transformer": ["diffusers", "DiTTransformer2DModel"],

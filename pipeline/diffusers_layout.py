@@ -141,6 +141,7 @@ def read_diffusers(folder: Path, *, hub_name: str | None = None) -> tuple[dict[s
 
 
 def _read(folder: Path, hub_name: str | None) -> tuple[dict[str, Tensor], DiTConfig, dict[str, Any]]:
+    folder = _whole_pipeline(folder)
     index = _pipeline_index(folder)
     transformer = transformer_folder(folder)
     settings = _transformer_settings(transformer)
@@ -161,6 +162,17 @@ def _read(folder: Path, hub_name: str | None) -> tuple[dict[str, Tensor], DiTCon
     )
     info |= {key: kept[key] for key in ("step", "image", "training") if key in kept}
     return state, config, info
+
+
+def _whole_pipeline(folder: Path) -> Path:
+    """The pipeline that a transformer folder belongs to, which knows its process and classes; else the folder."""
+    above = folder.absolute().parent
+    return above if folder.absolute().name == "transformer" and (above / "model_index.json").is_file() else folder
+
+
+def recorded_weights(folder: Path) -> str | None:
+    """Which weights ("raw", "ema", "ema-NAME") the checkpoint had that a pipeline was made from, if that is known."""
+    return (_pipeline_index(_whole_pipeline(folder)) or {}).get("_dit", {}).get("weights")
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -253,7 +265,7 @@ def _process_settings(path: Path, config: DiTConfig) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     settings = read_json(path)
-    if "FlowMatch" in settings.get("_class_name", ""):
+    if "FlowMatch" in settings.get("_class_name", "") or settings.get("prediction_type") == "flow_prediction":
         return {"objective": "flow"}
     schedule = _SCHEDULES.get(settings.get("beta_schedule", "linear"))
     prediction = _PREDICTIONS.get(settings.get("prediction_type", "epsilon"))

@@ -16,15 +16,15 @@ from pipeline.console import warn
 from pipeline.errors import UserError
 from pipeline.files import make_folder, write_json
 from pipeline.foreign import read_safetensors, save_safetensors
-from pipeline.vae import Vae, find_vae
+from pipeline.vae import Vae, check_channels, find_vae
 from pipeline.vae_folder import WEIGHTS, find_folder, read_config, weight_files
 
 
-def write_vae(folder: Path, recorded: Mapping[str, Any], override: str | None) -> Vae | None:
+def write_vae(folder: Path, recorded: Mapping[str, Any], override: str | None, *, channels: int) -> Vae | None:
     """Write the recorded VAE into the folder and give it; None, and a word on what to do, if it cannot be found.
 
     Raises:
-        UserError: `override` names no VAE or another one than the recorded.
+        UserError: `override` names no VAE, another one than the recorded, or one of other `channels`.
     """
     try:
         vae = find_vae(recorded, override)
@@ -36,6 +36,7 @@ def write_vae(folder: Path, recorded: Mapping[str, Any], override: str | None) -
             f"DiTPipeline.from_pretrained(FOLDER, vae=AutoencoderKL.from_pretrained(…))"
         )
         return None
+    check_channels(vae, channels)
     source, _ = find_folder(override or recorded["name"])
     make_folder(folder)
     if not vae.shift_factor and not isinstance(vae.scaling_factor, list):

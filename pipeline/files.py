@@ -25,20 +25,34 @@ _REASONS = {
     errno.EPERM: "there is no permission to write there; choose another output folder or change its rights",
     errno.ENOTDIR: "a part of that path is a file, not a folder; choose another output path",
     errno.ENAMETOOLONG: "that name is too long for this file system; choose a shorter one",
+    errno.EISDIR: "that is a folder, and a file is to be written; choose another output path",
 }
+
+
+class WriteError(UserError):
+    """A file that cannot be written, and why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot write {path}: {reason}")
+        self.reason = reason
 
 
 def explain_write_error(path: Path, error: OSError) -> Exception:
     """The error to raise for a failed write: a `UserError` where the user can mend it, else itself."""
     reason = _REASONS.get(error.errno or 0)
-    return error if reason is None else UserError(f"cannot write {path}: {reason}")
+    return error if reason is None else WriteError(path, reason)
 
 
 @contextmanager
 def explained_writes(path: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only target or a missing permission inside the block into a `UserError`."""
+    """Turn a full disk, a read-only target or a missing permission inside the block into a `UserError`.
+
+    Of several around one another the outermost names the file: what a user asked for, not the temporary one.
+    """
     try:
         yield
+    except WriteError as error:
+        raise WriteError(path, error.reason) from error
     except OSError as error:
         raise explain_write_error(path, error) from error
 

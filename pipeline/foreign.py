@@ -5,11 +5,15 @@ The only module that calls `torch.load` and `torch.save`. Unpickling is restrict
 """
 
 import argparse
+import errno
+import pickletools
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import torch
 from torch import Tensor
@@ -22,6 +26,12 @@ SUFFIXES: Final = (".safetensors", *PICKLED)
 # Where training scripts put a network's weights inside a larger file, most wanted first.
 _NESTED = {"ema": ("ema", "model_ema", "model", "state_dict"), "raw": ("model", "state_dict")}
 _WRAPPERS = ("module", "_orig_mod")
+# What a file of tensors calls to make them.
+_HARMLESS = re.compile(
+    r"torch\.(_utils|_tensor)\._rebuild\w+|torch\.\w*Storage|torch\.storage\.\w+|collections\.OrderedDict"
+    r"|argparse\.Namespace|_codecs\.encode"
+)
+_MOST_PICKLES = 8
 
 
 def load_tensors(path: Path, *, weights: str = "ema") -> dict[str, Tensor]:
@@ -64,7 +74,8 @@ def load_pickled_tensors(path: Path, *, weights: str = "ema") -> dict[str, Tenso
     _check_readable(path)
     try:
         # The release's own training checkpoints carry their options: a Namespace is a bag of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's age; what matters is in the error
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: TID251 -- the one place
     except Exception as error:  # a damaged archive shows as almost any exception
         raise UserError(_refusal(path, error)) from error
@@ -72,13 +83,21 @@ def load_pickled_tensors(path: Path, *, weights: str = "ema") -> dict[str, Tenso
 
 
 def save_pickled_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write plain tensors as `torch.save` does, for tools that open nothing else."""
-    with explained_writes(path):
-        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)  # noqa: TID251 -- the one place
+    """Write plain tensors as `torch.save` does, for tools that open nothing else.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with explained_writes(path), path.open("wb") as file:
+        try:
+            torch.save(contents, file)  # noqa: TID251 -- the one place
+        except RuntimeError as error:  # what torch makes of a file that may not grow
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors; the bytes depend on names and values alone.
+    """Write tensors as safetensors; the bytes depend on names and values alone, the file's rights on the umask.
 
     Raises:
         UserError: the file cannot be written.
@@ -94,10 +113,32 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         contents[name] = whole.clone() if whole.data_ptr() in memory else whole
         memory.add(whole.data_ptr())
     with explained_writes(path):
+        path.touch()
+        rights = path.stat().st_mode  # safetensors would leave the file to its owner alone
         try:
             save_file(contents, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise UserError(f"cannot write {path}: {error}") from error
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+        path.chmod(rights)
+
+
+def holds_tensors(path: Path) -> bool:
+    """Whether a file is one of weights, by its contents and its name, without reading all of them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return bool(file.keys())
+        return bool(load_pickled_tensors(path))
+    except (UserError, SafetensorError, OSError):
+        return False
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors with a value that is infinite or no number."""
+    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
 
 
 def plain_names(tensors: Mapping[str, Tensor], *, origin: object) -> dict[str, Tensor]:
@@ -134,17 +175,39 @@ def _check_readable(path: Path) -> None:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    names = re.findall(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
-    if not names:
+    called = list(dict.fromkeys(_called(path)))
+    strange = [name for name in called if not _HARMLESS.fullmatch(name)]
+    if type(error).__name__ != "UnpicklingError" or not called:
         return f"{path} is damaged or no file of torch.save ({_first_line(error)}); restore or remake it"
     return (
-        f"{path} is refused: opening it would run code ({', '.join(dict.fromkeys(names))}), and only tensors in plain "
+        f"{path} is refused: opening it would run code ({', '.join(strange or called)}), and only tensors in plain "
         f"containers are read; ask its author for a .safetensors file"
     )
 
 
+def _called(path: Path) -> Iterator[str]:
+    """The functions and classes that unpickling the file would call, by name, without unpickling anything."""
+    with suppress(Exception), closing(_pickle_in(path)) as file:  # what is damaged names what it still can
+        for _ in range(_MOST_PICKLES):  # torch.save once wrote several, one after the other
+            words: list[str] = []
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in {"GLOBAL", "INST"}:
+                    yield str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL" and len(words) > 1:
+                    yield f"{words[-2]}.{words[-1]}"
+                elif isinstance(argument, str):
+                    words.append(argument)
+
+
+def _pickle_in(path: Path) -> IO[bytes]:
+    if not zipfile.is_zipfile(path):
+        return path.open("rb")
+    archive = zipfile.ZipFile(path)
+    return archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200].rstrip(": ")
 
 
 def _choose(content: Any, weights: str, path: Path) -> dict[str, Tensor]:

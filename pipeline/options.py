@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.errors import UserError
 
 Options = TypeVar("Options")
 _BOX = "─│╭╮╰╯"
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
@@ -60,7 +62,9 @@ def parse_options(
     """
     flags = dict(_flags(options_class))
     config, arguments = _take_config(list(arguments))
-    from_file = _config_arguments(_find_config(config, presets), flags) if config else []
+    from_file = _config_arguments(_find_config(config, presets), flags, _positional(options_class)) if config else []
+    if _bare_words(arguments, flags):  # the command line overrides the file
+        from_file = [argument for argument in from_file if argument.startswith("-")]
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and name != "--help":
@@ -104,11 +108,11 @@ def _tyro(wrapper: type, arguments: list[str], *, prog: str, description: str) -
 
 
 def _one_sentence(boxed: str, prog: str) -> str:
-    """tyro's boxed message as one line: the lines of its first section, without the frame."""
+    """tyro's boxed message as one line: the lines of its first section, without the frame and a terminal's colours."""
     words: list[str] = []
-    for line in boxed.splitlines()[1:]:
+    for line in _COLOURS.sub("", boxed).splitlines()[1:]:
         text = line.strip(_BOX + " ")
-        if not text and words:
+        if words and not text.strip("-"):
             break
         words.append(text)
     sentence = " ".join(words).strip().rstrip(".")
@@ -125,6 +129,26 @@ def _flags(options_class: type) -> Iterator[tuple[str, type]]:
             yield from _flags(hint)
         else:
             yield _flag_name(field.name), hint
+
+
+def _positional(options_class: type) -> set[str]:
+    """The names of the options that a command line gives without a flag."""
+    hints = typing.get_type_hints(options_class, include_extras=True)
+    return {
+        _flag_name(name) for name, hint in hints.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())
+    }
+
+
+def _bare_words(arguments: Sequence[str], flags: dict[str, type]) -> list[str]:
+    """The words of a command line that are neither flags nor values of flags."""
+    words, takes_values = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.removeprefix("--").replace("_", "-")
+            takes_values = "=" not in argument and flags.get(name, bool) is not bool
+        elif not takes_values:
+            words.append(argument)
+    return words
 
 
 def _flag_name(field_name: str) -> str:
@@ -169,10 +193,24 @@ def _find_config(config: str, presets: Path | None) -> Path:
     raise UserError(f"--config {config} is not a file{known}")
 
 
-def _config_arguments(path: Path, flags: dict[str, type]) -> list[str]:
+class _Loader(yaml.SafeLoader):
+    """YAML without its numbers to the base of 60: 1:30 is a text, as a range of shards is."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+
+
+def _config_arguments(path: Path, flags: dict[str, type], positional: set[str]) -> list[str]:
     """A YAML file's mapping as command-line arguments."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 - it is a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if content is None:
@@ -182,7 +220,8 @@ def _config_arguments(path: Path, flags: dict[str, type]) -> list[str]:
     arguments: list[str] = []
     for key, value in content.items():
         name = _check_flag(str(key), flags, f"unknown key {key!r} in {path}", "see --help for the flags")
-        arguments += _argument(name, value, flags, path)
+        written = _argument(name, value, flags, path)
+        arguments += [word.removeprefix(f"--{name}=") for word in written] if name in positional else written
     return arguments
 
 

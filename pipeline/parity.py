@@ -11,25 +11,35 @@ from pipeline import randomness
 from pipeline.dit import DiT, DiTConfig
 
 TOLERANCE: Final = 1e-5
-"""Largest difference, in the outputs' own units, that float32 rounding may make."""
+"""Largest difference that float32 rounding may make, in the outputs' own units or, above 1, of the largest one."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Difference(NamedTuple):
+    """How far two networks' outputs are apart on the same inputs."""
+
+    largest: float
+    """The largest absolute difference."""
+    greatest_output: float
+    """The largest absolute output, beside which the difference is to be seen."""
 
 
 class DiffusersDifference(NamedTuple):
     """diffusers' own class against ours on the same weights."""
 
-    as_is: float
+    as_is: Difference
     """As `from_pretrained` gives it."""
-    mended: float
+    mended: Difference
     """With the release's timestep frequencies and norms (`mend`)."""
 
 
-def forward_difference(ours: DiT, theirs: Forward) -> float:
-    """The largest absolute difference of the outputs on a fixed batch of noise, over early and late timesteps."""
+def forward_difference(ours: DiT, theirs: Forward) -> Difference:
+    """The difference of the outputs on a fixed batch of noise, over early and late timesteps."""
     x, t, y = _batch(ours.config)
     with torch.no_grad():
-        return float((ours(x, t, y) - theirs(x, t, y)).abs().max())
+        output = ours(x, t, y)
+        return Difference(float((output - theirs(x, t, y)).abs().max()), float(output.abs().max()))
 
 
 def _batch(config: DiTConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.files import replacing
+from pipeline.files import make_folder, replacing
 
 PAPER = (255, 255, 255)
 INK = (34, 34, 34)
@@ -112,6 +112,7 @@ def save_png(path: Path, image: Image.Image | Images, text: Mapping[str, str] | 
     notes = PngInfo()
     for key, value in (text or {}).items():
         notes.add_itxt(key, value)
+    make_folder(path.absolute().parent)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=notes)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import warn
-from pipeline.dit.config import PRESETS, Conditioning, DiTConfig
+from pipeline.dit.config import PRESETS, Conditioning, ConfigError, DiTConfig
 from pipeline.dit.embeddings import position_table
 from pipeline.errors import UserError
 from pipeline.foreign import listed
@@ -21,13 +21,14 @@ KNOWN_HEADS: Final = {sizes["hidden_size"]: sizes["num_heads"] for sizes in PRES
 DEFAULT_GRID: Final = 32
 """Latent cells per side where a file has no position table: 256 pixels."""
 
-_TELLING = (
-    "x_embedder.proj.weight",
-    "y_embedder.embedding_table.weight",
-    "blocks.0.attn.qkv.weight",
-    "blocks.0.mlp.fc1.weight",
-    "final_layer.linear.weight",
-)
+# The tensors whose shapes tell the configuration, and how many axes they have.
+_TELLING = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
 
 
 def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, origin: object) -> DiTConfig:
@@ -45,8 +46,15 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, origin: 
             f"{origin} is not a DiT's state dict: it lacks {listed(missing)}; its {len(state)} tensors begin with "
             f"{', '.join(sorted(state)[:5])}"
         )
+    strange = [
+        f"{name} is {list(state[name].shape)}"
+        for name, axes in _TELLING.items()
+        if state[name].ndim != axes or not state[name].numel()
+    ]
+    if strange:
+        raise UserError(f"{origin} is not a DiT's state dict: {'; '.join(strange)}")
     patches = state["x_embedder.proj.weight"]
-    if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
+    if patches.shape[2] != patches.shape[3]:
         raise UserError(f"{origin}: x_embedder.proj.weight is {list(patches.shape)}, not [hidden, channels, p, p]")
     hidden_size, in_channels, patch_size, _ = patches.shape
     outputs = len(state["final_layer.linear.weight"]) / patch_size**2
@@ -55,19 +63,22 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, origin: 
             f"{origin}: the final layer gives {outputs:g} channels, but {in_channels} (or {2 * in_channels} with a "
             f"learned variance) fit the input"
         )
-    return DiTConfig(
-        input_size=_grid(state, hidden_size, patch_size, origin),
-        patch_size=patch_size,
-        in_channels=in_channels,
-        hidden_size=hidden_size,
-        depth=1 + max(int(number) for name in state for number in re.findall(r"^blocks\.(\d+)\.", name)),
-        num_heads=_heads(hidden_size, num_heads, origin),
-        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        learn_sigma=outputs == 2 * in_channels,
-        conditioning=_conditioning(state, hidden_size),
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
-    )
+    try:
+        return DiTConfig(
+            input_size=_grid(state, hidden_size, patch_size, origin),
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=1 + max(int(number) for name in state for number in re.findall(r"^blocks\.(\d+)\.", name)),
+            num_heads=_heads(hidden_size, num_heads, origin),
+            mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
+            num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+            learn_sigma=outputs == 2 * in_channels,
+            conditioning=_conditioning(state, hidden_size),
+            qk_norm="blocks.0.attn.q_norm.weight" in state,
+        )
+    except ConfigError as error:
+        raise UserError(f"{origin}: {error}") from error
 
 
 def default_info(
@@ -149,8 +160,8 @@ def _grid(state: Mapping[str, Tensor], hidden_size: int, patch_size: int, origin
     if table is None:
         warn(f"{origin} has no position table; taking {DEFAULT_GRID}×{DEFAULT_GRID} latent cells")
         return DEFAULT_GRID
-    tokens = table.shape[-2] if table.ndim >= 2 else 0
-    if table.shape[-1] != hidden_size or not tokens:
+    tokens = table.numel() // hidden_size
+    if not tokens or list(table.shape) not in ([1, tokens, hidden_size], [tokens, hidden_size]):
         raise UserError(f"{origin}: pos_embed is {list(table.shape)}, not [1, tokens, {hidden_size}]")
     side = math.isqrt(tokens)
     shapes = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]

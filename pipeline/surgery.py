@@ -78,8 +78,10 @@ def fit_weights(
             if name not in source:
                 report.new[name] = f"{origin} has none"
             elif name == _LABELS:
-                rows = _matched_rows(len(source[name]), config, source_names, target_names, class_mapping, labels)
-                _fit_labels(parameter, source[name], config, rows, labels, report)
+                count = len(source[name])
+                known = _source_classes(count, source_config, source_names)
+                rows = _matched_rows(known, count, config, source_names, target_names, class_mapping, labels)
+                _fit_labels(parameter, source[name], known, config, rows, labels, report)
             elif parameter.shape == source[name].shape and not _regrouped(name, config, source):
                 parameter.copy_(source[name])
                 report.copied.append(name)
@@ -112,7 +114,13 @@ def _check_widths(
         )
 
 
+def _source_classes(rows: int, config: DiTConfig | None, names: tuple[Sequence[str], Sequence[str]]) -> int:
+    """Classes of the source; a row more than that is its null row, which a bare table is taken to have."""
+    return config.num_classes if config is not None else max(map(len, names)) or rows - 1
+
+
 def _matched_rows(
+    source_classes: int,
     source_rows: int,
     config: DiTConfig,
     source_names: tuple[Sequence[str], Sequence[str]],
@@ -121,9 +129,14 @@ def _matched_rows(
     labels: LabelStart,
 ) -> dict[int, int]:
     """{row of the target's label table: row of the source's} for classes with a counterpart and the null class."""
-    source_classes = max(map(len, source_names)) or source_rows - 1
     if class_mapping is not None:
         rows = dict(class_mapping)
+        for ours, theirs in rows.items():
+            if ours not in range(config.num_classes) or theirs not in range(source_classes):
+                raise UserError(
+                    f"class_mapping says {{{ours}: {theirs}}}, but labels go to {config.num_classes - 1} here and "
+                    f"to {source_classes - 1} in the source"
+                )
     elif labels == "by-name":
         rows = _same_classes(source_names, target_names)
         unnamed = not any(map(len, source_names)) or not any(map(len, target_names))
@@ -164,7 +177,13 @@ def _spellings(label: int, names: tuple[Sequence[str], Sequence[str]]) -> list[s
 
 
 def _fit_labels(
-    table: Tensor, source: Tensor, config: DiTConfig, rows: Mapping[int, int], labels: LabelStart, report: FitReport
+    table: Tensor,
+    source: Tensor,
+    source_classes: int,
+    config: DiTConfig,
+    rows: Mapping[int, int],
+    labels: LabelStart,
+    report: FitReport,
 ) -> None:
     if len(table) == len(source) and all(rows.get(row) == row for row in range(len(table))):
         table.copy_(source)
@@ -172,7 +191,7 @@ def _fit_labels(
         return
     others = [row for row in range(len(table)) if row not in rows]
     if labels != "new" and others:
-        classes = source[:-1] if len(source) > 1 else source
+        classes = source[:source_classes] if source_classes else source
         table[others] = classes.float().mean(dim=0).to(table.dtype)
     for row, origin in rows.items():
         table[row] = source[origin].to(table)

@@ -186,6 +186,19 @@ def find_vae(
     return vae
 
 
+def check_channels(vae: Vae, channels: int) -> None:
+    """Nothing, if the VAE's latents have as many channels as a network's.
+
+    Raises:
+        UserError: they have not.
+    """
+    if vae.channels != channels:
+        raise UserError(
+            f"the VAE {vae.name} has latents of {vae.channels} channels, but the network's have {channels}; "
+            f"give the VAE of its latents with --vae"
+        )
+
+
 def to_bytes(values: Float[Tensor, "batch 3 height width"]) -> UInt8[Tensor, "batch height width 3"]:
     """Images as bytes on the CPU: 127.5 · (x + 1), clipped and rounded to nearest."""
     levels = ((values.clamp(-1, 1) + 1) * 127.5).round()

@@ -62,7 +62,12 @@ class RectifiedFlow:
         return t * self.time_scale
 
     def q_sample(self, x_start: Latents, t: PerSample, noise: Latents) -> Latents:
-        """x_t on the line from x_0 (t = 0) to the noise (t = 1)."""
+        """x_t on the line from x_0 (t = 0) to the noise (t = 1).
+
+        Raises:
+            ValueError: x_start, t and noise do not belong together.
+        """
+        check_batch(x_start, t, noise)
         x_start, noise = precise(x_start), precise(noise)
         return torch.lerp(x_start, noise, _columns(t, x_start))
 
@@ -86,7 +91,6 @@ class RectifiedFlow:
         Raises:
             ValueError: x_start, t and noise do not belong together, or the network's output has another shape.
         """
-        check_batch(x_start, t, noise)
         x_start, noise = precise(x_start), precise(noise)
         error = self.velocity(denoise, self.q_sample(x_start, t, noise), t) - (noise - x_start)
         mse = mean_over_sample(error.square())

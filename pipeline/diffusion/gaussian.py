@@ -140,7 +140,12 @@ class GaussianDiffusion:
         return self._tables(t.device).timestep_map[t]
 
     def q_sample(self, x_start: Latents, t: Timesteps, noise: Latents) -> Latents:
-        """x_t ~ q(x_t | x_0), made from the given standard normals (Ho et al. 2020, equation 4)."""
+        """x_t ~ q(x_t | x_0), made from the given standard normals (Ho et al. 2020, equation 4).
+
+        Raises:
+            ValueError: x_start, t and noise do not belong together.
+        """
+        check_batch(x_start, t, noise)
         alpha_bar = self._at("alphas_cumprod", t)
         return _like(alpha_bar.sqrt(), x_start) * precise(x_start) + _like((1 - alpha_bar).sqrt(), x_start) * noise
 
@@ -189,7 +194,6 @@ class GaussianDiffusion:
         Raises:
             ValueError: x_start, t and noise do not belong together, or the network's output has other channels.
         """
-        check_batch(x_start, t, noise)
         x_start, noise = precise(x_start), precise(noise)
         x_t = self.q_sample(x_start, t, noise)
         output = denoise(x_t, self.network_timesteps(t))

@@ -1,6 +1,7 @@
 """What a network is: its sizes, its inputs, and how it is told the timestep and the class."""
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -59,11 +60,15 @@ class DiTConfig:
     """Whether queries and keys are normalised per head, which the release does not do."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.input_size, int):
+        if isinstance(self.input_size, list):
             object.__setattr__(self, "input_size", tuple(self.input_size))
-        wrong = [*_out_of_range(self), *_mismatched(self)]
+        wrong = _of_another_type(self) or [*_out_of_range(self), *_mismatched(self)]
         if wrong:
             raise ConfigError(f"this network cannot be built: {'; '.join(wrong)}")
+        for field in dataclasses.fields(self):  # NumPy's whole numbers are none of JSON's
+            value = getattr(self, field.name)
+            if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, int(value))
 
     @property
     def height(self) -> int:
@@ -136,6 +141,26 @@ class DiTConfig:
         if unknown:
             raise ConfigError(f"a network has no setting {', '.join(unknown)}; it has {', '.join(names)}")
         return cls(**values)
+
+
+def _of_another_type(config: DiTConfig) -> list[str]:
+    """Values from a stranger's file may be anything."""
+    wrong = []
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), type(field.default)
+        wanted = {int: numbers.Integral, float: numbers.Real}.get(usual, usual)
+        if field.name == "input_size" and isinstance(value, tuple):
+            if len(value) != 2 or not all(_is(numbers.Integral, side) for side in value):
+                wrong.append(f"input_size is {list(value)} but must be one whole number or two")
+        elif not _is(wanted, value):
+            kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[usual]
+            wrong.append(f"{field.name} is {value!r} but must be {kind}")
+    return wrong
+
+
+def _is(kind: type, value: object) -> bool:
+    """Whether a value is of that type; True and False are no numbers."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _out_of_range(config: DiTConfig) -> list[str]:

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.checkpoint import Stored, build_model, checkpoint_folders, read_stored, weight_files
 from pipeline.dit import PRESETS, DiTConfig
 from pipeline.dit.counting import count_flops, count_parameters
 from pipeline.errors import UserError
 from pipeline.files import read_json, sha256_of
+from pipeline.foreign import not_finite
 from pipeline.inspection.tables import facts, shortened
 from pipeline.quantities import size
 
@@ -35,14 +34,17 @@ def describe_checkpoint(path: str, *, verify: bool, num_heads: int | None = None
 
 
 def _any_weights(path: str, num_heads: int | None) -> Stored:
-    """The EMA weights, or the raw ones where there is no average."""
+    """The EMA weights, or the raw ones where there is no average (a damaged one is an error)."""
     try:
         return read_stored(path, num_heads=num_heads)
     except UserError as error:
         try:
-            return read_stored(path, weights="raw", num_heads=num_heads)
+            raw = read_stored(path, weights="raw", num_heads=num_heads)
         except UserError:
             raise error from None
+        if raw.folder is not None and "ema" in weight_files(raw.folder):
+            raise
+        return raw
 
 
 def _facts_of(path: str, stored: Stored) -> dict[str, object]:
@@ -113,7 +115,7 @@ def _verified(path: str, stored: Stored, num_heads: int | None) -> list[str]:
         kinds = [read_stored(stored.folder, weights=name, num_heads=num_heads) for name in weight_files(stored.folder)]
     for each in kinds:
         build_model(each, origin=path)
-        wrong = [name for name, tensor in each.state.items() if not bool(torch.isfinite(tensor).all())]
+        wrong = not_finite(each.state)
         if wrong:
             raise UserError(
                 f"the {each.weights} weights of {path} hold values that are not finite: {', '.join(wrong)}; "

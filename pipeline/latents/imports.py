@@ -23,9 +23,18 @@ from torch import Tensor
 from pipeline.class_names import imagenet_classes
 from pipeline.console import progress
 from pipeline.errors import UserError
-from pipeline.files import make_folder
-from pipeline.latents.manifest import LatentSpec, Manifest
-from pipeline.latents.writer import DTYPES, StoreDescription, finish_store, read_record, write_shard
+from pipeline.files import make_folder, read_json
+from pipeline.latents.manifest import MANIFEST_FILE, LatentSpec, Manifest
+from pipeline.latents.removal import remove_files, store_files
+from pipeline.latents.writer import (
+    DTYPES,
+    WORK_FOLDER,
+    StoreDescription,
+    finish_store,
+    read_record,
+    unstorable_rows,
+    write_shard,
+)
 from pipeline.randomness import Permutation
 
 STABLE_DIFFUSION = {
@@ -37,6 +46,7 @@ STABLE_DIFFUSION = {
 }
 """fast-DiT's default VAE. Its fingerprint is not known from the features."""
 _DOWNSAMPLE = 8
+_LOOKED_AT = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +73,22 @@ class _Features:
         scaled = np.concatenate([empty, *(array.reshape(1, *self.shape).astype(np.float32) for array in arrays)])
         scale, shift = (np.asarray(vae[key] or 0.0, dtype=np.float32) for key in ("scaling_factor", "shift_factor"))
         unscaled = scaled / scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
-        return torch.from_numpy(unscaled)[:, None].to(DTYPES[dtype])
+        latents = torch.from_numpy(unscaled)[:, None]
+        bad = unstorable_rows(latents, dtype)
+        if len(bad):
+            raise UserError(
+                f"{self.folder / self.names[indices[bad[0]]]} (and {len(bad) - 1} others near it) holds values that "
+                f"are not finite in {dtype}; mend or remove it and its label"
+            )
+        return latents.to(DTYPES[dtype])
+
+    def fingerprint(self) -> str:
+        """A hash over the bytes of a few of the files, which other features under the same names do not share."""
+        few = Permutation(len(self.names), 0, "fingerprint of features")
+        digest = hashlib.sha256()
+        for index in few[np.arange(min(_LOOKED_AT, len(self.names)), dtype=np.int64)]:
+            digest.update(_load(self.folder / self.names[index]).tobytes())
+        return digest.hexdigest()
 
     def labels(self) -> NDArray[np.int64]:
         """Every label, in the order of the names."""
@@ -92,6 +117,7 @@ def import_numpy_features(
     store_dtype: str = "float16",
     samples_per_shard: int = 4096,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> Manifest:
     """The manifest of a version-1 store of kind "point" made from `*_features/*.npy` and `*_labels/*.npy`.
 
@@ -103,6 +129,7 @@ def import_numpy_features(
         vae: the VAE that made the features, as `Vae.describe` gives it; its scaling_factor is divided out.
         downsample: pixels along one side of a latent cell.
         class_names: readable names, index = label; ImageNet's if the folders are named after it, else the numbers.
+        overwrite: begin anew, where an earlier import left a store; it goes once the features have been looked at.
 
     Raises:
         UserError: the folders are not there or do not fit together, a file is damaged, or `out` holds something else.
@@ -113,8 +140,11 @@ def import_numpy_features(
     class_ids, classes = _classes(features, labels, class_names)
     channels, height, width = features.shape
     settings = [features.names, features.shape, dict(vae), split, shard_format, store_dtype, samples_per_shard, seed]
-    plan = hashlib.sha256(json.dumps([*settings, labels.tolist()]).encode()).hexdigest()
+    contents = [features.folder.name, features.fingerprint(), labels.tolist(), class_ids, classes]
+    plan = hashlib.sha256(json.dumps([*settings, *contents]).encode()).hexdigest()
     _check_out(out, split)
+    if overwrite:
+        _remove_import(out, split)
     make_folder(out)
     order = Permutation(len(labels), seed, "extract-order")[np.arange(len(labels), dtype=np.int64)]
     parts = [order[start : start + samples_per_shard] for start in range(0, len(order), samples_per_shard)]
@@ -209,10 +239,15 @@ def _classes(
 
 
 def _check_out(out: Path, split: str) -> None:
-    others = (
-        [path.name for path in out.iterdir() if not path.name.startswith((f"{split}-", ".work"))]
-        if out.is_dir()
-        else []
-    )
-    if out.exists() and others and "manifest.json" not in others:
-        raise UserError(f"{out} holds other things ({', '.join(sorted(others)[:3])}); name an empty or a new folder")
+    ours = {path.name for path in store_files(out, split=split)} | {WORK_FOLDER}
+    others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else []
+    if others:
+        raise UserError(f"{out} holds other things ({', '.join(others[:3])}); name an empty or a new folder")
+
+
+def _remove_import(out: Path, split: str) -> None:
+    """Remove the store that an earlier import left, whole or not."""
+    manifest = read_json(out / MANIFEST_FILE) if (out / MANIFEST_FILE).is_file() else {}
+    if "extraction" in manifest or (out / WORK_FOLDER / "settings.json").exists():
+        raise UserError(f"{out} holds a store that dit-extract made, so it is not replaced; choose another folder")
+    remove_files(store_files(out, split=split))

@@ -63,8 +63,8 @@ def read_record(folder: Path, split: str, shard: int, *, plan: str | None = None
     record = parse_record(path.read_bytes(), path)
     if plan is not None and record.plan != plan:
         raise UserError(
-            f"{path} belongs to an extraction with other settings or inputs; "
-            "use the same to continue it, name another --out, or start anew with --overwrite"
+            f"{path} belongs to a store of other settings or inputs; "
+            "use the same to continue it, name another folder, or start anew with --overwrite"
         )
     try:
         size = (folder / record.file).stat().st_size

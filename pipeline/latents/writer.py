@@ -177,7 +177,10 @@ def finish_store(folder: Path, description: StoreDescription, *, shards: int) ->
     if (folder / MANIFEST_FILE).exists():
         manifest = read_manifest(folder)
         if manifest.get("plan", "") != description.plan:
-            raise UserError(f"{folder} holds a finished store of other settings or inputs; name another --out")
+            raise UserError(
+                f"{folder} holds a finished store of other settings or inputs; name another folder, or start anew with "
+                f"--overwrite"
+            )
         return manifest
     if missing_shards(folder, description.split, shards):
         return None

@@ -1,7 +1,14 @@
+import os
+import pty
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from pipeline.console import run_command
 from pipeline.errors import UserError
@@ -113,6 +120,34 @@ def test_a_wrong_file_is_one_sentence_and_status_2(tmp_path, capsys, text, sente
     assert sentence.replace("FILE", str(config)) in printed and printed.count("\n") == 1
 
 
+def test_a_range_in_a_file_is_no_number_to_the_base_of_sixty(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("data: 1:30\nlr: 0.5\n")
+    assert command("--config", str(config))[1].data == "1:30"
+    config.write_text("data: 0:0.8\n")
+    assert command("--config", str(config))[1].data == "0:0.8"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WithPath:
+    """A command that is given a path without a flag."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """Where."""
+    verify: bool = False
+    """Whether to verify."""
+
+
+def test_what_has_no_flag_can_come_from_a_file_too_and_the_command_line_overrides_it(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("path: there\nverify: true\n")
+    for argv, wanted in (([], "there"), (["here"], "here"), (["--no-verify", "here"], "here")):
+        seen = []
+        words = ["--config", str(config), *argv]
+        assert run_command(WithPath, seen.append, prog="dit-x", description="", argv=words) == 0
+        assert (seen[0].path, seen[0].verify) == (wanted, "--no-verify" not in argv)
+
+
 def test_help_has_a_line_with_the_default_for_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         command("--help")
@@ -129,6 +164,57 @@ def test_only_the_users_mistakes_are_swallowed():
 
     with pytest.raises(RuntimeError, match="a bug"):
         run_command(Options, fail, prog="dit-x", description="", argv=["--data", "d"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_nothing_watches_for_ends_the_command_with_its_status_and_a_line(capsys, number):
+    before = signal.getsignal(number)
+    ended = []
+
+    def run(_):
+        try:
+            signal.raise_signal(number)
+        finally:
+            ended.append("tidied")
+
+    assert run_command(Options, run, prog="dit-x", description="", argv=["--data", "d"]) == 128 + number
+    assert capsys.readouterr().err == f"dit-x: stopped by {number.name}; run the same command again to continue\n"
+    assert ended == ["tidied"] and signal.getsignal(number) == before
+
+
+def test_a_path_that_may_not_be_entered_is_named(capsys):
+    def run(_):
+        raise PermissionError(13, "Permission denied", "/secret/store")
+
+    assert run_command(Options, run, prog="dit-x", description="", argv=["--data", "d"]) == 2
+    said = capsys.readouterr().err
+    assert said == "dit-x: error: /secret/store may not be used (Permission denied); change its rights or the path\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback():
+    code = "import sys; from pipeline.inspect import main; sys.argv = ['dit-inspect', '--models']; sys.exit(main())"
+    reader = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", code], stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False
+    )
+    reader.stdin.close()
+    reader.wait()
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_is_one_plain_sentence_on_a_terminal_too():
+    """tyro draws coloured boxes where standard output is a terminal."""
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "sample", "--checkpoint", "run", "--out", "a.png", "--steps", "x"]
+    done = subprocess.run(
+        words, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm-256color"},
+    )  # fmt: skip
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "\x1b" not in done.stderr and "─" not in done.stderr
+    assert "--steps" in done.stderr and "see dit-sample --help" in done.stderr
 
 
 def test_nearest_ignores_case():

@@ -107,5 +107,14 @@ def test_a_png_comes_back_with_its_facts_and_leaves_nothing_else(tmp_path):
 
 def test_a_png_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="is a file, but a folder is needed there"):
         save_png(tmp_path / "file" / "one.png", tiles(1)[0])
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*folder\.png: that is a folder"):
+        save_png(tmp_path / "folder.png", tiles(1)[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_the_folder_of_a_png_is_made(tmp_path):
+    save_png(tmp_path / "new" / "one.png", tiles(1)[0])
+    assert (tmp_path / "new" / "one.png").is_file()
