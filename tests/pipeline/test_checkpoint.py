@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pickle
 import re
 
 import pytest
@@ -229,6 +230,41 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, state, ne
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_bare_pickle_of_any_age_that_would_run_code_is_refused_by_the_name_of_what_it_calls(tmp_path, protocol):
+    with (tmp_path / "w.pt").open("wb") as file:
+        pickle.dump({"ema": Malicious(tmp_path / "ran")}, file, protocol=protocol)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path / "w.pt")
+    said = str(error.value)
+    assert "is refused: opening it would run code (posix.system)" in said
+    assert "weights_only" not in said, "no advice to switch the safeguard off"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_no_floating_point_type_are_refused_by_name(tmp_path, state):
+    torch.save({**state, "final_layer.linear.bias": torch.zeros(32, dtype=torch.int8)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"1 of no floating-point type: final_layer\.linear\.bias torch\.int8"):
+        load_checkpoint(tmp_path / "w.pt", num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "sentence"),
+    [
+        ("final_layer.linear.weight", torch.zeros(()), r"final_layer\.linear\.weight is \[\]"),
+        ("blocks.0.mlp.fc1.weight", torch.zeros(()), r"fc1\.weight is \[\]"),
+        ("y_embedder.embedding_table.weight", torch.zeros(0, 64), r"embedding_table\.weight is \[0, 64\]"),
+        ("x_embedder.proj.weight", torch.zeros(64, 4, 0, 0), r"proj\.weight is \[64, 4, 0, 0\]"),
+        ("pos_embed", torch.zeros(()), r"pos_embed is \[\], not"),
+        ("pos_embed", torch.zeros(2, 16, 64), r"pos_embed is \[2, 16, 64\], not"),
+    ],
+)
+def test_tensors_of_another_rank_are_named(tmp_path, state, name, tensor, sentence):
+    torch.save({**state, name: tensor}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=sentence):
+        load_checkpoint(tmp_path / "w.pt", num_heads=4)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "zeros", "empty"])
 def test_a_damaged_weight_file_is_named(tmp_path, state, suffix, damage):
@@ -255,6 +291,29 @@ def test_unknown_formats_and_versions_are_refused_by_name(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"diffusion": {}}, "the objective is None"),
+        ({"diffusion": {"objective": "ddpm", "steps": "x"}}, "steps is 'x' but must be a whole number"),
+        ({"diffusion": "ddpm"}, "diffusion is str, not dict"),
+        ({"vae": None, "classes": None}, "classes is NoneType, not list; vae is NoneType, not dict"),
+        ({"latent": {"kind": "moments"}}, "it lacks latent.channels, latent.downsample, latent.height, latent.width"),
+        ({"step": "a"}, "step is str, not int"),
+        ({"model": {"input_size": [8]}}, "input_size is [8] but must be one whole number or two"),
+        ({"model": {"depth": 6.0}}, "depth is 6.0 but must be a whole number"),
+        ({"model": {"depth": "x"}}, "depth is 'x' but must be a whole number"),
+    ],
+)
+def test_settings_of_another_type_are_one_sentence_that_names_the_file(tmp_path, changes, sentence):
+    folder = write_checkpoint(tmp_path / "c")
+    info = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**info, **changes}))
+    with pytest.raises(UserError) as error:
+        read_checkpoint(folder)
+    assert sentence in str(error.value) and "config.json" in str(error.value)
 
 
 def test_nothing_there_says_what_would_be_taken(tmp_path):

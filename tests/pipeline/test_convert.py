@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from pipeline.diffusion import GaussianDiffusion, RectifiedFlow
 from pipeline.dit import DiT, DiTConfig
 from pipeline.errors import UserError
 from pipeline.files import sha256_of
+from pipeline.latents.sealing import sealed
 from pipeline.parity import mend
 from pipeline.release_layout import default_info
 
@@ -313,6 +316,121 @@ def test_an_existing_target_is_replaced_only_when_asked_and_only_if_a_conversion
     assert load_checkpoint(target)[1].hidden_size == 64
 
 
+def test_what_no_conversion_made_is_never_replaced(tmp_path, released, ours, vae_folder, run):
+    heads = ("--num-heads", 4, "--overwrite")
+    diary, vae = tmp_path / "diary", tmp_path / "vae"
+    diary.mkdir()
+    (diary / "config.json").write_text("{}")
+    (diary / "thesis.txt").write_text("years of work")
+    shutil.copytree(vae_folder, vae)
+    photo = tmp_path / "photo.pt"
+    photo.write_text("no weights")
+    for target, kind in ((diary, "dit"), (vae, "diffusers"), (photo, "facebook")):
+        status, _, err = run(released, target, kind, *heads)
+        assert (status, "so it is not replaced" in err) == (2, True), err
+    assert (diary / "thesis.txt").read_text() == "years of work" and photo.read_text() == "no weights"
+    checkpoint_of_run = tmp_path / "run" / "checkpoints" / "step-0000001"
+    shutil.copytree(ours, checkpoint_of_run)
+    status, _, err = run(tmp_path / "run", checkpoint_of_run, "dit", "--overwrite")
+    assert (status, "is, or holds, what --from" in err) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["dit", "facebook", "diffusers"])
+def test_one_weight_file_of_a_checkpoint_converts_into_every_form(tmp_path, golden, ours, run, kind):
+    shutil.copy(ours / "ema.safetensors", ours / "ema-slow.safetensors")
+    shutil.copy(ours / "ema.safetensors", ours / "model.safetensors")
+    for file in ("ema", "ema-slow", "model"):
+        target = tmp_path / f"{file}.pt" if kind == "facebook" else tmp_path / file
+        status, _, err = run(ours / f"{file}.safetensors", target, kind)
+        assert status == 0, err
+        weights = {"ema-slow": "slow", "model": "raw"}.get(file, file) if kind == "dit" else "ema"
+        with torch.no_grad():
+            found = output(read_checkpoint(target, weights=weights, num_heads=4).model, golden)
+        assert float((found - golden["forward.out"]).abs().max()) < 2e-5
+    assert run(ours, tmp_path / "slow", "dit", "--weights", "slow")[0] == 0
+    assert (tmp_path / "slow" / "ema-slow.safetensors").is_file()
+
+
+def test_raw_weights_stay_raw_through_diffusers_and_back(tmp_path, ours, run):
+    (ours / "ema.safetensors").rename(ours / "model.safetensors")
+    assert run(ours, tmp_path / "pipe", "diffusers", "--weights", "raw")[0] == 0
+    assert run(tmp_path / "pipe", tmp_path / "back", "dit")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_target_and_leaves_nothing(tmp_path, ours, run):
+    """The system refuses files beyond 100 kB, as a full disk refuses any."""
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, allowed[1]))
+    try:
+        for target, kind in (("new", "dit"), ("new.pt", "facebook"), ("new.safetensors", "facebook")):
+            status, _, err = run(ours, tmp_path / target, kind)
+            assert status == 2
+            assert err.splitlines()[-1].startswith(f"dit-convert: error: cannot write {tmp_path / target}: the file ")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_written_weights_may_be_read_by_whom_the_umask_lets(tmp_path, ours, run):
+    before = os.umask(0o027)
+    try:
+        assert run(ours, tmp_path / "new", "dit")[0] == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o640}
+
+
+def test_what_the_releases_format_cannot_say_is_said(tmp_path, ours, run):
+    diffusion = GaussianDiffusion(schedule="cosine", prediction="v", steps=500).to_json()
+    rewrite(ours, diffusion=diffusion)
+    _, _, err = run(ours, tmp_path / "w.pt", "facebook")
+    for unsaid in ("its schedule is cosine", "its steps is 500", "its prediction is v"):
+        assert unsaid in err
+
+
+def test_the_transformer_of_a_pipeline_knows_its_process(tmp_path, ours, run):
+    rewrite(ours, diffusion=GaussianDiffusion(prediction="v").to_json())
+    assert run(ours, tmp_path / "pipe", "diffusers")[0] == 0
+    assert read_checkpoint(tmp_path / "pipe" / "transformer").process == GaussianDiffusion(prediction="v")
+
+
+def test_heads_that_contradict_a_pipeline_are_refused(tmp_path, ours, run):
+    assert run(ours, tmp_path / "pipe", "diffusers")[0] == 0
+    status, _, err = run(tmp_path / "pipe", tmp_path / "new", "dit", "--num-heads", 8)
+    assert (status, "--num-heads 8 contradicts" in err) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["dit", "diffusers"])
+def test_another_vae_than_the_recorded_is_refused(tmp_path, ours, run, kind):
+    status, _, err = run(ours, tmp_path / "new", kind, "--vae", "demo")
+    assert (status, "its weights or settings differ" in err) == (2, True)
+    rewrite(ours, vae={"name": None}, model=DiTConfig(in_channels=8, input_size=8, hidden_size=64, depth=3, num_heads=4, num_classes=10).to_json())  # fmt: skip
+    tensors = load_file(ours / "ema.safetensors")
+    tensors["x_embedder.proj.weight"] = torch.zeros(64, 8, 2, 2)
+    tensors["final_layer.linear.weight"], tensors["final_layer.linear.bias"] = torch.zeros(64, 64), torch.zeros(64)
+    save_file(tensors, ours / "ema.safetensors")
+    status, _, err = run(ours, tmp_path / "new", kind, "--vae", "demo")
+    assert (status, "has latents of 4 channels, but the network's have 8" in err) == (2, True)
+
+
+def test_weights_that_are_no_numbers_are_not_converted(tmp_path, released, state, run):
+    torch.save({**state, "blocks.1.mlp.fc1.bias": torch.full((256,), float("nan"))}, released)
+    status, _, err = run(released, tmp_path / "new", "dit", "--num-heads", 4)
+    assert (status, "hold values that are not finite: blocks.1.mlp.fc1.bias" in err) == (2, True)
+
+
+def test_large_outputs_are_compared_in_their_own_size(tmp_path, ours, run):
+    """Rounding grows with the numbers: outputs of some hundreds differ by more than 1e-5 between two faithful networks."""
+    tensors = load_file(ours / "ema.safetensors")
+    tensors["final_layer.linear.weight"] *= 3000
+    save_file(tensors, ours / "ema.safetensors")
+    status, out, err = run(ours, tmp_path / "pipe", "diffusers")
+    assert status == 0, err
+    assert "(below 1e-05 of the largest output, " in out
+
+
 def test_class_names_may_be_given(tmp_path, released, run):
     names = tmp_path / "names.txt"
     names.write_text("\n".join(CLASSES))
@@ -403,6 +521,25 @@ def test_features_of_fast_dit_become_a_store_of_points(tmp_path, run):
     status, _, err = run(tmp_path / "store", tmp_path / "other", "store")
     assert (status, "as fast-DiT writes them; found none" in err) == (2, True)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_store_is_replaced_only_by_features_that_were_found_right_and_only_if_an_import_made_it(tmp_path, run):
+    for kind, value in (("features", np.ones((1, 4, 4, 4), "f4")), ("labels", np.array([0]))):
+        (tmp_path / "fast" / f"some_{kind}").mkdir(parents=True)
+        np.save(tmp_path / "fast" / f"some_{kind}" / "0.npy", value)
+    store = tmp_path / "store"
+    assert run(tmp_path / "fast", store, "store")[0] == 0
+    (store / "notes-00001.tar").write_text("mine")
+    kept = {path.name: path.read_bytes() for path in store.iterdir()}
+    for source, flags in ((tmp_path / "nowhere", ()), (tmp_path / "fast", ("--vae", tmp_path / "no-vae"))):
+        assert run(source, store, "store", "--overwrite", *flags)[0] == 2
+        assert {path.name: path.read_bytes() for path in store.iterdir()} == kept
+    (store / "notes-00001.tar").rename(tmp_path / "notes-00001.tar")
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_bytes(sealed(manifest | {"extraction": {}}))
+    status, _, err = run(tmp_path / "fast", store, "store", "--overwrite")
+    assert (status, "holds a store that dit-extract made" in err) == (2, True)
+    assert (store / "train-00000.safetensors").is_file()
 
 
 @pytest.fixture

@@ -110,6 +110,13 @@ def test_verify_finds_weights_that_do_not_fit_or_are_no_numbers(run_folder, run)
     assert (status, "1 missing: final_layer.linear.bias" in err) == (2, True)
 
 
+def test_a_damaged_average_is_not_passed_over(run_folder, run):
+    path = run_folder / "checkpoints" / "step-0000020" / "ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    status, _, err = run(run_folder)
+    assert (status, "ema.safetensors is damaged" in err) == (2, True)
+
+
 def test_verify_names_every_file_of_a_checkpoint_that_is_not_as_training_wrote_it(run_folder, run):
     folder = run_folder / "checkpoints" / "step-0000020"
     files = ["ema.safetensors", "model.safetensors", "state/optimizer.bin"]

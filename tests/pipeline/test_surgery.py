@@ -111,6 +111,23 @@ def test_the_null_row_may_be_absent_on_either_side():
     assert report.adapted[TABLE] == "3 of 3 classes kept; no null row"
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_mean_of_a_source_without_a_null_row_is_over_all_its_classes(known):
+    source, target = network(3, class_dropout_prob=0.0), network(4)
+    names_of = names("a", "b", "c") if known else ((), ())
+    fit(source, target, source_names=names_of, target_names=names("x", "y", "z"))
+    table, found = source.state_dict()[TABLE], target.state_dict()[TABLE]
+    assert len(table) == 3
+    torch.testing.assert_close(found[3], table.mean(0))
+    torch.testing.assert_close(found[:3], table.mean(0).expand(3, -1) if known else table)
+
+
+@pytest.mark.parametrize("mapping", [{0: 9}, {7: 0}])
+def test_a_mapping_to_or_from_no_label_is_refused(mapping):
+    with pytest.raises(UserError, match="labels go to 2 here and to 2 in the source"):
+        fit(network(1), network(2), class_mapping=mapping)
+
+
 def test_another_grid_has_its_own_position_table():
     source, target = network(1), network(2, input_size=(8, 6))
     table = target.pos_embed.clone()

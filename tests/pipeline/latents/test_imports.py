@@ -1,5 +1,7 @@
 """Features that people already have become a store."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,29 @@ def test_running_it_again_continues_and_gives_the_same_bytes(features, tmp_path,
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
     with pytest.raises(UserError, match="other settings"):
         import_numpy_features(folder, tmp_path / "b", samples_per_shard=6)
+
+
+def test_other_features_under_the_same_names_are_not_taken_for_the_same(features, tmp_path):
+    folder, values = features
+    import_numpy_features(folder, tmp_path / "out", samples_per_shard=5)
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(tmp_path / "out", unfinished)
+    for name in ("manifest.json", "train-00002.json", "train-00002.safetensors"):
+        (unfinished / name).unlink()
+    for index in range(COUNT):
+        np.save(folder / "imagenet256_features" / f"{index}.npy", -values[None, index])
+    for place in (tmp_path / "out", unfinished):
+        with pytest.raises(UserError, match="of other settings or inputs"):
+            import_numpy_features(folder, place, samples_per_shard=5)
+    manifest = import_numpy_features(folder, unfinished, samples_per_shard=5, overwrite=True)
+    assert manifest.samples == COUNT and verify(unfinished) == []
+
+
+def test_a_feature_that_is_no_number_is_named(features, tmp_path):
+    folder, _ = features
+    np.save(folder / "imagenet256_features" / "3.npy", np.full((1, 4, 8, 8), np.nan, "f4"))
+    with pytest.raises(UserError, match=r"3\.npy \(and 0 others near it\) holds values that are not finite in float16"):
+        import_numpy_features(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

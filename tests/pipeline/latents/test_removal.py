@@ -1,0 +1,47 @@
+import json
+
+import torch
+
+from pipeline.latents.removal import remove_files, store_files
+from pipeline.latents.writer import write_shard
+
+MINE = ("notes-000001.tar", "run-2024010112.json", "train-2024.safetensors", "photo.png", "mydata-00001.json")
+
+
+def names(files):
+    return [path.name for path in files]
+
+
+def test_a_store_is_removed_and_nothing_else_the_manifest_last(tmp_path):
+    for name in MINE:
+        (tmp_path / name).write_text("mine")
+    for shard in range(2):
+        (tmp_path / f"train-{shard:05d}.tar").write_bytes(b"x")
+        (tmp_path / f"train-{shard:05d}.json").write_bytes(b"x")
+    (tmp_path / "skipped.jsonl").write_text("")
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "dit-latents", "split": "train"}))
+    found = store_files(tmp_path)
+    assert names(found) == [
+        "train-00000.tar",
+        "train-00001.tar",
+        "train-00000.json",
+        "train-00001.json",
+        "skipped.jsonl",
+        "manifest.json",
+    ]
+    remove_files(found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(MINE)
+
+
+def test_without_a_store_nothing_is_one(tmp_path):
+    for name in (*MINE, "skipped.jsonl", "manifest.json"):
+        (tmp_path / name).write_text("mine")
+    assert store_files(tmp_path) == []
+    assert store_files(tmp_path / "absent") == []
+
+
+def test_an_unfinished_store_is_known_by_a_sound_record(tmp_path):
+    write_shard(tmp_path, "val", 0, "safetensors", torch.zeros(1, 1, 8, 2, 2).half(), [0], [0], ["a.png"])
+    (tmp_path / "val-00001.safetensors").write_bytes(b"half")
+    (tmp_path / "mydata-00001.json").write_text("{}")
+    assert names(store_files(tmp_path)) == ["val-00000.safetensors", "val-00001.safetensors", "val-00000.json"]
