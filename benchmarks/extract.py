@@ -254,7 +254,7 @@ def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int, option
     plan = Plan(inputs=len(loader.listing), seed=0, samples_per_shard=max(1, count // 3), limit=count)
     output = OutputFolder(path=out, split="train")
     with output.occupied(), StopRequest() as stop:
-        output.begin({})
+        output.begin({}, plan="")
         job = Work(
             output=output,
             plan=plan,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from extract.encode import Encoder, arithmetic, choose_device, cores_of_this_process, load_encoder
 from extract.finish import describe_store, finish
 from extract.meter import Amount, Meter, duration
@@ -16,6 +18,7 @@ from extract.output import OutputFolder
 from extract.pixels import Loader
 from extract.plan import Plan
 from extract.preview import draw_preview
+from extract.same_data import check_same_data
 from extract.shards import Work, fill
 from extract.sources.listing import Listing, Source, cached_listing
 from extract.sources.selection import open_source
@@ -56,13 +59,13 @@ def extract(options: ExtractOptions, *, began: float) -> int:
             source = open_source(options.source, Path(folder))
             return _preview(options, _inputs(options, source, None), place)
     output = OutputFolder(path=options.out, split=options.source.split)
-    output.check()
-    source = open_source(options.source, output.remote_copies)
-    if options.overwrite and place.is_main:
-        output.remove_store()
-    elif options.overwrite:
+    if options.overwrite and not place.is_main:
         output.wait_for_removal(began)
-    if output.is_finished:
+    output.check()
+    source = open_source(options.source, output.remote_copies, left_out=options.out)
+    if options.overwrite and place.is_main:
+        _make_room(options, output, source, place)
+    if output.is_finished and not output.lost_shards():
         output.tidy()
         return _already_finished(options, output, source, place)
     with output.occupied():
@@ -73,23 +76,44 @@ def extract(options: ExtractOptions, *, began: float) -> int:
         return _extract(options, output, inputs, place)
 
 
+def _make_room(options: ExtractOptions, output: OutputFolder, source: Source, place: Launch) -> None:
+    """Remove the store that is there, once all that the new one needs was found to be right."""
+    with output.occupied():
+        with output.turn("listing"):
+            inputs = _inputs(options, source, output.listing_cache)
+        _settings(options, source, inputs)
+        device, _ = choose_device(options.work.device, place)
+        with arithmetic(device):
+            _vae(options, device)
+    output.remove_store()
+
+
+def _vae(options: ExtractOptions, device: torch.device) -> Vae:
+    vae = load_encoder(options.vae, options.work, device)
+    vae.check_size(options.pixels.image_size, options.pixels.image_size)
+    return vae
+
+
 def _extract(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: Launch) -> int:
-    if output.is_finished:
-        return _already_finished(options, output, inputs.loader.source, place)
-    settings = _settings(options, inputs)
+    settings = _settings(options, inputs.loader.source, inputs)
     output.check_settings(settings)
+    check_same_data(output, inputs.plan, inputs.loader)
+    if output.is_finished:
+        if not output.lost_shards():
+            return _already_finished(options, output, inputs.loader.source, place)
+        output.reopen()
     plan_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     device, reason = choose_device(options.work.device, place)
     with arithmetic(device):
-        vae = load_encoder(options.vae, options.work, device)
-        vae.check_size(options.pixels.image_size, options.pixels.image_size)
+        vae = _vae(options, device)
         say(f"encoding on {device} ({reason}) in {options.work.encode_dtype}")
-        output.begin(settings)
+        output.begin(settings, plan_hash)
         with StopRequest() as stop:
             _fill(options, output, inputs, plan_hash, vae, stop)
     if stop.signal:
         done = len(output.done(range(inputs.plan.shards)))
-        say(f"stopped; {done} of {inputs.plan.shards} shards are in place; run the same command again to continue")
+        again = "run the same command again" + (", without --overwrite," if options.overwrite else "")
+        say(f"stopped; {done} of {inputs.plan.shards} shards are in place; {again} to continue")
         return stop.exit_status
     description = describe_store(
         options, settings, plan_hash, vae, classes=inputs.classes, class_ids=inputs.listing.class_ids
@@ -146,7 +170,7 @@ def _inputs(options: ExtractOptions, source: Source, cache: Path | None) -> Inpu
     return Inputs(loader=loader, plan=plan, classes=classes)
 
 
-def _settings(options: ExtractOptions, inputs: Inputs | None) -> dict[str, Any]:
+def _settings(options: ExtractOptions, source: Source, inputs: Inputs | None) -> dict[str, Any]:
     """All that decides about a store's bytes, by flag; without what the data decides where it is not listed."""
     pixels, shards = options.pixels, options.shards
     settings: dict[str, Any] = {
@@ -163,16 +187,22 @@ def _settings(options: ExtractOptions, inputs: Inputs | None) -> dict[str, Any]:
         "store-dtype": shards.store_dtype,
         "seed": shards.seed,
     }
+    settings |= source.settings
     if inputs is not None:
         names = json.dumps(inputs.classes).encode()
-        settings |= {"data": inputs.listing.sha256, "class-names": hashlib.sha256(names).hexdigest()}
+        settings |= {
+            "data": inputs.listing.sha256,
+            "class-names": hashlib.sha256(names).hexdigest(),
+        }
     return settings
 
 
 def _already_finished(options: ExtractOptions, output: OutputFolder, source: Source, place: Launch) -> int:
     """Nothing to do, if the finished store is the one that is asked for."""
     inputs = None if source.is_remote else _inputs(options, source, None)
-    output.check_settings(_settings(options, inputs))
+    output.check_settings(_settings(options, source, inputs))
+    if inputs is not None:
+        check_same_data(output, inputs.plan, inputs.loader)
     say(f"{output.path} is already finished; nothing to do")
     if inputs is not None and options.preview is not None and place.is_main:
         _preview(options, inputs, place)
@@ -183,7 +213,5 @@ def _preview(options: ExtractOptions, inputs: Inputs, place: Launch) -> int:
     assert options.preview is not None
     device, _ = choose_device(options.work.device, place)
     with arithmetic(device):
-        vae = load_encoder(options.vae, options.work, device)
-        vae.check_size(options.pixels.image_size, options.pixels.image_size)
-        draw_preview(options.preview, inputs.loader, inputs.plan, vae, count=options.preview_images)
+        draw_preview(options.preview, inputs.loader, inputs.plan, _vae(options, device), count=options.preview_images)
     return 0

@@ -36,7 +36,8 @@ def finish(output: OutputFolder, plan: Plan, description: StoreDescription, *, a
         manifest = finish_store(output.path, description, shards=plan.shards)
     assert manifest is not None
     left_out = f"; {len(skipped)} left out, skipped.jsonl says why" if skipped else ""
-    say(f"{output.path} is finished: {manifest.samples:,} samples, {plan.shards} shards{left_out}")
+    finished = f"{output.path} is finished: {manifest.samples:,} samples, {plan.shards} shards{left_out}"
+    say(finished, every_process=True)
     return 0
 
 

@@ -38,6 +38,8 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.split):
             raise UserError(f"--split {self.split!r} becomes part of file names; use letters, digits, - and _ only")
+        if not self.data:
+            raise UserError("--data is empty; name a folder of images, tars, or hf:OWNER/NAME")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit} must be at least 1; leave it out to take all images")
 
@@ -96,8 +98,6 @@ class ShardOptions:
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise UserError(f"--samples-per-shard {self.samples_per_shard} must be at least 1")
-        if self.format == "webdataset" and self.store_dtype == "bfloat16":
-            raise UserError("--store-dtype bfloat16 has no .npy form; use float16 or float32, or --format safetensors")
         self.span(0)
 
     def span(self, shards: int) -> range:

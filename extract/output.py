@@ -8,6 +8,7 @@
 """
 
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ from extract.locks import Lock, locked, try_lock
 from pipeline.console import warn
 from pipeline.errors import UserError
 from pipeline.files import make_folder, read_json, remove_folder, write_bytes, write_json
-from pipeline.latents.manifest import MANIFEST_FILE
-from pipeline.latents.records import SKIPPED_FILE, ShardRecord, skipped_lines
+from pipeline.latents.manifest import MANIFEST_FILE, read_manifest
+from pipeline.latents.records import SKIPPED_FILE, ShardRecord, read_record, skipped_lines
+from pipeline.latents.removal import remove_files, store_files
 from pipeline.latents.writer import WORK_FOLDER
 
-_WAIT_FOR_MAIN_S = 60.0
+_WAIT_FOR_MAIN_S = 1800.0
+_KEPT_FOR_THE_NEXT = ("listing.npz", "remote")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,18 +69,17 @@ class OutputFolder:
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be read ({error.strerror}); change its rights") from error
         entries = [name for name in found if name != WORK_FOLDER]
-        if entries and not self._settings.exists() and not self._holds_store():
+        if entries and not self._settings.exists() and not store_files(self.path):
             shown = ", ".join(entries[:3]) + (", …" if len(entries) > 3 else "")
             raise UserError(f"--out {self.path} holds other things ({shown}); name an empty or a new folder")
-
-    def _holds_store(self) -> bool:
-        manifest = read_json(self.path / MANIFEST_FILE) if self.is_finished else None
-        return isinstance(manifest, dict) and manifest.get("format") == "dit-latents"
 
     def recorded(self) -> Mapping[str, Any] | None:
         """The settings that the store was begun with, or None before its first shard."""
         if self.is_finished:
-            return dict(read_json(self.path / MANIFEST_FILE).get("extraction", {}))
+            return dict(read_manifest(self.path).get("extraction", {}))
+        return self._recorded_settings()
+
+    def _recorded_settings(self) -> dict[str, Any] | None:
         return dict(read_json(self._settings)) if self._settings.exists() else None
 
     @contextmanager
@@ -141,12 +143,39 @@ class OutputFolder:
                 "use the same to continue it, name another --out, or start anew with --overwrite"
             )
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Record the settings before the first shard, or check that they are the recorded ones."""
+    def begin(self, settings: Mapping[str, Any], plan: str) -> None:
+        """Record the settings before the first shard, or check that they are the recorded ones.
+
+        Raises:
+            UserError: they are not, or shards of another plan are there.
+        """
         with self.turn("settings"):
             self.check_settings(settings)
             if self.recorded() is None:
+                for shard in self.done(range(sys.maxsize))[:1]:  # records whose settings were lost with the manifest
+                    read_record(self.path, self.split, shard, plan=plan)
                 write_json(self._settings, settings)
+
+    def lost_shards(self) -> list[int]:
+        """The shards that the manifest lists and that are not there any more, or not of their size."""
+        return [
+            number
+            for number, shard in enumerate(read_manifest(self.path).shards)
+            if not _has_size(self.path / shard.file, shard.bytes)
+            or not _has_size(self.path / f"{self.split}-{number:05d}.json")
+        ]
+
+    def reopen(self) -> None:
+        """Make a finished store that has lost shards an unfinished one, which lacks just these."""
+        with self.turn("settings"):
+            if not self.is_finished:
+                return
+            settings, lost = self.recorded(), self.lost_shards()
+            warn(f"{len(lost)} shards of the finished store {self.path} are gone or not of their size; made anew")
+            write_json(self._settings, settings)
+            for shard in lost:
+                self.forget(shard)
+            (self.path / MANIFEST_FILE).unlink()
 
     def is_done(self, shard: int) -> bool:
         return (self.path / f"{self.split}-{shard:05d}.json").exists()
@@ -155,7 +184,7 @@ class OutputFolder:
         """Those of the shards that have their commit record."""
         pattern = re.compile(rf"{re.escape(self.split)}-(\d{{5,}})\.json")
         numbers = {int(match[1]) for entry in self.path.iterdir() if (match := pattern.fullmatch(entry.name))}
-        return [shard for shard in shards if shard in numbers]
+        return sorted(shard for shard in numbers if shard in shards)
 
     def claim(self, shard: int) -> Lock | None:
         """The right to make a shard, or None if it is made or another process makes it."""
@@ -187,27 +216,27 @@ class OutputFolder:
     def remove_store(self) -> None:
         """Remove a store that is here, and nothing else (`--overwrite`). Nobody can begin a new one meanwhile.
 
+        What tells that the others may go on (`wait_for_removal`) goes last. The listing stays, it is not the store's.
+
         Raises:
             UserError: another process is working in it.
         """
-        if not self.path.exists():
-            return
         make_folder(self.work)
         presence = try_lock(self.work / "presence.lock")
         if presence is None:
             raise UserError(f"another process is writing to {self.path}; stop it before --overwrite removes its work")
-        ours = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*-\d{5,}\.(safetensors|tar|json)")
-        (self.path / MANIFEST_FILE).unlink(missing_ok=True)
-        for path in list(self.path.iterdir()):
-            if ours.fullmatch(path.name) or path.name == SKIPPED_FILE:
-                path.unlink()
-        remove_folder(self.work)
+        settings = self._recorded_settings() or {}
+        remove_files(store_files(self.path, split=settings.get("split")))
+        for path in self.work.iterdir():
+            if path != self._settings and path.name not in _KEPT_FOR_THE_NEXT:
+                remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._settings.unlink(missing_ok=True)
         presence.release()
 
     def wait_for_removal(self, since: float) -> None:
         """Return when the store from before that time is gone, which another process of this launch sees to.
 
-        Gives up after a minute and goes on with what is there: if it is the store that is asked for, it is continued.
+        Gives up after half an hour and goes on with what is there: if it is the store asked for, it is continued.
         """
         end = time.monotonic() + _WAIT_FOR_MAIN_S
         while any(_is_older(path, since) for path in (self.path / MANIFEST_FILE, self._settings)):
@@ -220,6 +249,14 @@ class OutputFolder:
 def _is_older(path: Path, since: float) -> bool:
     try:
         return path.stat().st_mtime < since
+    except FileNotFoundError:
+        return False
+
+
+def _has_size(path: Path, size: int | None = None) -> bool:
+    """Whether a file is there, and of that many bytes."""
+    try:
+        return path.stat().st_size == size if size is not None else path.is_file()
     except FileNotFoundError:
         return False
 

@@ -1,5 +1,6 @@
 """One input on its way to the encoder: bytes → image → the crops whose views are stored."""
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ class Loaded:
     crops: NDArray[np.uint8] | None
     """[crops, size, size, 3], or None for an input that has to be left out."""
     bytes_read: int = 0
+    checksum: int = 0
+    """CRC-32 of the bytes."""
     reason: str = ""
     """Why it is left out."""
 
@@ -36,7 +39,7 @@ class Loader:
         try:
             data = self.source.read(self.listing, index)
             size = len(data)
-            return Loaded(crops=self.crops(data, index), bytes_read=size)
+            return Loaded(crops=self.crops(data, index), bytes_read=size, checksum=zlib.crc32(data))
         except UnreadableInputError as error:
             return Loaded(crops=None, bytes_read=size, reason=str(error))
         except ImageError as error:

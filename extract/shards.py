@@ -57,6 +57,8 @@ class Draft:
     """Positions in the listing of the samples so far."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Positions in the listing of what is left out, with the reason."""
+    checksums: dict[int, int] = field(default_factory=dict)
+    """By position in the listing: the CRC-32 of the input's bytes."""
 
 
 class Claims:
@@ -133,6 +135,7 @@ class _Filling:
             self._skip(self._draft, index, loaded.reason)
             self._meter.done(0, skipped=1)
             return
+        self._draft.checksums[index] = loaded.checksum
         self._batch.append((index, loaded))
         if len(self._batch) == self._work.encoder.batch_size:
             self._start()
@@ -210,5 +213,6 @@ def _write(work: Work, draft: Draft, claims: Claims) -> None:
         kind=work.encoder.vae.kind,
         skipped=[(loader.key(index), draft.skipped[index]) for index in sorted(draft.skipped)],
         plan=work.plan_hash,
+        input_crc32=[draft.checksums[index] for index in draft.kept],
     )
     claims.release(draft.shard)

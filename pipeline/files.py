@@ -64,6 +64,8 @@ def make_folder(path: Path) -> None:
     with explained_writes(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"{path} is a link that leads nowhere; remove it, or choose another path") from error
         except FileNotFoundError as error:  # file systems such as /proc answer so
             raise UserError(f"the folder {path} cannot be made there; choose another output path") from error
 

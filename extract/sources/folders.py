@@ -10,13 +10,15 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from extract.sources.imagenet import hash_of_labels, listed_labels
-from extract.sources.listing import UNLABELLED, Listing, Stamp, UnreadableInputError, sorted_listing
+from extract.sources.listing import UNLABELLED, Listing, Stamp, UnreadableInputError, printable, sorted_listing
 from pipeline.console import say
 from pipeline.errors import UserError
 
 _LITTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what Windows and macOS leave behind
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 _LARGEST_INPUT = 1 << 30
 _TELL_EVERY = 200_000
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
@@ -35,6 +37,8 @@ class FolderSource:
     """Labels by file stem, for a flat folder that is labelled by a list (ImageNet's validation images)."""
     label_ids: tuple[str, ...] = ()
     """Class ids of `label_of`."""
+    left_out: Path | None = None
+    """A folder that is no part of the data: the store, where it is made within the data's folder."""
 
     @property
     def description(self) -> str:
@@ -43,6 +47,10 @@ class FolderSource:
     @property
     def is_remote(self) -> bool:
         return False
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {}
 
     @property
     def identity(self) -> str:
@@ -54,7 +62,7 @@ class FolderSource:
         keys: list[str] = []
         classes: list[str] = []
         beside: list[str] = []
-        for count, key in enumerate(walk(self.root, stamps, classes), 1):
+        for count, key in enumerate(walk(self.root, stamps, classes, left_out=self.left_out), 1):
             if not any(fnmatch.fnmatch(key.rpartition("/")[2], pattern) for pattern in self.ignored):
                 (keys if "/" in key else beside).append(key)
             if count % _TELL_EVERY == 0:
@@ -65,11 +73,12 @@ class FolderSource:
             return self._labelled_by_list(keys + beside, stamps)
         if not keys:
             return sorted_listing(beside, [UNLABELLED] * len(beside), stamps=stamps)
-        class_ids = tuple(sorted(classes))
-        label_of = {class_id: label for label, class_id in enumerate(class_ids)}
+        names = sorted(classes)
+        label_of = {name: label for label, name in enumerate(names)}
         labels = [label_of[key.partition("/")[0]] for key in keys]
         filled = set(labels)
-        notes = list(self._notes(beside, [name for name in class_ids if label_of[name] not in filled]))
+        class_ids = tuple(printable(name) for name in names)
+        notes = list(self._notes(names, beside, [name for label, name in enumerate(class_ids) if label not in filled]))
         return sorted_listing(keys, labels, class_ids=class_ids, stamps=stamps, notes=notes)
 
     def _labelled_by_list(self, keys: list[str], stamps: list[Stamp]) -> Listing:
@@ -77,13 +86,15 @@ class FolderSource:
         labels = listed_labels(keys, self.label_of, str(self.root))
         return sorted_listing(keys, labels, class_ids=self.label_ids, stamps=stamps)
 
-    def _notes(self, beside: list[str], empty: list[str]) -> Iterator[str]:
-        images = [name for name in sorted(beside)[:100] if _looks_like_image(self.root / name)]
+    def _notes(self, classes: list[str], beside: list[str], empty: list[str]) -> Iterator[str]:
+        images = [name for name in sorted(beside)[:100] if looks_like_image(self.root / name)]
         if images:
             raise UserError(
                 f"{self.root} holds class folders and also images beside them ({', '.join(images[:3])}"
                 f"{', …' if len(images) > 3 else ''}), whose class nothing tells; move them into a class folder or away"
             )
+        if classes and all(name.lower() in _SPLITS for name in classes):
+            yield f"{_some(classes, 'folder')} taken for classes, but named like splits; --split reads one of them"
         if beside:
             yield f"left out: {_some(beside, 'file')} beside the class folders"
         if empty:
@@ -122,17 +133,19 @@ def storage_failed(path: str | Path, error: OSError) -> str:
     return f"{path} cannot be read ({error.strerror}); mend the storage and run the same command again to continue"
 
 
-def walk(root: Path, stamps: list[Stamp], classes: list[str]) -> Iterator[str]:
+def walk(root: Path, stamps: list[Stamp], classes: list[str], *, left_out: Path | None = None) -> Iterator[str]:
     """The path of every file under `root`, relative to it, in no order; links to folders are followed once.
 
     Args:
         root: where to begin.
         stamps: receives every folder that was listed.
         classes: receives the names of the folders directly under `root`.
+        left_out: a folder that is passed over.
 
     Raises:
         UserError: a folder cannot be listed.
     """
+    passed_over = None if left_out is None else os.path.realpath(left_out)
     pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while pending:
         prefix, above = pending.pop()
@@ -141,11 +154,11 @@ def walk(root: Path, stamps: list[Stamp], classes: list[str]) -> Iterator[str]:
             stamps.append(Stamp.of(folder))
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith(".") or entry.name in _LITTER:
+                    if is_litter(entry.name):
                         continue
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         chain = _chain(entry, above)
-                        if chain is None:
+                        if chain is None or (passed_over and os.path.realpath(entry.path) == passed_over):
                             continue
                         pending.append((f"{prefix}{entry.name}/", chain))
                         if not prefix:
@@ -156,6 +169,14 @@ def walk(root: Path, stamps: list[Stamp], classes: list[str]) -> Iterator[str]:
             raise UserError(
                 f"{folder} cannot be listed ({error.strerror}); change its rights or move it away"
             ) from error
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether it is a folder or a link to one; a link that cannot be followed is read, and then left out, as a file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _chain(entry: "os.DirEntry[str]", above: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -174,7 +195,13 @@ def _may_be_file(path: str) -> bool:
         return True
 
 
-def _looks_like_image(path: Path) -> bool:
+def is_litter(name: str, ignored: Iterable[str] = ()) -> bool:
+    """Whether a file of that name is never an input: hidden, left behind by a system, or to be left out."""
+    return name.startswith(".") or name in _LITTER or any(fnmatch.fnmatch(name, pattern) for pattern in ignored)
+
+
+def looks_like_image(path: Path) -> bool:
+    """Whether the first bytes are those of an image."""
     try:
         with path.open("rb") as file:
             return file.read(8).startswith(_IMAGE_STARTS)

@@ -4,7 +4,7 @@ Nothing in the data set is executed: no loading script, only its tables.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class TableSource:
     @property
     def is_remote(self) -> bool:
         return False
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"image-column": self.image_column, "label-column": self.label_column}
 
     @property
     def identity(self) -> str:

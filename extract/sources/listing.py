@@ -5,10 +5,12 @@ A listing of a million files is kept as flat arrays, so that it loads in about a
 
 import hashlib
 import json
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.files import replacing
 
 UNLABELLED = -1
-_VERSION = 1
+_VERSION = 2
 
 
 class UnreadableInputError(Exception):
@@ -73,7 +75,7 @@ class Listing:
 
     def printable_key(self, index: int) -> str:
         """The key as valid Unicode: bytes of a file name that are not UTF-8 appear as hexadecimal."""
-        return _encoded(self.keys[index]).decode("utf-8", "backslashreplace")
+        return printable(self.keys[index])
 
 
 class Source(Protocol):
@@ -90,6 +92,10 @@ class Source(Protocol):
     @property
     def is_remote(self) -> bool:
         """Whether listing means fetching everything."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What else decides about which bytes are read, by the flag that says it."""
 
     def inputs(self) -> Listing:
         """Every input, without opening it where the source allows that.
@@ -164,7 +170,7 @@ def _save(cache: Path, identity: str, listing: Listing) -> None:
 def _load(cache: Path, identity: str) -> Listing | None:
     """The cached listing, or None if there is none that holds: a cache is never a reason to stop."""
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             if header["version"] != _VERSION or header["identity"] != identity:
                 return None
@@ -180,8 +186,13 @@ def _load(cache: Path, identity: str) -> Listing | None:
                 stamps=stamps,
                 notes=tuple(header["notes"]),
             )
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
+
+
+def printable(name: str) -> str:
+    """The name as valid Unicode: bytes of a file name that are not UTF-8 appear as hexadecimal."""
+    return _encoded(name).decode("utf-8", "backslashreplace")
 
 
 def _encoded(text: str) -> bytes:

@@ -49,6 +49,17 @@ def fetch(addresses: Sequence[str], folder: Path) -> None:
                 bar.update()
 
 
+def _why(error: BaseException, address: str) -> str:
+    """What went wrong, of an error or of what it came from: some name nothing but the address."""
+    told: BaseException | None = error
+    while told is not None:
+        text = " ".join(str(told).split())
+        if text and text != address:
+            return text
+        told = told.__cause__ or told.__context__
+    return "it is not there" if isinstance(error, FileNotFoundError) else type(error).__name__
+
+
 def _fetch(address: str, path: Path) -> None:
     import fsspec
 
@@ -63,7 +74,7 @@ def _fetch(address: str, path: Path) -> None:
             explained = explain_write_error(path, error) if isinstance(error, OSError) else error
             if isinstance(explained, UserError):
                 raise explained from error
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = _why(error, address)
             raise UserError(f"{address} cannot be fetched ({reason}); check the address, then run again") from error
         if expected is not None and target.tell() != expected:
             raise UserError(f"{address} came cut off: {target.tell():,} of {expected:,} bytes; run the command again")

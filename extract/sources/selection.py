@@ -1,9 +1,10 @@
 """Which kind of source DATA is: decided by its form and by what is there, and said to the user."""
 
+from itertools import islice
 from pathlib import Path
 
 from extract.options import SourceOptions
-from extract.sources.folders import FolderSource
+from extract.sources.folders import FolderSource, is_litter, looks_like_image
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, kaggle_folder, kaggle_labels, labels_from_files
 from extract.sources.listing import Source
 from extract.sources.remote import is_remote
@@ -12,8 +13,13 @@ from pipeline.errors import UserError
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".7z", ".rar")
 
 
-def open_source(options: SourceOptions, remote_folder: Path) -> Source:
+def open_source(options: SourceOptions, remote_folder: Path, *, left_out: Path | None = None) -> Source:
     """The source that --data names; remote tars are fetched into `remote_folder` (or --source-cache) when listed.
+
+    Args:
+        options: what is asked for.
+        remote_folder: where copies go.
+        left_out: the store's folder, which is no part of the data wherever it lies.
 
     Raises:
         UserError: nothing usable is there, or flags do not fit what is there.
@@ -29,10 +35,10 @@ def open_source(options: SourceOptions, remote_folder: Path) -> Source:
         raise UserError(f"--data {data} is a file, but neither a folder nor a .tar; {hint}")
     if not path.is_dir():
         raise UserError(f"--data {data} does not exist; name a folder of images, tars, or hf:OWNER/NAME")
-    return _folder(path, options)
+    return _folder(path, options, left_out)
 
 
-def _folder(path: Path, options: SourceOptions) -> Source:
+def _folder(path: Path, options: SourceOptions, left_out: Path | None) -> Source:
     from extract.sources.huggingface import holds_tables
 
     kaggle = kaggle_folder(path, options.split)
@@ -42,25 +48,39 @@ def _folder(path: Path, options: SourceOptions) -> Source:
     tars = _tars_in(root, options.split)
     if tars:
         return _tar_source([str(tar) for tar in tars], options, Path())
-    labels = labels_from_files(options.val_labels, options.devkit) or _labels_beside(root)
-    if labels is None:
-        return FolderSource(root=root, ignored=options.ignored)
-    return FolderSource(root=root, ignored=options.ignored, label_of=labels.label_of, label_ids=labels.class_ids)
+    labels = labels_from_files(options.val_labels, options.devkit) or _labels_beside(root, options.ignored)
+    return FolderSource(
+        root=root,
+        ignored=options.ignored,
+        label_of=labels.label_of if labels else None,
+        label_ids=labels.class_ids if labels else (),
+        left_out=left_out,
+    )
 
 
 def _tars_in(root: Path, split: str) -> list[Path]:
-    """The tars to read in a folder that holds tars and no folders: those of the split, if names tell it, else all."""
-    entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")] if root.is_dir() else []
+    """The tars to read in a folder that holds tars and no folders: those of the split, if names tell it, else all.
+
+    ImageNet's own tars are known by name, whatever is unpacked beside them.
+    """
+    entries = [entry for entry in root.iterdir() if not is_litter(entry.name)] if root.is_dir() else []
     tars = sorted(entry for entry in entries if entry.suffix == ".tar")
-    if not tars or any(entry.is_dir() for entry in entries):
-        return []
-    return [tar for tar in tars if tar.name == f"ILSVRC2012_img_{split}.tar" or tar.name.startswith(split)] or tars
+    imagenet = [tar for tar in tars if tar.name == f"ILSVRC2012_img_{split}.tar"]
+    if imagenet or not tars or any(entry.is_dir() for entry in entries):
+        return imagenet
+    images = [entry.name for entry in sorted(entries)[:200] if entry.suffix != ".tar" and looks_like_image(entry)]
+    if images:
+        raise UserError(
+            f"{root} holds tars ({tars[0].name}, …) and also images beside them ({images[0]}, …); name the tars "
+            f"themselves in --data, or move one or the other away"
+        )
+    return [tar for tar in tars if tar.name.startswith(split)] or tars
 
 
-def _labels_beside(root: Path) -> ImageLabels | None:
+def _labels_beside(root: Path, ignored: tuple[str, ...]) -> ImageLabels | None:
     """Kaggle's solution file, if this is a flat folder of validation images that has one above it."""
-    first = next((entry for entry in root.iterdir() if not entry.name.startswith(".")), None)
-    return kaggle_labels(root) if first is not None and VAL_IMAGE.fullmatch(first.name) else None
+    some = islice((entry.name for entry in root.iterdir() if not is_litter(entry.name, ignored)), 1000)
+    return kaggle_labels(root) if any(map(VAL_IMAGE.fullmatch, some)) else None
 
 
 def _tars(options: SourceOptions, remote_folder: Path) -> Source:

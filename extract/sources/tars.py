@@ -5,14 +5,15 @@ copied whole first (`extract.sources.remote`), because the shuffled order reads 
 """
 
 import fnmatch
+import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 from extract.sources.folders import gone, storage_failed
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, hash_of_labels, listed_labels
@@ -24,6 +25,10 @@ from pipeline.errors import UserError
 _IMAGE_EXTENSIONS = {"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "img", "image"}
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 _LISTING_THREADS = 8
+_LINK = -1
+_AFTER_THE_END = 1 << 16
+_MOST_LABELS = 100_000
+_NUMBER = re.compile(r"-?[0-9]+")
 
 
 class Member(NamedTuple):
@@ -32,6 +37,7 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+    """In bytes; _LINK for a link or a sparse file, which has no contents of its own to read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +63,11 @@ class TarSource:
     @property
     def is_remote(self) -> bool:
         return any(is_remote(address) for address in self.addresses)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        names = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        return {"tars": names, "image-column": self.image_extension, "label-column": self.label_extension}
 
     @property
     def description(self) -> str:
@@ -155,10 +166,16 @@ class TarSource:
         member = sample.get((self.label_extension or "cls").lower().removeprefix("."))
         if member is None:
             return None
+        if member.size == _LINK:
+            raise UserError(
+                f"{member.name} is a link in its tar; pack it with its contents, by tar --hard-dereference -h"
+            )
         return os.pread(descriptor, min(member.size, 200), member.offset).decode("utf-8", "replace").strip()
 
     def read(self, listing: Listing, index: int) -> bytes:
         container, offset, size = (int(number) for number in listing.places[index])
+        if size == _LINK:
+            raise UnreadableInputError("a link in the tar, without contents; pack it with tar --hard-dereference -h")
         path = listing.containers[container]
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -182,17 +199,22 @@ class TarSource:
 def numbered_labels(texts: Sequence[str | int | None]) -> tuple[list[int], tuple[str, ...]]:
     """Labels and class ids for what the data calls its classes: whole numbers stay, names are sorted and counted."""
     named = [text for text in texts if text is not None]
-    numbers = [int(text) for text in named if str(text).lstrip("-").isdigit()]
-    if len(numbers) == len(named):
+    if all(_NUMBER.fullmatch(str(text)) for text in named):
         labels = [UNLABELLED if text is None else max(int(text), UNLABELLED) for text in texts]
-        return labels, tuple(str(label) for label in range(max(labels, default=UNLABELLED) + 1))
+        count = max(labels, default=UNLABELLED) + 1
+        if count > max(_MOST_LABELS, len(texts)):
+            raise UserError(
+                f"a label is {count - 1:,}, which makes far more classes than the {len(texts):,} samples can fill; "
+                f"choose what holds the labels by --label-column"
+            )
+        return labels, tuple(str(label) for label in range(count))
     class_ids = tuple(sorted({str(text) for text in named}))
     label = {name: number for number, name in enumerate(class_ids)}
     return [UNLABELLED if text is None else label[str(text)] for text in texts], class_ids
 
 
 def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The regular files of a tar, in order, offsets counted from the start of the file at `path`.
+    """The files and links of a tar, in order, offsets counted from the start of the file at `path`.
 
     Args:
         path: the file.
@@ -210,9 +232,16 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
                     archive.members = []  # type: ignore[attr-defined] # tarfile would keep a million objects
                     if member.isreg() and not member.issparse():
                         yield Member(member.name, start + member.offset_data, member.size)
+                    elif member.isreg() or member.issym() or member.islnk():
+                        yield Member(member.name, start + member.offset_data, _LINK)
                 window.seek(archive.offset)
                 if window.read(512) != bytes(512):
                     raise UserError(f"{path} is cut off: its end mark is missing; fetch it again")
+                if any(window.read(_AFTER_THE_END)):
+                    raise UserError(
+                        f"{path} goes on after its end mark, as tars that were joined by cat do; give each as a file "
+                        f"of its own"
+                    )
     except tarfile.TarError as error:
         raise UserError(f"{path} cannot be read as an uncompressed tar ({error}); unpack or fetch it again") from error
     except OSError as error:
@@ -285,6 +314,11 @@ def _samples(members: Iterable[Member]) -> Iterator[dict[str, Member]]:
             yield sample
             sample = {}
         current = f"{folder}/{stem}"
+        if extension.lower() in sample:
+            raise UserError(
+                f"{member.name} comes twice in one sample of its tar; give every sample a name of its own, so that "
+                f"none hides another"
+            )
         sample[extension.lower()] = member
     if sample:
         yield sample

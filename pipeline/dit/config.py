@@ -60,14 +60,15 @@ class DiTConfig:
     """Whether queries and keys are normalised per head, which the release does not do."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.input_size, list):
-            object.__setattr__(self, "input_size", tuple(self.input_size))
+        size: Any = self.input_size
+        if isinstance(size, list):
+            object.__setattr__(self, "input_size", tuple(size))
         wrong = _of_another_type(self) or [*_out_of_range(self), *_mismatched(self)]
         if wrong:
             raise ConfigError(f"this network cannot be built: {'; '.join(wrong)}")
         for field in dataclasses.fields(self):  # NumPy's whole numbers are none of JSON's
             value = getattr(self, field.name)
-            if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            if _is(numbers.Integral, value):
                 object.__setattr__(self, field.name, int(value))
 
     @property

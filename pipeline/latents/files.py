@@ -70,7 +70,7 @@ class ShardFile:
             if count == 0:
                 raise UserError(
                     f"{self._place(offset)} is cut off: the file ended at byte {offset + done} while it was read; "
-                    "restore it, or remove it with its .json record and manifest.json and extract again"
+                    "restore it, or run the same dit-extract again"
                 )
             done += count
 
@@ -165,7 +165,7 @@ def size_fault(path: Path | str, found: int, expected: int) -> str:
     what = "is cut off" if found < expected else "is too long"
     return (
         f"{path} {what}: it has {found} bytes, but the manifest says {expected}; "
-        "restore it, or remove it with its .json record and manifest.json and extract again"
+        "restore it, or run the same dit-extract again"
     )
 
 

@@ -36,6 +36,8 @@ class ShardRecord:
     """Per sample: of its latents' bytes, then label and index as little-endian int64. Tells which sample is damaged."""
     keys: tuple[str, ...]
     """Relative path of every sample, in order."""
+    input_crc32: tuple[int, ...] = ()
+    """Per sample: of the bytes of the input that it was made from, where known. Tells the same data from other."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -47,6 +49,7 @@ class ShardRecord:
             "sums": self.sums.to_json(),
             "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
             "crc32": list(self.crc32),
+            **({"input_crc32": list(self.input_crc32)} if self.input_crc32 else {}),
             "keys": list(self.keys),
         }
 
@@ -93,6 +96,7 @@ def parse_record(data: bytes, path: Path) -> ShardRecord:
             sums=Sums(**value["sums"]),
             skipped=tuple((entry["key"], entry["reason"]) for entry in value.get("skipped", ())),
             crc32=tuple(value.get("crc32", ())),
+            input_crc32=tuple(value.get("input_crc32", ())),
             keys=tuple(value["keys"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.console import warn
 from pipeline.errors import UserError
 from pipeline.files import sha256_of
 from pipeline.latents.cache import Folder, open_folder
@@ -49,6 +50,10 @@ def _check_shard(folder: Folder, manifest: Manifest, shard: ShardEntry) -> tuple
     place = folder.describe(shard.file)
     try:
         path = folder.fetch(shard)
+        if folder.is_remote and sha256_of(path) != shard.sha256:  # damaged since it arrived: only the copy is
+            warn(f"{path}, the copy of {place}, was damaged and is fetched anew")
+            path.unlink()
+            path = folder.fetch(shard)
         file = ShardFile(path, size=shard.bytes)
         if sha256_of(path) != shard.sha256:
             faults.append(f"{place} has not the SHA-256 of the manifest{_where(file, manifest, shard, record)}")

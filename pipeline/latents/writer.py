@@ -98,6 +98,7 @@ def write_shard(
     kind: str = "moments",
     skipped: Sequence[tuple[str, str]] = (),
     plan: str = "",
+    input_crc32: Sequence[int] = (),
 ) -> ShardRecord:
     """Publish a shard and then its commit record; gives the record.
 
@@ -108,6 +109,7 @@ def write_shard(
         keys: relative path of each input.
         skipped: (key, reason) of the inputs that are left out of this shard.
         plan: any text that is the same for all shards of one store and differs for other settings.
+        input_crc32: one per sample, of the bytes of its input, or none at all.
 
     Raises:
         UserError: the disk is full or read-only, or a latent is not finite.
@@ -135,6 +137,7 @@ def write_shard(
         skipped=tuple((str(key), str(reason)) for key, reason in skipped),
         crc32=tuple(row_checksums(rows, labels, indices)),
         keys=tuple(keys),
+        input_crc32=tuple(input_crc32),
     )
     write_bytes(folder / record_name(split, shard), sealed(record.to_json()), work_folder=work)
     return record

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,146 @@ def test_overwrite_removes_the_store_and_nothing_else(tmp_path, command, hashes)
     )
 
 
+def test_overwrite_removes_nothing_before_all_else_is_found_right(tmp_path, command, hashes):
+    out = tmp_path / "s"
+    assert command("--out", out)[0] == 0
+    before = hashes(out)
+    for wrong in (
+        ["--vae", "no-such-vae"],
+        ["--class-names", "/nonexistent.txt"],
+        ["--image-size", "36"],
+        ["--device", "cuda:7"],
+        ["--data", "/nonexistent"],
+    ):
+        assert command("--out", out, "--overwrite", *wrong)[0] == 2
+        assert hashes(out) == before, wrong
+
+
+def test_files_of_the_users_that_are_named_like_shards_outlive_overwrite(tmp_path, command, reference, hashes):
+    out = tmp_path / "s"
+    assert command("--out", out)[0] == 0
+    mine = ("mydata-000001.tar", "run-2024010112.json", "notes-00001.json")
+    for name in mine:
+        (out / name).write_text("mine")
+    assert command("--out", out, "--overwrite")[0] == 0
+    assert {name: (out / name).read_text() for name in mine} == dict.fromkeys(mine, "mine")
+    for name in mine:
+        (out / name).unlink()
+    assert hashes(out) == reference
+
+
+@pytest.mark.parametrize("lost", ["a shard", "a shard and its record", "a shard cut short", "a record"])
+def test_a_finished_store_that_lost_a_shard_is_made_whole_by_the_same_command(
+    tmp_path, command, reference, hashes, lost
+):
+    out = tmp_path / "s"
+    assert command("--out", out)[0] == 0
+    shard, record = out / "train-00001.safetensors", out / "train-00001.json"
+    if lost == "a shard cut short":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        for path in {"a shard": [shard], "a record": [record]}.get(lost, [shard, record]):
+            path.unlink()
+    status, said = command("--out", out)
+    assert status == 0 and "1 shards of the finished store" in said
+    assert hashes(out) == reference
+
+
+def test_a_store_without_manifest_and_settings_is_still_known_and_goes_on(tmp_path, command, reference, hashes):
+    """What one who follows the advice to remove damaged files may have left."""
+    out = tmp_path / "s"
+    assert command("--out", out)[0] == 0
+    for name in ("manifest.json", "train-00001.json", "train-00001.safetensors"):
+        (out / name).unlink()
+    status, said = command("--out", out, "--seed", 1)
+    assert status == 2 and "--overwrite" in said
+    assert command("--out", out)[0] == 0
+    assert hashes(out) == reference
+
+
+def test_a_damaged_manifest_is_told_and_overwrite_begins_anew(tmp_path, command, reference, hashes):
+    out = tmp_path / "s"
+    assert command("--out", out)[0] == 0
+    (out / "manifest.json").write_text("{")
+    status, said = command("--out", out)
+    assert status == 2 and "manifest.json is not valid JSON" in said
+    assert command("--out", out, "--overwrite")[0] == 0
+    assert hashes(out) == reference
+
+
+def test_other_images_under_the_same_names_are_not_taken_for_the_same(tmp_path, command, tree, make_picture):
+    for name, first in (("one", 0), ("other", 100)):
+        tree(tmp_path / name, {f"a/{n:02d}.jpg": make_picture(first + n) for n in range(20)})
+    out = tmp_path / "s"
+    assert command("--out", out, "--shard-range", "0:1", data=tmp_path / "one")[0] == 0
+    status, said = command("--out", out, data=tmp_path / "other")
+    assert status == 2 and "is not the image that its latent was made from" in said
+    assert command("--out", out, data=tmp_path / "one")[0] == 0
+    status, said = command("--out", out, data=tmp_path / "other")
+    assert status == 2 and "was begun with other data" in said
+
+
+def test_another_column_of_the_same_table_is_another_setting(tmp_path, command, make_picture):
+    import datasets
+
+    pictures = {
+        column: [{"bytes": make_picture(n + k), "path": None} for n in range(5)] for k, column in enumerate("ab")
+    }
+    features = datasets.Features({column: datasets.Image() for column in "ab"})
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_dict(pictures, features=features).to_parquet(tmp_path / "table" / "x.parquet")
+    out = tmp_path / "s"
+    assert command("--out", out, "--image-column", "a", data=tmp_path / "table")[0] == 0
+    status, said = command("--out", out, "--image-column", "b", data=tmp_path / "table")
+    assert status == 2 and "--image-column a there, b now" in said
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_store_made_within_its_data_is_no_part_of_it(tmp_path, command, tree, make_picture, flat):
+    tree(tmp_path / "d", {f"{'' if flat else 'abc'[n % 3] + '/'}{n}.jpg": make_picture(n) for n in range(9)})
+    out = tmp_path / "d" / "latents"
+    for _ in range(2):
+        assert command("--out", out, data=tmp_path / "d")[0] == 0
+    with LatentStore(out) as store:
+        assert len(store) == 9 and store.manifest["class_ids"] == ([] if flat else ["a", "b", "c"])
+
+
+def test_a_class_folder_whose_name_is_no_unicode_is_a_class(tmp_path, command, tree, make_picture):
+    tree(tmp_path / "d", {"a/0.jpg": make_picture(0)})
+    tree(tmp_path / "d" / os.fsdecode(b"caf\xe9"), {"1.jpg": make_picture(1)})
+    assert command("--out", tmp_path / "s", data=tmp_path / "d")[0] == 0
+    with LatentStore(tmp_path / "s") as store:
+        assert store.manifest["class_ids"] == ["a", "caf\\xe9"]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its files to the collector
+def test_tars_of_bfloat16_are_read_as_the_documentation_says(tmp_path, command):
+    import webdataset
+
+    assert command("--out", tmp_path / "s", "--format", "webdataset", "--store-dtype", "bfloat16")[0] == 0
+    with LatentStore(tmp_path / "s") as store:
+        moments, labels = store[:]
+    tars = [str(path) for path in sorted((tmp_path / "s").glob("*.tar"))]
+    rows = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
+    assert [row["cls"] for row in rows] == labels.tolist()
+    plain = np.stack([row["moments.npy"] for row in rows])
+    assert plain.dtype == "V2"
+    assert torch.equal(torch.from_numpy(plain.view(np.int16)).view(torch.bfloat16), moments)
+
+
+def test_pictures_go_into_a_folder_that_is_made_and_not_onto_one(tmp_path, command):
+    assert command("--preview", tmp_path / "new" / "p.png", "--preview-images", 1)[0] == 0
+    (tmp_path / "p.png").mkdir()
+    status, said = command("--preview", tmp_path / "p.png", "--preview-images", 1)
+    assert status == 2 and "that is a folder" in said
+
+
+def test_a_link_to_nowhere_as_output_is_refused(tmp_path, command):
+    (tmp_path / "s").symlink_to(tmp_path / "absent" / "deep")
+    status, said = command("--out", tmp_path / "s")
+    assert status == 2 and "is a link that leads nowhere" in said
+
+
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
 def test_a_folder_with_other_things_is_never_touched(tmp_path, command, overwrite):
     (tmp_path / "s").mkdir()
@@ -414,7 +555,7 @@ def test_a_vanished_input_is_one_sentence_and_the_run_goes_on_when_it_is_back(
         (["--batch-size", 0], "--batch-size 0 must be at least 1"),
         (["--limit", 0], "--limit 0 must be at least 1"),
         (["--allow-skips", 2], "must lie in 0 … 1"),
-        (["--format", "webdataset", "--store-dtype", "bfloat16"], "has no .npy form"),
+        (["--data", ""], "--data is empty"),
         (["--image-sise", 64], "did you mean --image-size?"),
         (["--preview", "picture.jpg"], "must end in .png"),
     ],

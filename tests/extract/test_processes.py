@@ -117,6 +117,58 @@ def test_overwrite_waits_for_nobody_and_refuses_while_another_works(tmp_path, st
     assert hashes(out) == reference
 
 
+RANKS = "import os; os.environ.update(RANK='{}', LOCAL_RANK='{}', WORLD_SIZE='2')"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_processes_started_together_overwrite_once_and_share_the_new_work(tmp_path, start, reference, hashes, finished):
+    for round_ in range(3):
+        out = tmp_path / f"store-{round_}"
+        before = [] if finished else ["--shard-range", "0:3"]
+        assert finish_all([start("--out", out, "--seed", 1, *before)]) == [0]
+        time.sleep(0.02)  # file times come in ticks of the kernel's clock
+        both = [start("--out", out, "--overwrite", before=RANKS.format(rank, rank)) for rank in (1, 0)]
+        assert finish_all(both) == [0, 0], [process.log() for process in both]
+        assert hashes(out) == reference
+
+
+KILLED_WHILE_REMOVING = """
+import os, signal, pathlib
+unlink, count = pathlib.Path.unlink, []
+def dying(path, **k):
+    if path.suffix in (".safetensors", ".json", ".jsonl"):
+        count.append(path)
+        if len(count) > {}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    unlink(path, **k)
+pathlib.Path.unlink = dying
+"""
+
+
+@pytest.mark.parametrize("after", [0, 1, 6, 7, 10, 14, 15])
+def test_a_kill_during_overwrite_leaves_what_the_same_command_goes_on_with(tmp_path, start, reference, hashes, after):
+    """Seven shards, seven records, the list of what was skipped and the manifest go one after the other."""
+    out = tmp_path / "store"
+    assert finish_all([start("--out", out, "--seed", 1)]) == [0]
+    killed = start("--out", out, "--overwrite", before=KILLED_WHILE_REMOVING.format(after))
+    assert finish_all([killed]) == [-signal.SIGKILL]
+    again = start("--out", out, "--overwrite")
+    assert finish_all([again]) == [0], again.log()
+    assert hashes(out) == reference
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_before_the_first_image_has_its_status_and_a_line_too(tmp_path, start, number):
+    stop_at_listing = f"""
+import os, signal, extract.extraction as extraction
+extraction.cached_listing = lambda *a: os.kill(os.getpid(), {int(number)})
+"""
+    process = start("--out", tmp_path / "store", before=stop_at_listing)
+    assert finish_all([process]) == [128 + number]
+    assert process.log() == f"dit-extract: stopped by {number.name}; run the same command again to continue\n"
+    assert not (tmp_path / "store").exists()
+
+
 NOBODY = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
 
 

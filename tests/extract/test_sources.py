@@ -123,6 +123,33 @@ def test_a_folder_without_files_is_refused(tmp_path, made):
         opened(tmp_path / "missing", tmp_path)
 
 
+def test_a_link_to_itself_is_one_bad_input_and_not_the_end(tmp_path, tree, make_picture):
+    tree(tmp_path / "data", {"a/0.jpg": make_picture(0)})
+    (tmp_path / "data/a/loop.jpg").symlink_to("loop.jpg")
+    source, listing = opened(tmp_path / "data", tmp_path)
+    assert listing.keys == ["a/0.jpg", "a/loop.jpg"]
+    with pytest.raises(UnreadableInputError, match="leads nowhere"):
+        source.read(listing, 1)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:2000], lambda data: data[:1000] + b"\xff" + data[1001:]])
+def test_a_damaged_cache_of_the_listing_is_made_anew(tmp_path, tree, make_picture, damage):
+    tree(tmp_path / "data", {f"a/{n}.jpg": make_picture(0) for n in range(50)})
+    source, listing = opened(tmp_path / "data", tmp_path)
+    cache = tmp_path / "listing.npz"
+    cached_listing(source, cache)
+    cache.write_bytes(damage(cache.read_bytes()))
+    assert cached_listing(source, cache).keys == listing.keys
+
+
+def test_folders_named_like_splits_are_mentioned(tmp_path, tree, make_picture):
+    tree(tmp_path / "data", {"train/0.jpg": make_picture(0), "val/1.jpg": make_picture(1)})
+    _, listing = opened(tmp_path / "data", tmp_path, split="test")
+    assert listing.notes == (
+        "2 folders (train, val) taken for classes, but named like splits; --split reads one of them",
+    )
+
+
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +285,74 @@ def test_tars_behind_a_url_are_fetched_once_and_read_like_local_ones(tmp_path, w
     assert sorted(path.name[17:] for path in (tmp_path / "remote").iterdir()) == ["part-000.tar", "part-001.tar"]
 
 
+def test_links_in_a_tar_are_bad_inputs_and_not_silence(tmp_path, make_picture):
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        first = tarfile.TarInfo("0.jpg")
+        first.size = len(make_picture(0))
+        archive.addfile(first, io.BytesIO(make_picture(0)))
+        for name, kind in (("1.jpg", tarfile.LNKTYPE), ("2.jpg", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "0.jpg"
+            archive.addfile(link)
+    source, listing = opened(tmp_path / "t.tar", tmp_path)
+    assert listing.keys == ["t.tar/0.jpg", "t.tar/1.jpg", "t.tar/2.jpg"]
+    assert source.read(listing, 0) == make_picture(0)
+    for index in (1, 2):
+        with pytest.raises(UnreadableInputError, match="a link in the tar, without contents"):
+            source.read(listing, index)
+
+
+def test_a_name_that_comes_twice_in_a_sample_is_refused(tmp_path, make_picture):
+    (tmp_path / "t.tar").write_bytes(tar_of([("a.jpg", make_picture(0)), ("a.cls", b"1")] * 2))
+    with pytest.raises(UserError, match=r"a\.jpg comes twice in one sample of its tar"):
+        opened(tmp_path / "t.tar", tmp_path)
+
+
+def test_tars_joined_by_cat_are_refused(tmp_path, make_picture):
+    one = tar_of([("a.jpg", make_picture(0))])
+    (tmp_path / "t.tar").write_bytes(one + one)
+    with pytest.raises(UserError, match="goes on after its end mark"):
+        opened(tmp_path / "t.tar", tmp_path)
+
+
+@pytest.mark.parametrize(("text", "class_ids"), [("²", ("²",)), ("--5", ("--5",)), ("7", tuple("01234567"))])
+def test_only_whole_numbers_are_labels(tmp_path, make_picture, text, class_ids):
+    (tmp_path / "t.tar").write_bytes(tar_of([("a.jpg", make_picture(0)), ("a.cls", text.encode())]))
+    assert opened(tmp_path / "t.tar", tmp_path)[1].class_ids == class_ids
+
+
+def test_a_label_far_beyond_the_samples_is_refused(tmp_path, make_picture):
+    (tmp_path / "t.tar").write_bytes(tar_of([("a.jpg", make_picture(0)), ("a.cls", b"20240131")]))
+    with pytest.raises(UserError, match=r"a label is 20,240,131, .* choose what holds the labels by --label-column"):
+        opened(tmp_path / "t.tar", tmp_path)
+
+
+def test_images_beside_tars_are_not_passed_over_in_silence(tmp_path, tree, make_picture):
+    tree(tmp_path / "d", {"0.jpg": make_picture(0), "t.tar": tar_of([("a.jpg", make_picture(0))]), "t.json": b"{}"})
+    with pytest.raises(UserError, match="holds tars .* and also images beside them"):
+        opened(tmp_path / "d", tmp_path)
+    (tmp_path / "d/0.jpg").unlink()
+    assert opened(tmp_path / "d", tmp_path)[1].keys == ["t.tar/a.jpg"]
+
+
+@pytest.mark.parametrize("answer", ["not there", "refused"])
+def test_an_address_that_cannot_be_fetched_says_why(tmp_path, answer):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever, daemon=True)
+        thread.start()
+        port = served.server_port
+        if answer == "refused":
+            served.shutdown()
+            served.server_close()
+        address = f"http://127.0.0.1:{port}/x.tar"
+        with pytest.raises(UserError) as error:
+            opened(address, tmp_path)
+        served.shutdown()
+    said = str(error.value)
+    assert said.startswith(f"{address} cannot be fetched (") and f"({address})" not in said
+
+
 # --- ImageNet as it comes ----------------------------------------------------------------------------------------
 
 SYNSETS = ["n02119789", "n01440764", "n03126707"]  # ILSVRC ids 1, 2, 3: not in sorted order, as in the real kit
@@ -352,6 +447,18 @@ def test_kaggles_layout_is_found_from_its_top_folder(tmp_path, tree, make_pictur
         assert opened(data, tmp_path)[1].class_ids == ("n01440764", "n03126707")
         val = opened(data, tmp_path, split="val")[1]
         assert val.keys == ["ILSVRC2012_val_00000001.JPEG"] and val.labels.tolist() == [1]
+    tree(top / "ILSVRC/Data/CLS-LOC/val", {"Thumbs.db": b"x", "0.txt": b"x", "zz.txt": b"x"})
+    val = opened(top, tmp_path, split="val", ignore="*.txt")[1]
+    assert val.keys == ["ILSVRC2012_val_00000001.JPEG"] and val.labels.tolist() == [1]
+    with pytest.raises(UserError, match=r"2 of 3 files in .* have no label"):
+        opened(top, tmp_path, split="val")
+
+
+def test_imagenets_tars_are_found_in_a_folder_that_holds_the_devkit_too(tmp_path, tree, make_picture):
+    inner = tar_of([(f"{SYNSETS[0]}_0.JPEG", make_picture(0))])
+    tars = {f"ILSVRC2012_img_{split}.tar": tar_of([(f"{SYNSETS[0]}.tar", inner)]) for split in ("train", "other")}
+    tree(tmp_path / "d", {**tars, "ILSVRC2012_devkit_t12/readme.txt": b"words"})
+    assert opened(tmp_path / "d", tmp_path)[1].class_ids == (SYNSETS[0],)
 
 
 # --- data sets of tables -----------------------------------------------------------------------------------------

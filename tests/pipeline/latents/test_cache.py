@@ -142,6 +142,16 @@ def test_a_remote_store_is_verified_too(server, own_store, tmp_path):
     assert fault.startswith(f"{server.url}/train-00002.json is missing")
 
 
+def test_a_copy_that_was_damaged_in_the_cache_is_fetched_anew_by_verifying(server, own_store, tmp_path):
+    cache = tmp_path / "cache"
+    assert verify(server.url, cache=cache) == []
+    copy = min(path for path in cache.iterdir() if path.suffix in {".safetensors", ".tar"})
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert verify(server.url, cache=cache) == []
+    assert copy.read_bytes() == whole
+
+
 def test_any_file_system_of_fsspec_will_do(whole_store, sample, tmp_path):
     memory = fsspec.filesystem("memory")
     memory.put(str(whole_store), "/stores/one", recursive=True)
