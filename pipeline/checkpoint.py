@@ -36,7 +36,7 @@ _NEEDED: dict[str, type] = {
 }
 _WITHIN = {"latent": ("kind", "channels", "height", "width", "downsample"), "image": ("size", "crop")}
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class Stored(NamedTuple):
@@ -199,7 +199,7 @@ def read_stored(path: str | Path, *, weights: str = "ema", num_heads: int | None
         return _from_folder(place, weights, num_heads)
     if place.is_file():
         return _from_file(place, weights, num_heads)
-    if _HUB_NAME.fullmatch(str(path)) and place.suffix not in SUFFIXES:
+    if HUB_NAME.fullmatch(str(path)) and place.suffix not in SUFFIXES:
         from pipeline.hub import fetch_pipeline
 
         return _from_diffusers(fetch_pipeline(str(path)), weights, num_heads, hub_name=str(path))

@@ -4,6 +4,7 @@ Exit status: 0 done; 2 the user's input is wrong; 128 + signal after a saved sto
 """
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -23,6 +24,8 @@ from pipeline.processes import launch
 __all__ = ["nearest", "progress", "run_command", "say", "warn"]
 
 Options = TypeVar("Options")
+# What a path that a user gave can be wrong about, wherever it is first looked at.
+_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 _log = logging.getLogger("dit")
 
 
@@ -52,19 +55,19 @@ def run_command(
             return run(options) or 0
     except UserError as error:
         return _refused(prog, str(error))
-    except PermissionError as error:
-        if error.filename is None:
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _PATHS or error.filename is None:
             raise
-        return _refused(prog, f"{error.filename} may not be used ({error.strerror}); change its rights or the path")
+        return _refused(prog, f"{error.filename} cannot be used ({error.strerror}); change the path or its rights")
     except _InterruptedError as stop:
         tqdm.write(f"{prog}: stopped by {stop}; run the same command again to continue", file=sys.stderr)
         return 128 + stop.number
     except KeyboardInterrupt:
         tqdm.write(f"{prog}: interrupted; run the same command again to continue", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _refused(prog: str, sentence: str) -> int:

@@ -168,13 +168,13 @@ def _read_back(path: Path, model: DiT, *, weights: str = "ema", num_heads: int |
 
 def _vae_to_record(stored: Stored, override: str | None) -> dict[str, Any]:
     """What the new checkpoint says of its VAE: the one given, if it can be it, or the recorded one."""
-    from pipeline.vae import check_channels, find_vae, load_vae
+    from pipeline.vae import check_latents, find_vae, load_vae
 
     recorded = stored.info["vae"]
     name = str(recorded.get("name") or "")
     if override is not None:
         vae = find_vae(recorded, override)
-        check_channels(vae, stored.config.in_channels)
+        check_latents(vae, channels=stored.config.in_channels)
         return vae.describe()
     known = recorded.get("recorded", {})
     needed = Path(name).is_dir() and "sha256" not in known

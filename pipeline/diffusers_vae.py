@@ -16,7 +16,7 @@ from pipeline.console import warn
 from pipeline.errors import UserError
 from pipeline.files import make_folder, write_json
 from pipeline.foreign import read_safetensors, save_safetensors
-from pipeline.vae import Vae, check_channels, find_vae
+from pipeline.vae import Vae, check_latents, find_vae
 from pipeline.vae_folder import WEIGHTS, find_folder, read_config, weight_files
 
 
@@ -36,7 +36,7 @@ def write_vae(folder: Path, recorded: Mapping[str, Any], override: str | None, *
             f"DiTPipeline.from_pretrained(FOLDER, vae=AutoencoderKL.from_pretrained(…))"
         )
         return None
-    check_channels(vae, channels)
+    check_latents(vae, channels=channels)
     source, _ = find_folder(override or recorded["name"])
     make_folder(folder)
     if not vae.shift_factor and not isinstance(vae.scaling_factor, list):

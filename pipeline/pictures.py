@@ -118,7 +118,7 @@ def save_png(path: Path, image: Image.Image | Images, text: Mapping[str, str] | 
 
 
 def _enlarge(images: Images) -> Images:
-    factor = math.ceil(SMALLEST_TILE_PX / max(1, images.shape[1]))
+    factor = math.ceil(SMALLEST_TILE_PX / max(1, min(images.shape[1:3])))
     return images.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else images
 
 
@@ -135,6 +135,11 @@ def _drawable(text: str) -> str:
     """The text on one line, in letters that Pillow's own font has: accents dropped, other scripts as `?`."""
     plain = unicodedata.normalize("NFKD", " ".join(text.split()).translate(PLAIN))
     return "".join(letter for letter in plain if not unicodedata.combining(letter)).encode("ascii", "replace").decode()
+
+
+def can_be_drawn(text: str) -> bool:
+    """Whether Pillow's own font has the letters of a text, or plain ones in their place."""
+    return "?" not in _drawable(text.replace("?", "."))
 
 
 def _width(text: str, font: Font) -> int:

@@ -186,16 +186,17 @@ def find_vae(
     return vae
 
 
-def check_channels(vae: Vae, channels: int) -> None:
-    """Nothing, if the VAE's latents have as many channels as a network's.
+def check_latents(vae: Vae, *, channels: int, downsample: int | None = None) -> None:
+    """Nothing, if the VAE's latents have as many channels, of as many pixels, as those of a network or a store.
 
     Raises:
         UserError: they have not.
     """
-    if vae.channels != channels:
+    if vae.channels != channels or downsample not in {None, vae.downsample}:
+        theirs = f"{channels} channels" + (f" and cells of {downsample} pixels" if downsample else "")
         raise UserError(
-            f"the VAE {vae.name} has latents of {vae.channels} channels, but the network's have {channels}; "
-            f"give the VAE of its latents with --vae"
+            f"the VAE {vae.name} has latents of {vae.channels} channels and cells of {vae.downsample} pixels, but "
+            f"{theirs} are needed; give the VAE of these latents with --vae"
         )
 
 

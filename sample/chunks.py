@@ -129,10 +129,10 @@ class WorkFolder:
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """One safetensors file, flushed and renamed."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with replacing(path) as temporary:
-        save_file(arrays, temporary)
+        temporary.write_bytes(save(arrays))
 
 
 def read_arrays(path: Path) -> Arrays:

@@ -1,6 +1,8 @@
 """Which class each image is asked to show: by class in rows, random, balanced, or from a file."""
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,10 @@ class ChosenLabels:
     def __len__(self) -> int:
         return len(self.values)
 
+    def with_values(self) -> dict[str, Any]:
+        """The rule, and the labels themselves where a file gave them, which nothing else would tell."""
+        return {**self.rule, "values": self.values.tolist()} if self.rule["rule"] == "file" else self.rule
+
     def of_batch(self, first: int, count: int) -> NDArray[np.int64]:
         """The labels of images first … first + count − 1; past the end the last one, as padding."""
         return self.values[np.minimum(np.arange(first, first + count), len(self) - 1)]
@@ -59,9 +65,7 @@ def choose_labels(options: ImageOptions, known: KnownClasses, *, seed: int) -> C
         return _unlabelled(options)
     if options.labels not in {None, "random", "balanced"}:
         return _from_file(Path(options.labels or ""), options.num_samples, known)
-    named = (
-        None if options.classes is None else find_classes(options.classes, known.names, known.ids, count=known.count)
-    )
+    named = None if options.classes is None else _named(options.classes, known)
     if options.num_samples is None:
         classes = _classes_to_show(known, seed) if named is None else named
         count = options.samples_per_class or SAMPLES_PER_CLASS
@@ -74,6 +78,13 @@ def choose_labels(options: ImageOptions, known: KnownClasses, *, seed: int) -> C
         positions = np.array([derive_seed(seed, "sample-label", int(k)) for k in positions], dtype=np.int64)
     values = np.asarray(classes, dtype=np.int64)[positions % len(classes)]
     return _chosen(values, {"rule": rule, "classes": "all" if named is None else classes})
+
+
+def _named(text: str, known: KnownClasses) -> list[int]:
+    try:
+        return find_classes(text, known.names, known.ids, count=known.count)
+    except UserError as error:
+        raise UserError(f"--classes: {error}") from error
 
 
 def _chosen(values: NDArray[np.int64], rule: dict[str, Any]) -> ChosenLabels:
@@ -117,12 +128,13 @@ def _read_labels(path: Path, known: KnownClasses) -> NDArray[np.int64]:
     try:
         if path.suffix not in {".npy", ".npz"}:
             return _labels_of_lines(path, path.read_text().splitlines(), known)
-        content = np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
-            content = content["arr_1"]
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.lib.npyio.NpzFile):
+                content = content["arr_1"]
     except FileNotFoundError as error:
         raise UserError(f"--labels {path} is neither random nor balanced nor a file; check the path") from error
-    except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, UnicodeDecodeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"--labels {path} cannot be read as labels ({error}); see dit-sample --help") from error
     if content.ndim != 1 or content.dtype.kind not in "iu":
         raise UserError(

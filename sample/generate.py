@@ -21,12 +21,11 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.diffusion import SAMPLERS, guided
 from pipeline.errors import UserError
 from pipeline.randomness import normal
-from pipeline.vae import Vae, denormalise, to_bytes
+from pipeline.vae import Vae, denormalise
+from sample.lanes import CPU_LANE, GPU_DECODE_BATCH, InLanes, decode_in_lanes, finite_rows, one_thread_each
 from sample.trajectory import Watch
 
 NOISE = "sample-noise"
-CPU_LANE = 8  # larger lanes are no faster on a core; a batch has four at least, where it can
-GPU_DECODE_BATCH = 16
 OnStep = Callable[[int, int], None]
 """Told (steps done, steps in all), counted over the lanes of a batch."""
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,7 +73,7 @@ class Generator:
         self._scale, self._shift = recorded["scaling_factor"], recorded.get("shift_factor")
         on_cpu = self.device.type == "cpu"
         size = plan.batch_size
-        self._lane = min(CPU_LANE, -(-size // 4)) if on_cpu else size
+        self._lane = min(CPU_LANE, -(-size // 4)) if on_cpu else size  # four lanes at least, where it can be
         self._decode_lane = self._lane if on_cpu else min(size, GPU_DECODE_BATCH)
         self._workers = torch.get_num_threads() if on_cpu and in_parallel else 1
 
@@ -94,9 +93,9 @@ class Generator:
             with steps.of_lane():
                 return self._denoise_lane(first + start, labels[rows], start, steps, watch)
 
-        with self._one_thread_per_lane() as in_parallel:
-            x = torch.cat(list(in_parallel(lane, starts)))[: len(labels)]
-        _refuse_not_finite(_finite_rows(x), "latents")
+        with self._lanes() as in_lanes:
+            x = torch.cat(list(in_lanes(lane, starts)))[: len(labels)]
+        _refuse_not_finite(finite_rows(x), "latents")
         return self.raw(x)
 
     def raw(self, x: Tensor) -> Tensor:
@@ -109,20 +108,11 @@ class Generator:
         Raises:
             NotFiniteError: the decoder gave values that are not finite.
         """
-        vae = self.vae
-        assert vae is not None, "a generator without a VAE gives latents"
-        size = self._decode_lane
-
-        def lane(part: Tensor) -> tuple[Tensor, Tensor]:
-            # A decoder's rounding depends on the batch's size, so the last one is filled up.
-            padding = part[-1:].expand(size - len(part), *part.shape[1:])
-            values = vae.decode_values(torch.cat([part, padding]))[: len(part)]
-            return _finite_rows(values).cpu(), to_bytes(values)
-
-        with self._one_thread_per_lane() as in_parallel:
-            finite, images = zip(*in_parallel(lane, latents.split(size)), strict=True)
-        _refuse_not_finite(torch.cat(finite), "decoded pixels")
-        return np.asarray(torch.cat(images).numpy(), dtype=np.uint8)
+        assert self.vae is not None, "a generator without a VAE gives latents"
+        with self._lanes() as in_lanes:
+            finite, images = decode_in_lanes(self.vae, latents, size=self._decode_lane, in_lanes=in_lanes)
+        _refuse_not_finite(finite, "decoded pixels")
+        return np.asarray(images.numpy(), dtype=np.uint8)
 
     def _denoise_lane(
         self,
@@ -172,19 +162,8 @@ class Generator:
         # Pinned, or the copy would wait for the GPU to finish all steps before it.
         return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
-    @contextlib.contextmanager
-    def _one_thread_per_lane(self) -> Iterator[Callable[..., Iterator[Tensor]]]:
-        """A `map` over lanes: on a CPU in parallel with one thread each, elsewhere one after the other."""
-        if self.device.type != "cpu":
-            yield map
-            return
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(self._workers) as pool:
-                yield pool.map
-        finally:
-            torch.set_num_threads(threads)
+    def _lanes(self) -> contextlib.AbstractContextManager[InLanes]:
+        return one_thread_each(self.device, workers=self._workers)
 
 
 class NotFiniteError(UserError):
@@ -194,10 +173,6 @@ class NotFiniteError(UserError):
         super().__init__(f"{what} of rows {rows} of a batch are not finite")
         self.what = what
         self.rows = rows
-
-
-def _finite_rows(x: Tensor) -> Tensor:
-    return torch.isfinite(x).flatten(1).all(1)
 
 
 def _refuse_not_finite(finite: Tensor, what: str) -> None:

@@ -138,6 +138,8 @@ class SampleOptions:
             raise UserError(f"--trajectory {self.trajectory} must be at least 2 moments")
         if self.trajectory is not None and self.kind == "latents":
             raise UserError("--trajectory draws pictures, but --out *.safetensors decodes none; choose another --out")
+        if Path(self.out).name in {"", ".."}:
+            raise UserError(f"--out {self.out!r} names no file or folder of its own; use PATH.png, PATH.npz or FOLDER/")
         suffix = Path(self.out).suffix
         folder = self.out.endswith("/") or Path(self.out).is_dir()
         if suffix not in SUFFIXES and re.fullmatch(r"\.[A-Za-z]\w*", suffix) and not folder:

@@ -68,7 +68,10 @@ def read_sidecar(out: Path) -> dict[str, Any] | None:
     path = sidecar_of(out)
     if not path.is_file():
         return None
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except UserError:  # no JSON: none of ours
+        return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
     if content.get("version") != VERSION:

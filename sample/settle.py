@@ -1,7 +1,9 @@
 """Options and a checkpoint into a job with every default filled in, and the recipe that describes it."""
 
 import os
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from pipeline.diffusion import GaussianDiffusion, default_sampler, samplers_for
 from pipeline.dit import compile_blocks
 from pipeline.errors import UserError
 from pipeline.options import nearest
+from pipeline.pictures import can_be_drawn
 from pipeline.processes import launch
-from pipeline.vae import Vae, find_vae
+from pipeline.vae import Vae, check_latents, find_vae
 from sample.classes import ChosenLabels, KnownClasses, choose_labels
 from sample.generate import Generator, ReversePlan
 from sample.options import GRID_PIXELS, ComputeOptions, ReverseOptions, SampleOptions
@@ -26,7 +29,7 @@ LARGEST_BATCH = {"cpu": 64, "cuda": 128}
 NAMED_CLASSES = 1000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Settled:
     """A job, complete."""
 
@@ -45,7 +48,21 @@ class Settled:
         return -(-len(self.labels) // self.batch_size)
 
     def class_name(self, label: int) -> str:
-        return short_name(label, self.known.names, self.known.ids)
+        """What a picture calls the class: its short name; with its folder name or label where that says too little."""
+        name = short_name(label, self.known.names, self.known.ids)
+        if label < 0:
+            return name
+        identifier = self.known.ids[label] if label < len(self.known.ids) else ""
+        other = identifier if identifier not in {"", name} and can_be_drawn(identifier) else str(label)
+        if not can_be_drawn(name):
+            return other
+        return f"{name} ({other})" if name in self._shared_names else name
+
+    @cached_property
+    def _shared_names(self) -> set[str]:
+        """Short names that several classes have."""
+        names = Counter(short_name(label, self.known.names, self.known.ids) for label in range(self.known.count))
+        return {name for name, count in names.items() if count > 1}
 
     def folder_name(self, label: int) -> str:
         """A class's sub-folder: its folder name or synset, else its label; nothing where there are no classes."""
@@ -69,13 +86,20 @@ def settle(options: SampleOptions) -> Settled:
     labels = choose_labels(options.images, known, seed=options.reverse.seed)
     if options.kind == "grid":
         _check_grid(len(labels), checkpoint.info["latent"])
+    if options.trajectory is not None and options.trajectory > options.reverse.steps + 1:
+        raise UserError(
+            f"--trajectory {options.trajectory} is more than the {options.reverse.steps} steps and the result have "
+            f"moments; use at most {options.reverse.steps + 1}, or more --steps"
+        )
     device = choose_device(options.compute.device)
     plan = settle_plan(options.reverse, options.compute, checkpoint, samples=len(labels), device=device)
-    vae = None if options.kind == "latents" else _decoder(options, checkpoint, device)
+    vae = _decoder(options, checkpoint, device)
+    checkpoint = _with_factors(checkpoint, vae if options.vae is not None else None)
     fingerprint = weights_fingerprint(checkpoint.model.state_dict())
     if options.compute.compile:
         compile_blocks(checkpoint.model)
-    generator = Generator(checkpoint, plan, device=device, vae=vae, in_parallel=not options.compute.compile)
+    decoder = None if options.kind == "latents" else vae
+    generator = Generator(checkpoint, plan, device=device, vae=decoder, in_parallel=not options.compute.compile)
     recipe = {
         "checkpoint": {
             "step": checkpoint.info["step"],
@@ -85,15 +109,16 @@ def settle(options: SampleOptions) -> Settled:
             "process": checkpoint.process.to_json(),
         },
         **_describe_plan(plan),
-        "labels": labels.rule,
+        "labels": labels.rule if options.kind not in {"grid", "folder"} else labels.with_values(),
         "classes": _names_of_used(labels, known),
-        "vae": None if vae is None else vae.describe(),
+        "vae": None if decoder is None else decoder.describe(),
+        "scaling": {name: checkpoint.info["vae"].get(name) for name in ("scaling_factor", "shift_factor")},
         "latent": checkpoint.info["latent"],
         "image": checkpoint.info["image"],
         "output": {"kind": options.kind, "samples": len(labels), "trajectory": options.trajectory},
         "device": _describe_device(device),
         "mixed_precision": plan.precision,
-        "decode_dtype": options.compute.decode_dtype if vae is not None else None,
+        "decode_dtype": options.compute.decode_dtype if decoder is not None else None,
         "compile": options.compute.compile,
         "versions": versions(),
     }
@@ -138,7 +163,9 @@ def settle_plan(
     if reverse.eta and sampler != "ddim":
         raise UserError(f"--eta {reverse.eta} is for --sampler ddim, not {sampler}; drop one of the two")
     if isinstance(checkpoint.process, GaussianDiffusion):
-        checkpoint.process.respaced(str(reverse.steps))  # refuses more steps than there are
+        most = checkpoint.process.num_timesteps - (sampler in {"dpm++", "unipc"})
+        if reverse.steps > most:
+            raise UserError(f"--steps {reverse.steps} is more than --sampler {sampler} can take here: at most {most}")
     kind = device.partition(":")[0]
     precision = compute.mixed_precision
     if precision == "auto":
@@ -189,14 +216,31 @@ def _check_grid(count: int, latent: dict[str, Any]) -> None:
         )
 
 
-def _decoder(options: SampleOptions, checkpoint: Checkpoint, device: str) -> Vae:
-    return find_vae(
+def _decoder(options: SampleOptions, checkpoint: Checkpoint, device: str) -> Vae | None:
+    """The VAE; None where raw latents are asked for and nothing has to be known of it."""
+    if options.kind == "latents" and options.vae is None:
+        return None
+    vae = find_vae(
         checkpoint.info["vae"],
         options.vae,
         device=device,
         dtype=getattr(torch, options.compute.decode_dtype),
         allow_other=options.allow_other_vae,
     )
+    known = checkpoint.folder is not None  # the down-factor of weights that came alone is a guess
+    downsample = checkpoint.info["latent"]["downsample"] if known else None
+    check_latents(vae, channels=checkpoint.config.in_channels, downsample=downsample)
+    return vae
+
+
+def _with_factors(checkpoint: Checkpoint, given: Vae | None) -> Checkpoint:
+    """Weights that came alone with the scale and shift of the VAE that was given: they say nothing of their own."""
+    recorded = checkpoint.info["vae"]
+    if given is None or checkpoint.folder is not None or "recorded" in recorded or recorded.get("sha256"):
+        return checkpoint
+    latent = {**checkpoint.info["latent"], "downsample": given.downsample}
+    image = {**checkpoint.info["image"], "size": latent["height"] * given.downsample}
+    return replace(checkpoint, info={**checkpoint.info, "vae": given.describe(), "latent": latent, "image": image})
 
 
 def _describe_plan(plan: ReversePlan) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What stands where an output is to go: nothing, the finished output itself, or something that must not be lost."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from sample.chunks import differences, is_plan, work_folder_of
 from sample.options import SampleOptions
 from sample.outputs import is_intact
 from sample.provenance import read_sidecar, same_recipe, sidecar_of
+
+_IMAGE = re.compile(r"\d{6,}\.png")
 
 
 def strip_of(out: Path) -> Path:
@@ -29,10 +32,14 @@ def is_finished(options: SampleOptions, recipe: dict[str, Any], *, thorough: boo
     sidecar = read_sidecar(out)
     ours = is_plan(work_folder_of(out), recipe)  # a kill may have come between the output and its sidecar
     if sidecar is not None and same_recipe(sidecar.get("recipe"), recipe) and out.exists():
-        if is_intact(out, sidecar.get("output", {}), thorough=thorough):
+        strip_there = options.trajectory is None or strip_of(out).is_file()
+        if strip_there and is_intact(out, sidecar.get("output", {}), thorough=thorough):
             return True
+        if not strip_there and not options.overwrite and not ours:
+            raise UserError(f"{strip_of(out)} is gone, though {out} is there; pass --overwrite to make both again")
         if not options.overwrite and not ours:
             raise UserError(f"{out} is not what {sidecar_of(out)} says it is; pass --overwrite to make it again")
+        _check_kind(out, options.kind, ours=True)
         return False
     _check_kind(out, options.kind, ours=sidecar is not None)
     if not ours and not options.overwrite:
@@ -54,8 +61,17 @@ def _check_kind(out: Path, kind: str, *, ours: bool) -> None:
             raise UserError(f"--out {out} is a folder; for single PNGs write --out {out}/, or name another file")
     elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, but a folder of PNGs is to go there; name another folder")
-    elif out.is_dir() and not ours and any(out.iterdir()):
-        raise UserError(f"--out {out}/ holds other things; name a folder that is empty or not there yet")
+    elif out.is_dir() and (strangers := _strangers(out) if ours else sorted(out.iterdir())):
+        raise UserError(
+            f"--out {out}/ holds other things ({strangers[0].relative_to(out)}); move them away, or name a folder that "
+            f"is empty or not there yet"
+        )
+
+
+def _strangers(folder: Path) -> list[Path]:
+    """The files in a folder of ours that are no images of ours."""
+    files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    return sorted(path for path in files if not _IMAGE.fullmatch(path.name) or len(path.relative_to(folder).parts) > 2)
 
 
 def _check_free(options: SampleOptions, sidecar: dict[str, Any] | None, recipe: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def guided(
                 return model(x_t, t, labels)
         both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null_labels]))
         conditional, unconditional = precise(both).chunk(2)
-        count = x_t.shape[1] if channels is None else channels
+        count = x_t.shape[1] if channels is None else min(channels, x_t.shape[1])
         mixed = _mix(conditional[:, :count], unconditional[:, :count], scale, inside)
         return torch.cat([mixed, conditional[:, count:]], dim=1)
 

@@ -1,8 +1,8 @@
 """Features of a set of images under the FID network, cut into parts that any number of processes share through files.
 
-A part holds a fixed run of images and is cut into batches on its own, so that every image meets the same
-batch whatever the number of processes: the features are equal to the bit, and so are the metrics, which the
-main process takes from the parts in order. Finished parts survive a kill; the next run makes only the others.
+A part holds a fixed run of images and is cut into batches (on a CPU, into lanes) on its own, so that every image meets
+the same batch whatever the number of processes and cores: the features are equal to the bit, and so are the metrics,
+which the main process takes from the parts in order. Finished parts survive a kill; the next run makes only the others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,7 @@ from sample.chunks import WorkFolder
 from sample.evaluate.digests import image_digests
 from sample.evaluate.inception import FeatureName, FIDInception
 from sample.evaluate.inputs import ImageSet, names_of
+from sample.lanes import CPU_LANE, one_thread_each
 
 DIGESTS = "pixels_sha256"
 
@@ -60,11 +61,15 @@ def make_features(
     network = network.to(device)
     if device == "cpu":  # half the time there, as benchmarks/evaluate.py shows
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    bar = progress(images.count, unit="images", description=f"features of {images.kind}")
+
+    def finished() -> int:
+        """The images whose features are there, whoever made them."""
+        return min((work.chunks - len(work.missing())) * images.part_size, images.count)
+
+    bar = progress(images.count, unit="images", description=f"features of {images.kind}", initial=finished())
 
     def show() -> None:
-        """Count what all processes have finished."""
-        bar.n = min((work.chunks - len(work.missing())) * images.part_size, images.count)
+        bar.n = finished()
         bar.refresh()
 
     for part in work.unclaimed(rank=place.rank, world_size=place.world_size, wait=place.is_main, idle=show):
@@ -99,10 +104,16 @@ def _features_of_part(
 def _features_of_batch(
     batch: NDArray[np.uint8], network: FIDInception, wanted: Sequence[FeatureName], device: str
 ) -> dict[FeatureName, NDArray[np.float32]]:
-    # TF32 would move features by a thousandth; FIDs are compared to the second decimal.
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        pixels = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2)
-        return {name: rows.cpu().numpy() for name, rows in network(pixels, wanted).items()}
+    def lane(part: torch.Tensor) -> dict[FeatureName, torch.Tensor]:
+        # TF32 would move features by a thousandth; FIDs are compared to the second decimal.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pixels = part.to(device).permute(0, 3, 1, 2)
+            return {name: rows.cpu() for name, rows in network(pixels, wanted).items()}
+
+    size = CPU_LANE if device == "cpu" else len(batch)
+    with one_thread_each(torch.device(device)) as in_lanes:
+        parts = list(in_lanes(lane, torch.from_numpy(batch).split(size)))
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in wanted}
 
 
 def _check_finite(rows: NDArray[np.float32], images: ImageSet, first: int) -> None:

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 from pipeline.latents import LatentStore
-from pipeline.vae import Vae, find_vae, to_bytes
+from pipeline.vae import Vae, check_latents, find_vae
 from sample.evaluate.digests import digest_of
 from sample.evaluate.inputs import names_of
 from sample.evaluate.options import PART_IMAGES, EvaluateOptions
 from sample.generate import NotFiniteError
+from sample.lanes import CPU_LANE, GPU_DECODE_BATCH, decode_in_lanes, finite_rows, one_thread_each
 from sample.options import ImageOptions, SampleOptions
 from sample.settle import Settled, choose_device, settle
 
@@ -61,16 +62,18 @@ class StoreImages:
         Raises:
             UserError: a latent is not finite; its place in the store is named.
         """
+        size = CPU_LANE if self.vae.device.type == "cpu" else GPU_DECODE_BATCH
         for at in range(start, stop, batch_size):
             stored, _ = self.store.gather(np.arange(at, min(at + batch_size, stop), dtype=np.int64))
             latents = stored.float().chunk(2, dim=1)[0] if self._has_moments else stored.float()
-            self._check_finite(latents, at, "latents")
-            values = self.vae.decode_values(latents.contiguous())
-            self._check_finite(values, at, "decoded pixels")
-            yield to_bytes(values).numpy()
+            self._check_finite(finite_rows(latents), at, "latents")
+            with one_thread_each(self.vae.device) as in_lanes:
+                finite, images = decode_in_lanes(self.vae, latents.contiguous(), size=size, in_lanes=in_lanes)
+            self._check_finite(finite, at, "decoded pixels")
+            yield images.numpy()
 
-    def _check_finite(self, values: torch.Tensor, first: int, what: str) -> None:
-        broken = (~torch.isfinite(values).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    def _check_finite(self, finite: torch.Tensor, first: int, what: str) -> None:
+        broken = (~finite).nonzero().flatten().tolist()
         if broken:
             raise UserError(
                 f"{what} are not finite (NaN or infinity) for {names_of(self, first, broken)}; "
@@ -96,6 +99,8 @@ def open_store(path: str, options: EvaluateOptions) -> StoreImages:
         dtype=getattr(torch, options.compute.decode_dtype),
         allow_other=options.allow_other_vae,
     )
+    latent = store.manifest.latent
+    check_latents(vae, channels=latent.channels, downsample=latent.downsample)
     return StoreImages(path, store, vae)
 
 

@@ -8,13 +8,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.checkpoint import HUB_NAME
 from pipeline.errors import UserError
+from pipeline.inspect import is_store
 from sample.evaluate.folder import FolderImages
 from sample.evaluate.npz import NpzImages, list_arrays
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import StatisticsFile
 from sample.provenance import read_sidecar
 
+_OF_CHECKPOINTS = ("checkpoints", "config.yaml", "config.json", "model_index.json")
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
 
 
@@ -96,11 +99,14 @@ def kind_of(path: str, flag: str) -> str:
         UserError: nothing is there, or a file of no known kind.
     """
     place = Path(path)
-    if "://" in path or (place / "manifest.json").is_file():
+    if is_store(path):
         return "store"
     if place.is_dir():
-        return "checkpoint" if (place / "checkpoints").is_dir() or (place / "config.json").is_file() else "folder"
+        is_checkpoint = place.name == "checkpoints" or any((place / name).exists() for name in _OF_CHECKPOINTS)
+        return "checkpoint" if is_checkpoint else "folder"
     if not place.exists():
+        if HUB_NAME.fullmatch(path):
+            return "checkpoint"
         raise UserError(f"{flag} {path} does not exist; check the path")
     if place.suffix.lower() == ".npz":
         return "npz"

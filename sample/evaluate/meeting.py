@@ -29,7 +29,14 @@ def meeting(place: Launch) -> Iterator[Callable[[], None]]:
             f"the {place.world_size} processes do not find each other ({error}); "
             f"start them with torchrun or accelerate launch, or unset RANK and WORLD_SIZE for one process"
         ) from error
+
+    def meet() -> None:
+        try:
+            torch.distributed.barrier()
+        except RuntimeError as error:  # another process has ended, and has said why
+            raise SystemExit(2) from error
+
     try:
-        yield torch.distributed.barrier
+        yield meet
     finally:
         torch.distributed.destroy_process_group()

@@ -133,6 +133,8 @@ def kernel_distance(
     import torch
 
     size = min(subset_size, len(first), len(second))
+    if size == len(first) == len(second):
+        subsets = 1  # every subset would be the same
     estimates = []
     for k in range(subsets):
         draw = generator(seed, "kid-subset", k)

@@ -43,7 +43,7 @@ class StatisticsFile:
         self.path = path
         self._arrays = list_arrays(path)
         self.provenance = self._read_provenance()
-        self.count = int(read_array(path, "count")) if "count" in self._arrays else None
+        self.count = self._read_count()
 
     def key(self) -> str:
         return content_key(self.path)
@@ -60,7 +60,13 @@ class StatisticsFile:
         mean_name, covariance_name = ARRAY_NAMES[feature]
         width = _WIDTHS[feature]
         mean = self._numbers(mean_name, (width,))
-        return Gaussian(mean=mean, covariance=self._numbers(covariance_name, (width, width)))
+        covariance = self._numbers(covariance_name, (width, width))
+        if not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or covariance.diagonal().min() < 0:
+            raise UserError(
+                f"{covariance_name} of {self.path} is no covariance (it must be symmetric, with a diagonal from 0 on); "
+                f"make it again with --make-reference"
+            )
+        return Gaussian(mean=mean, covariance=covariance)
 
     @property
     def has_features(self) -> bool:
@@ -83,6 +89,14 @@ class StatisticsFile:
         if not np.isfinite(array).all():
             raise UserError(f"{name} of {self.path} holds NaN or infinity; make it again with --make-reference")
         return array.astype(np.float64)
+
+    def _read_count(self) -> int | None:
+        if "count" not in self._arrays:
+            return None
+        count = read_array(self.path, "count")
+        if count.shape != () or count.dtype.kind not in "iu" or int(count) < 1:
+            raise UserError(f"count of {self.path} is no number of images; make the file again with --make-reference")
+        return int(count)
 
     def _read_provenance(self) -> dict[str, Any]:
         if "provenance" not in self._arrays:

@@ -188,7 +188,7 @@ def test_a_path_that_may_not_be_entered_is_named(capsys):
 
     assert run_command(Options, run, prog="dit-x", description="", argv=["--data", "d"]) == 2
     said = capsys.readouterr().err
-    assert said == "dit-x: error: /secret/store may not be used (Permission denied); change its rights or the path\n"
+    assert said == "dit-x: error: /secret/store cannot be used (Permission denied); change the path or its rights\n"
 
 
 def test_a_reader_that_has_seen_enough_is_no_traceback():

@@ -412,7 +412,7 @@ def test_another_vae_than_the_recorded_is_refused(tmp_path, ours, run, kind):
     tensors["final_layer.linear.weight"], tensors["final_layer.linear.bias"] = torch.zeros(64, 64), torch.zeros(64)
     save_file(tensors, ours / "ema.safetensors")
     status, _, err = run(ours, tmp_path / "new", kind, "--vae", "demo")
-    assert (status, "has latents of 4 channels, but the network's have 8" in err) == (2, True)
+    assert (status, "has latents of 4 channels and cells of 8 pixels, but 8 channels are needed" in err) == (2, True)
 
 
 def test_weights_that_are_no_numbers_are_not_converted(tmp_path, released, state, run):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.pictures import INK, PAPER, grid, pairs, save_png
+from pipeline.pictures import INK, PAPER, can_be_drawn, grid, pairs, save_png
 
 
 def tiles(count, height=64, width=64):
@@ -118,3 +118,13 @@ def test_a_png_that_cannot_be_written_says_so(tmp_path):
 def test_the_folder_of_a_png_is_made(tmp_path):
     save_png(tmp_path / "new" / "one.png", tiles(1)[0])
     assert (tmp_path / "new" / "one.png").is_file()
+
+
+def test_narrow_images_are_enlarged_too_so_that_captions_have_room():
+    narrow = np.zeros((2, 128, 32, 3), np.uint8)
+    assert grid(narrow, 2, captions=["t = 999", "t = 0"]).width > 2 * 64
+
+
+@pytest.mark.parametrize(("text", "drawn"), [("Crête", True), ("why?", True), ("сова", False), ("貓 cat", False)])
+def test_a_text_that_the_font_lacks_is_known(text, drawn):
+    assert can_be_drawn(text) is drawn

@@ -1,7 +1,9 @@
 """The whole command in one process: outputs, sidecars, going on, and what it refuses."""
 
 import json
+import resource
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.checkpoint import read_checkpoint
 from pipeline.diffusion import RectifiedFlow
+from pipeline.vae import load_vae
 from sample import job
 from sample.chunks import work_folder_of
 from sample.generate import Generator
+from sample.options import SampleOptions
+from sample.settle import settle
 
 NPZ = ("--num-samples", 10, "--batch-size", 4)
 
@@ -323,6 +329,141 @@ def test_a_folder_with_other_things_in_it_is_never_touched(command, tmp_path):
         assert status == 2
         assert "holds other things" in said
     assert listing(tmp_path) == ["f", "f/thesis.tex"]
+
+
+def test_what_a_user_put_into_a_folder_of_ours_is_never_lost(command, tmp_path):
+    grid = ("--out", f"{tmp_path}/f/", "--classes", "0", "--samples-per-class")
+    assert command(*grid, 1)[0] == 0
+    for name in ("thesis.txt", "mine/photo.jpg", "n00/deep/000001.png"):
+        path = tmp_path / "f" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        status, said = command(*grid, 2, "--overwrite")
+        assert status == 2 and f"holds other things ({name})" in said
+        assert path.read_text() == "mine"
+        path.unlink()
+    assert command(*grid, 2, "--overwrite")[0] == 0
+
+
+def test_a_full_disk_is_one_sentence_and_finished_chunks_stay(command, tmp_path, monkeypatch):
+    """The system refuses files beyond 30 kB, as a full disk refuses any; a chunk of four images has 49 kB."""
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, allowed[1]))
+    try:
+        status, said = command("--out", tmp_path / "a.npz", *NPZ)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert status == 2 and "cannot write" in said and "Traceback" not in said
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_weights_that_came_alone_take_the_factors_of_the_vae_that_is_given(command, tiny, tmp_path, read_json):
+    """A state dict does not say which VAE its latents are of, so the one that is given does, in the sidecar too."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tiny / "ema.safetensors")
+    save_file({**state, "pos_embed": read_checkpoint(tiny).model.pos_embed}, tmp_path / "bare.safetensors")
+    loaded = partial(read_checkpoint, num_heads=4)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("sample.settle.read_checkpoint", lambda path, weights: loaded(path, weights=weights))
+    demo = load_vae("demo")
+    found = {}
+    for name, flags in {"plain": (), "demo": ("--vae", "demo")}.items():
+        out = tmp_path / f"{name}.safetensors"
+        words = ("--out", out, "--num-samples", 2, *flags)
+        assert command(*words, checkpoint=tmp_path / "bare.safetensors", vae=None)[0] == 0
+        found[name] = load_file(out)["latents"]
+        scaling = read_json(tmp_path / f"{name}.safetensors.json")["recipe"]["scaling"]
+        expected = {"scaling_factor": 0.18215, "shift_factor": None}
+        given = {"scaling_factor": demo.scaling_factor, "shift_factor": demo.shift_factor}
+        assert scaling == (given if name == "demo" else expected)
+    network = found["plain"] * 0.18215
+    torch.testing.assert_close((found["demo"] - demo.shift_factor) * demo.scaling_factor, network, rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+
+
+def test_a_vae_of_other_latents_is_refused_before_any_work(command, tmp_path, make_checkpoint):
+    eight = make_checkpoint("eight", in_channels=8, info={"vae": {"name": None, "scaling_factor": 1.0}})
+    status, said = command("--out", tmp_path / "a.npz", *NPZ, checkpoint=eight)
+    assert status == 2 and "latents of 4 channels and cells of 8 pixels, but 8 channels" in said
+    coarse = make_checkpoint(
+        "coarse", info={"latent": {"kind": "moments", "channels": 4, "height": 8, "width": 8, "downsample": 16}}
+    )
+    status, said = command("--out", tmp_path / "a.npz", *NPZ, checkpoint=coarse)
+    assert status == 2 and "cells of 16 pixels are needed" in said
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.npy", b""),
+        ("empty.npz", b""),
+        ("cut.npz", b"PK\x03\x04 and no more"),
+        ("words.npy", b"no labels"),
+    ],
+)
+def test_damaged_files_of_labels_are_one_sentence(command, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    status, said = command("--out", tmp_path / "a.npz", "--labels", tmp_path / name)
+    assert status == 2 and f"{name} cannot be read as labels" in said
+
+
+def test_labels_are_known_by_their_content_and_stand_in_the_sidecar_of_a_picture(command, tmp_path, read_json):
+    np.save(tmp_path / "a.npy", np.array([3, 1, 2]))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    assert command("--out", tmp_path / "g.png", "--labels", tmp_path / "a.npz")[0] == 0
+    assert read_json(tmp_path / "g.png.json")["recipe"]["labels"]["values"] == [3, 1, 2]
+
+
+@pytest.mark.parametrize("out", ["", ".", "./", "/", ".."])
+def test_an_output_without_a_name_is_refused(command, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    status, said = command("--out", out)
+    assert status == 2 and "names no file or folder of its own" in said
+    assert listing(tmp_path) == []
+
+
+def test_a_name_that_is_too_long_is_told(command, tmp_path):
+    status, said = command("--out", tmp_path / f"{'x' * 300}.npz")
+    assert status == 2 and "cannot be used (File name too long)" in said
+
+
+@pytest.mark.parametrize(("sampler", "most"), [("ddpm", 1000), ("dpm++", 999)])
+def test_more_steps_than_there_are_are_refused_by_the_flag(command, tmp_path, sampler, most):
+    status, said = command("--out", tmp_path / "a.npz", "--sampler", sampler, steps=most + 1)
+    assert status == 2 and f"--steps {most + 1} is more than --sampler {sampler} can take here: at most {most}" in said
+
+
+def test_a_strip_of_more_moments_than_there_are_is_refused_and_a_lost_one_is_told(command, tmp_path):
+    status, said = command("--out", tmp_path / "g.png", "--classes", "1", "--trajectory", 5)
+    assert status == 2 and "--trajectory 5 is more than the 3 steps and the result have" in said
+    assert command("--out", tmp_path / "g.png", "--classes", "1", "--trajectory", 4)[0] == 0
+    (tmp_path / "g.trajectory.png").unlink()
+    status, said = command("--out", tmp_path / "g.png", "--classes", "1", "--trajectory", 4)
+    assert status == 2 and "g.trajectory.png is gone" in said
+
+
+def test_a_sidecar_that_is_no_json_is_a_strangers_file(command, tmp_path):
+    assert command("--out", tmp_path / "a.npz", *NPZ)[0] == 0
+    (tmp_path / "a.npz.json").write_text("{")
+    status, said = command("--out", tmp_path / "a.npz", *NPZ)
+    assert status == 2 and "is there already; pass --overwrite" in said
+    assert command("--out", tmp_path / "a.npz", *NPZ, "--overwrite")[0] == 0
+
+
+def test_an_unknown_class_is_told_with_the_flag(command, tmp_path):
+    status, said = command("--out", tmp_path / "a.png", "--classes", "golden retreiver")
+    assert status == 2 and "--classes: class 'golden retreiver' is unknown; did you mean golden retriever?" in said
+
+
+def test_classes_of_one_name_and_names_that_cannot_be_drawn_are_told_apart_in_pictures(make_checkpoint, vae_folder):
+    names = ["crane", "crane", "сова", "貓", "Crête, the"]
+    ids = ["n1", "n2", "owl", "貓", "n5"]
+    folder = make_checkpoint("names", num_classes=5, info={"classes": names, "class_ids": ids})
+    options = SampleOptions(checkpoint=str(folder), out="a.png", vae=str(vae_folder))
+    settled = settle(options)
+    assert [settled.class_name(label) for label in range(5)] == ["crane (n1)", "crane (n2)", "owl", "3", "Crête"]
 
 
 def test_a_file_in_the_way_of_the_sidecar_or_the_output_is_not_lost(command, tmp_path):

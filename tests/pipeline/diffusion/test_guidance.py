@@ -38,6 +38,15 @@ def test_guidance_extrapolates_all_latent_channels_and_leaves_the_variance_condi
         assert output[row, 4:].eq(label + 5).all()
 
 
+def test_of_a_latent_with_fewer_channels_than_are_guided_the_variance_stays_conditional():
+    x = torch.zeros(2, 2, 2, 2)
+    model = lambda x, t, y: (y + t / 100)[:, None, None, None] * torch.ones(len(x), 4, *x.shape[2:])  # noqa: E731
+    output = channels(guided(model, Y, scale=3.0, null_class=5, channels=3)(x, T))
+    for row, label in enumerate((1, 2)):
+        assert output[row, :2].eq(5 + 5 + 3.0 * (label - 5)).all()
+        assert output[row, 2:].eq(label + 5).all()
+
+
 def test_scale_1_costs_one_pass_and_another_scale_one_doubled_pass():
     model = Counting()
     guided(model, Y, scale=1.0, null_class=5)(X, T)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from sample.evaluate.folder import FolderImages
 from sample.evaluate.metrics import Gaussian
 from sample.evaluate.npz import NpzImages
 from sample.evaluate.reference import write_statistics
+from tests.families import kill_family
 
 WITHOUT_FID = "is,precision,recall,kid"
 
@@ -277,6 +279,51 @@ def test_two_processes_give_the_numbers_of_one(run, sets, tmp_path, weights_file
     assert one["metrics"] == two["metrics"]
     assert one["std"] == two["std"]
     assert one["samples"] == two["samples"]
+
+
+def test_the_numbers_do_not_depend_on_the_number_of_cores(run, sets, tmp_path):
+    import torch
+
+    compare = ("--samples", sets / "folder", "--reference", sets / "others.npz", "--metrics", WITHOUT_FID)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            assert run(*compare, "--kid-subsets", 5, "--out", tmp_path / f"{threads}.json")[0] == 0
+        finally:
+            torch.set_num_threads(before)
+        results.append(json.loads((tmp_path / f"{threads}.json").read_text())["metrics"])
+    assert results[0] == results[1]
+
+
+def test_a_mistake_is_one_sentence_under_several_processes_too(sets, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--module"]
+    words += ["sample.evaluate", "--samples", sets / "folder", "--metrics", "is", "--inception", tmp_path / "none.pth"]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(
+        [str(word) for word in words], env=environment, stderr=subprocess.PIPE, text=True
+    ) as launched:
+        try:
+            _, said = launched.communicate(timeout=300)
+        finally:
+            kill_family(launched)
+    assert "dit-evaluate (process 0 of 2): error: --inception" in said
+    assert "sample/evaluate/" not in said and "distributed_c10d" not in said, "the launcher's own lines only"
+
+
+def test_a_reference_that_makes_no_sense_is_one_sentence(run, sets, tmp_path):
+    good = dict(np.load(statistics(tmp_path / "good.npz")))
+    for change, message in (
+        ({"count": np.array([5, 6])}, "count of .* is no number of images"),
+        ({"sigma": -good["sigma"]}, "sigma of .* is no covariance"),
+        ({"sigma": np.triu(np.ones((2048, 2048)))}, "sigma of .* is no covariance"),
+    ):
+        np.savez(tmp_path / "bad.npz", **{**good, **change})
+        status, _, said = run(
+            "--samples", tmp_path / "bad.npz", "--reference", tmp_path / "good.npz", "--metrics", "fid"
+        )
+        assert status == 2 and re.search(message, said), said
 
 
 def test_weights_of_another_kind_leave_no_unfinished_work(run, sets, tmp_path, cache):

@@ -1,10 +1,12 @@
 """Images made on the fly: a store through its VAE, a checkpoint through the reverse process."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from pipeline.latents import LatentSpec
 from pipeline.latents.writer import StoreDescription, finish_store, write_shard
 from pipeline.vae import load_vae
@@ -72,6 +74,56 @@ def test_a_store_is_decoded_from_the_means_of_its_first_view(evaluate, store, va
     assert described["pixels_sha256"] == pixels_fingerprint([image_digests(expected)])
     assert (described["count"], described["width"], described["view"]) == (5, 64, "center")
     assert described["vae"]["sha256"] == vae.sha256
+
+
+def test_the_pixels_of_a_store_depend_neither_on_the_batch_size_nor_on_the_number_of_cores(evaluate, store):
+    found = set()
+    before = torch.get_num_threads()
+    for threads, batch_size in ((1, 8), (3, 8), (1, 2), (2, 3)):
+        torch.set_num_threads(threads)
+        try:
+            _, result, _ = evaluate("--samples", store, "--metrics", "is", "--batch-size", batch_size)
+        finally:
+            torch.set_num_threads(before)
+        found.add(result["samples"]["images"]["pixels_sha256"])
+    assert len(found) == 1
+
+
+def test_a_vae_of_other_latents_is_refused(store, tmp_path):
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    with torch.random.fork_rng():
+        AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, **blocks).save_pretrained(tmp_path / "fine")
+    options = EvaluateOptions(samples=str(store), metrics="is", vae=str(tmp_path / "fine"), allow_other_vae=True)
+    with pytest.raises(UserError, match="cells of 2 pixels, but 4 channels and cells of 8 pixels are needed"):
+        open_store(str(store), options)
+
+
+def test_every_form_of_checkpoint_that_is_sampled_is_evaluated(evaluate, tiny, tmp_path):
+    from pipeline.conversion import convert
+    from pipeline.convert import ConvertOptions
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny, run / "checkpoints" / "step-0000010")
+    convert(ConvertOptions(from_=str(tiny), to=str(tmp_path / "pipe"), format="diffusers"))
+    digests = set()
+    for form in (tiny, run, run / "checkpoints", tmp_path / "pipe"):
+        status, result, said = evaluate("--samples", form, "--num-samples", 4, "--metrics", "is", *SETTINGS)
+        assert status == 0, said
+        digests.add(result["samples"]["images"]["pixels_sha256"])
+    assert len(digests) == 1
+
+
+def test_a_run_without_a_checkpoint_and_an_unfinished_store_are_called_what_they_are(evaluate, store, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    _, _, said = evaluate("--samples", tmp_path / "run", "--num-samples", 4, "--metrics", "is")
+    assert "is a run without a checkpoint yet" in said
+    shutil.copytree(store, tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").unlink()
+    _, _, said = evaluate("--samples", tmp_path / "store", "--metrics", "is")
+    assert "is not finished" in said or "no finished latent store" in said, said
 
 
 def test_a_latent_that_is_not_finite_is_named(store, vae_folder, monkeypatch):

@@ -202,3 +202,10 @@ def test_samples_of_one_mode_are_precise_but_miss_the_other():
 def test_three_neighbours_need_four_images():
     with pytest.raises(ValueError, match="3 nearest neighbours need more than 3 vectors"):
         precision_and_recall(draw(0, 3, 2), draw(0, 9, 2))
+
+
+def test_sets_that_make_one_subset_are_judged_once():
+    rows = np.random.default_rng(0).standard_normal((20, 8))
+    spread = kernel_distance(rows, rows[::-1] + 1, seed=0, subsets=100, subset_size=50)
+    assert (spread.parts, spread.part_size, spread.std) == (1, 20, 0.0)
+    assert kernel_distance(rows, rows[:19], seed=0, subsets=7, subset_size=50).parts == 7
