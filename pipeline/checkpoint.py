@@ -284,7 +284,7 @@ def _from_checkpoint(folder: Path, weights: str, num_heads: int | None) -> Store
         read_info(folder)
         names = [known.removeprefix("ema-") for known in have]
         raise UserError(
-            f"{folder} has no {weights} weights; pass --weights {' or '.join(names)}"
+            f"{folder} has no {weights} weights; pass --weights {' or '.join(names)} (--init-weights to dit-train)"
             if names
             else f"{folder} has no weights (*.safetensors); the checkpoint is not whole, restore it"
         )

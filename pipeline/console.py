@@ -51,7 +51,12 @@ def run_command(
     arguments = sys.argv[1:] if argv is None else argv
     try:
         with _signals_interrupt():
-            options = parse_options(options_class, arguments, prog=prog, description=description, presets=presets)
+            try:
+                options = parse_options(options_class, arguments, prog=prog, description=description, presets=presets)
+            except UserError:
+                if launch().is_main:
+                    raise
+                return 2  # every process was given the same words, and one answer to them is enough
             return run(options) or 0
     except UserError as error:
         return _refused(prog, str(error))

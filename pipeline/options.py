@@ -194,10 +194,14 @@ def _find_config(config: str, presets: Path | None) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its numbers to the base of 60: 1:30 is a text, as a range of shards is."""
+    """YAML in which only true and false are truth values (`no` is a precision) and 1:30 is a text, as a range is."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
         return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> Any:
+        is_one = node.value.lower() in {"true", "false"}
+        return super().construct_yaml_bool(node) if is_one else node.value
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> Any:
         return node.value if ":" in node.value else super().construct_yaml_float(node)
@@ -205,6 +209,8 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
+_TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 def _config_arguments(path: Path, flags: dict[str, type], positional: set[str]) -> list[str]:
@@ -227,6 +233,7 @@ def _config_arguments(path: Path, flags: dict[str, type], positional: set[str]) 
 
 def _argument(name: str, value: Any, flags: dict[str, type], path: Path) -> list[str]:
     if flags.get(name) is bool:
+        value = _TRUTHS.get(str(value).lower(), value)
         if not isinstance(value, bool):
             raise UserError(f"{name} in {path} is {value!r}, but must be true or false")
         return [f"--{name}" if value else f"--no-{name}"]

@@ -139,7 +139,7 @@ def _matched_rows(
                 )
     elif labels == "by-name":
         rows = _same_classes(source_names, target_names)
-        unnamed = not any(map(len, source_names)) or not any(map(len, target_names))
+        unnamed = not any(map(_has_names, source_names)) or not any(map(_has_names, target_names))
         if unnamed and source_classes == config.num_classes:
             rows = {label: label for label in range(config.num_classes)}
     else:
@@ -147,6 +147,11 @@ def _matched_rows(
     if config.has_null_class and source_rows > source_classes:
         rows[config.null_class] = source_rows - 1
     return rows
+
+
+def _has_names(names: Sequence[str]) -> bool:
+    """Whether they say more than the labels themselves, which stand in where nothing is known."""
+    return any(name != str(label) for label, name in enumerate(names))
 
 
 def _same_classes(

@@ -94,6 +94,8 @@ class Hardware:
                 result = error
         result = self.from_main(result)
         if isinstance(result, UserError):
+            if not self.is_main:
+                raise SystemExit(2)  # the main process says it for all
             raise result
         return result
 
@@ -131,6 +133,8 @@ def start(
         UserError: the launcher asked for something this command does not do, or the processes do not see each other.
     """
     _refuse_foreign_wishes(environment)
+    if "MASTER_ADDR" not in environment:  # then nothing tells processes where to meet
+        refuse_lonely_ranks(environment, 1)
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -160,6 +164,12 @@ def start(
         processes=accelerator.num_processes,
         hosts=dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None,
     )
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether the error says that another process went away in the middle of what all do together."""
+    text = str(error)
+    return any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError"))
 
 
 def peak_resident_bytes() -> int:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pipeline.console import say, warn
 from pipeline.diffusion import Process
-from pipeline.files import remove_folder
 from pipeline.processes import StopRequest
 from train.batches import Batch, BatchReader, view_candidates
 from train.hardware import Hardware
@@ -27,8 +26,8 @@ from train.optimiser import learning_rate
 from train.options import TrainOptions
 from train.order import DataOrder, Share
 from train.previews import Previews
-from train.saving import Saver, checkpoint_path, newest_sound
-from train.state import TrainState, restore, streak_of
+from train.saving import Saver, all_checkpoints, checkpoint_path, discard, newest_sound
+from train.state import TrainState, find_damage, is_amid_skips, restore
 from train.validation import Validation
 
 TIME_IS_UP = int(signal.SIGALRM)  # a time limit ends like an alarm clock: status 128 + 14
@@ -78,6 +77,9 @@ def run_steps(parts: Parts, stop: StopRequest) -> int:
             return 1
     if ending == "done":
         parts.saver.save(parts.state, wait=True)
+        streak = parts.state.optimiser.counters()["skipped_in_a_row"]
+        if streak:
+            warn(f"the last {streak:.0f} steps were skipped, because their loss or gradient was not finite")
         say(f"done: step {parts.state.step:,}, {checkpoint_path(parts.options.run.out, parts.state.step)}")
         return 0
     return _leave(parts, int(ending))
@@ -96,7 +98,8 @@ def _sitting(parts: Parts, stop: StopRequest) -> str:
             result = train_step(parts, next(batches), with_losses=logged)
             state.step += 1
             parts.pace.step()
-            if logged and _log_step(parts, result, reader.waited_seconds):
+            # The last step of a sitting is logged too, but decides nothing: a longer run would not have stopped there.
+            if logged and _log_step(parts, result, reader.waited_seconds) and logs_at(state.step, options):
                 return "go back"
             _between_steps(parts)
     return "done"
@@ -259,7 +262,9 @@ def _go_back(parts: Parts) -> bool:
         )
         return False
     restore(Path(folder), state)
+    state.optimiser.forget_streak()
     state.jump, state.rollbacks = next_batch - state.step, rollbacks
+    parts.hardware.once(lambda: _discard_after(options.run.out, state.step))
     warn(
         f"loss or gradient was not finite for {in_a_row} steps in a row; back to step {state.step:,}, going on with "
         f"the batches after the offending ones"
@@ -271,10 +276,20 @@ def _go_back(parts: Parts) -> bool:
 
 
 def _last_good(run: Path) -> Path | None:
-    """The newest checkpoint that was not taken amid skipped steps; newer ones are removed."""
-    while (folder := newest_sound(run)) is not None and streak_of(folder):
-        remove_folder(folder)
-    return folder
+    """The newest whole checkpoint from before the skipped steps; if all were taken amid such, the newest whole one.
+
+    Skipped steps leave the weights alone, so that one is good too; it only may stand close before the trouble.
+    """
+    newest = newest_sound(run)
+    before = (folder for _, folder in reversed(all_checkpoints(run)) if not is_amid_skips(folder))
+    return next((folder for folder in before if find_damage(folder) is None), newest)
+
+
+def _discard_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of what was gone back behind."""
+    for number, folder in all_checkpoints(run):
+        if number > step:
+            discard(folder)
 
 
 def _leave(parts: Parts, asked: int) -> int:

@@ -121,6 +121,10 @@ class Optimiser:
             )
             self.finite_in_a_row = torch.where(grows, 0.0, self.finite_in_a_row)
 
+    def forget_streak(self) -> None:
+        """Count skipped steps in a row anew, as after going back."""
+        self.skipped_in_a_row = torch.zeros_like(self.skipped_in_a_row)
+
     def clear(self) -> None:
         """Forget the gradients, keeping no memory for them."""
         for weight in self.weights:

@@ -1,5 +1,6 @@
 """The options of `dit-train`, in the groups that the parts of the stage read. No torch: `--help` must be quick."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ def _at_least(low: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= low:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+        if value == math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number")
 
 
 def _within(low: float, high: float, **values: float) -> None:
@@ -41,7 +44,7 @@ class DataOptions:
     validation: str | None = None
     """Store of held-out images; its loss on fixed noise is logged."""
     validation_share: float = 0.0
-    """Share of the training store to hold out for the validation loss instead, 0 to 0.5."""
+    """Share of the training store to hold out for the validation loss, 0 to 0.5; none with --validation."""
     validate_every: int = 1000
     """Steps between two validation losses."""
     validation_samples: int = 1024
@@ -57,8 +60,8 @@ class DataOptions:
         _at_least(1, validate_every=self.validate_every, validation_samples=self.validation_samples)
         _at_least(1, prefetch=self.prefetch)
         _within(0, 0.5, validation_share=self.validation_share)
-        if self.validation is not None and self.validation_share:
-            raise UserError("--validation and --validation-share exclude each other; give one of the two")
+        if self.validation is not None:  # a store of its own makes the share of a preset superfluous
+            object.__setattr__(self, "validation_share", 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,6 +312,10 @@ MAY_CHANGE = frozenset(
         "recipe",
     }
 )
+
+
+# Of these, what decides where the weights start: once there is a checkpoint, they do not matter any more.
+DECIDE_THE_START = frozenset({"init-from", "init-weights", "allow-other-vae"})
 
 
 def plain_values(options: TrainOptions) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def read_series(run: Path) -> dict[str, Points]:
             values = json.loads(line)
         except json.JSONDecodeError:  # the line that is being written at this moment
             continue
+        if not isinstance(values, dict) or "step" not in values:
+            continue
         for name, value in values.items():
             if name != "step" and value is not None:
                 series.setdefault(name, []).append((values["step"], value))
@@ -184,6 +186,16 @@ def smoothed(points: Points, weight: float) -> Points:
     return result
 
 
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """What to call folders: as many of their last parts as it takes to tell them apart."""
+    parts = max(len(path.parts) for path in paths)
+    for count in range(1, parts + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and give its exit status."""
     return run_command(
@@ -192,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: PlotOptions) -> None:
-    runs = {run.resolve().name: read_series(run) for run in options.runs}
+    names = distinct_names([run.resolve() for run in options.runs])
+    runs = {name: read_series(run) for name, run in zip(names, options.runs, strict=True)}
     out = options.out or options.runs[0] / "curves.png"
     save_png(out, draw_curves(runs, smoothing=options.smoothing))
     say(f"wrote {out}")

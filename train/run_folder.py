@@ -3,19 +3,23 @@
 import contextlib
 import fcntl
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline.checkpoint import checkpoint_folders
 from pipeline.errors import UserError
 from pipeline.files import explained_writes, flush_file, make_folder, remove_folder, write_bytes
-from train.options import MAY_CHANGE, TrainOptions, plain_values
+from train.options import DECIDE_THE_START, MAY_CHANGE, TrainOptions, plain_values
 
 CONFIG, METRICS, DATA_IDENTITY = "config.yaml", "metrics.jsonl", "data_identity"
 _OURS = ("checkpoints", "samples", "tensorboard")
 _LOCK = ".lock"
+_LEFT_BY_A_KILL = re.compile(rf"\.({re.escape(CONFIG)}|{re.escape(METRICS)})\.\d+\.partial")
+_OURS_WHILE_BEGINNING = re.compile(rf"{re.escape(_LOCK)}|{_LEFT_BY_A_KILL.pattern}")
 
 
 def check_run(options: TrainOptions, data_identity: str) -> None:
@@ -25,9 +29,9 @@ def check_run(options: TrainOptions, data_identity: str) -> None:
         UserError: it holds something else, or a run that these settings would alter, with every difference.
     """
     folder = options.run.out
-    held = [path.name for path in folder.iterdir() if path.name != _LOCK]
+    held = [path.name for path in folder.iterdir() if not _OURS_WHILE_BEGINNING.fullmatch(path.name)]
     if CONFIG in held:
-        if not options.run.overwrite:
+        if not options.run.overwrite and has_learned(folder):
             _compare(folder, options, data_identity)
     elif held:
         raise UserError(
@@ -35,40 +39,44 @@ def check_run(options: TrainOptions, data_identity: str) -> None:
         )
 
 
+def has_learned(folder: Path) -> bool:
+    """Whether the run has a checkpoint or has logged a step: one that has neither may as well begin with others."""
+    return bool(checkpoint_folders(folder)) or (folder / METRICS).is_file()
+
+
 def begin_run(options: TrainOptions, data_identity: str) -> None:
-    """Write the resolved options into the checked folder, which --overwrite empties first."""
+    """Write the resolved options into the checked folder, which --overwrite empties first.
+
+    The settings come first and stay to the end: a kill at any moment leaves a folder that is known for a run.
+    """
     folder = options.run.out
     if options.run.overwrite and (folder / CONFIG).is_file():
         _empty(folder)
-    make_folder(folder / "checkpoints")
     header = f"# The resolved options of this run; dit-train --config {CONFIG} repeats it.\n"
     header += f"# {DATA_IDENTITY}: {data_identity}\n"
     text = yaml.safe_dump(plain_values(options) | {"overwrite": False}, sort_keys=False, allow_unicode=True)
+    for left in (path for path in folder.iterdir() if _LEFT_BY_A_KILL.fullmatch(path.name)):
+        left.unlink(missing_ok=True)
     write_bytes(folder / CONFIG, (header + text).encode())
+    make_folder(folder / "checkpoints")
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a run consists of; anything else stays."""
+    """Remove what a run consists of, but its settings, which are written anew; anything else stays."""
     for name in _OURS:
         remove_folder(folder / name)
     with explained_writes(folder):
         (folder / METRICS).unlink(missing_ok=True)
-        (folder / CONFIG).unlink()
 
 
 def _compare(folder: Path, options: TrainOptions, data_identity: str) -> None:
-    path = folder / CONFIG
-    try:
-        text = path.read_text()
-        before = yaml.safe_load(text)
-        assert isinstance(before, dict)
-    except (OSError, yaml.YAMLError, AssertionError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as this project's settings; choose another --out") from error
+    text, before = _recorded(folder)
     now = plain_values(options)
+    may_change = MAY_CHANGE if checkpoint_folders(folder) else MAY_CHANGE - DECIDE_THE_START
     changed = [
         f"--{name} was {before[name]} and is now {value}"
         for name, value in now.items()
-        if name in before and name not in MAY_CHANGE and before[name] != value
+        if name in before and name not in may_change and before[name] != value
     ]
     marker = f"# {DATA_IDENTITY}: "
     identities = [line.removeprefix(marker) for line in text.splitlines() if line.startswith(marker)]
@@ -81,6 +89,26 @@ def _compare(folder: Path, options: TrainOptions, data_identity: str) -> None:
         )
 
 
+def _recorded(folder: Path) -> tuple[str, dict[str, Any]]:
+    """(text, values) of the run's settings."""
+    path = folder / CONFIG
+    try:
+        text = path.read_text()
+        values = yaml.safe_load(text)
+        assert isinstance(values, dict)
+    except (OSError, yaml.YAMLError, AssertionError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as this project's settings; choose another --out") from error
+    return text, values
+
+
+def recorded_intervals(folder: Path) -> dict[str, int]:
+    """Every how many steps the run was logged and validated so far, by flag."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    values = _recorded(folder)[1]
+    return {name: values[name] for name in ("log-every", "validate-every") if isinstance(values.get(name), int)}
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process alone while the block runs.
@@ -90,9 +118,10 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file, but a run needs a folder; choose another --out")
+    made = [path for path in (folder, folder / _LOCK) if not path.exists()]
     make_folder(folder)
     with explained_writes(folder):
-        lock = (folder / _LOCK).open("w")
+        lock = (folder / _LOCK).open("a")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,15 +135,17 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            _leave_nothing(folder)
+            _leave_nothing(folder, made)
 
 
-def _leave_nothing(folder: Path) -> None:
-    """Take back the lock, and the folder if that was all, where no run was begun: what was asked for was refused."""
+def _leave_nothing(folder: Path, made: list[Path]) -> None:
+    """Take back the lock and the folder, as far as they were made here, where no run was begun: it was refused."""
     if not (folder / CONFIG).exists():
         with contextlib.suppress(OSError):
-            (folder / _LOCK).unlink()
-            folder.rmdir()
+            if folder / _LOCK in made:
+                (folder / _LOCK).unlink()
+            if folder in made:
+                folder.rmdir()
 
 
 class MetricsFile:
@@ -128,7 +159,7 @@ class MetricsFile:
     def drop_after(self, step: int) -> None:
         """Drop the lines past a step that the run has gone back behind."""
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            lines = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
             write_bytes(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def append(self, values: Mapping[str, Any]) -> None:

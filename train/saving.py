@@ -8,10 +8,11 @@ from typing import Any
 
 from pipeline.checkpoint import checkpoint_folders
 from pipeline.console import say, warn
-from pipeline.files import make_folder, publish_folder, remove_folder
+from pipeline.errors import UserError
+from pipeline.files import explained_writes, make_folder, publish_folder, remove_folder
 from train.hardware import Hardware
 from train.options import RunOptions
-from train.state import Snapshot, TrainState, find_damage, take_snapshot, write_snapshot
+from train.state import Snapshot, TrainState, find_damage, is_amid_skips, take_snapshot, write_snapshot
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -84,8 +85,9 @@ class Saver:
         temporary = final.with_name(f".{final.name}.partial")
         try:
             remove_folder(temporary)
-            make_folder(temporary)
-            write_snapshot(temporary, snapshot, self._info)
+            with explained_writes(final):
+                make_folder(temporary)
+                write_snapshot(temporary, snapshot, self._info)
             remove_folder(final)  # only a checkpoint that this run has gone back behind can be there
             publish_folder(temporary, final)
             prune(self._options)
@@ -98,15 +100,28 @@ class Saver:
 
 
 def prune(options: RunOptions) -> None:
-    """Remove checkpoints beyond the newest `keep_last`, but none at a multiple of `keep_every`."""
-    if not options.keep_last:
+    """Remove checkpoints beyond the newest `keep_last`, but none at a multiple of `keep_every`.
+
+    While steps are being skipped, the newest one from before that stays too: it is what the run goes back to.
+    """
+    folders = checkpoint_folders(options.out)
+    if not options.keep_last or len(folders) <= options.keep_last:
         return
-    for step, folder in checkpoint_folders(options.out)[: -options.keep_last]:
-        if not (options.keep_every and step % options.keep_every == 0):
-            # Under another name first: a half-removed folder must not pass for a checkpoint.
-            doomed = folder.with_name(f".{folder.name}.partial")
-            folder.rename(doomed)
-            remove_folder(doomed)
+    doomed = [folder for step, folder in folders if not (options.keep_every and step % options.keep_every == 0)]
+    doomed = [folder for folder in doomed if folder not in {kept for _, kept in folders[-options.keep_last :]}]
+    if all(is_amid_skips(folder) for _, folder in folders if folder not in doomed):
+        spared = next((folder for folder in reversed(doomed) if not is_amid_skips(folder)), None)
+        doomed = [folder for folder in doomed if folder != spared]
+    for folder in doomed:
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; under another name first, since a half-removed folder must not pass for one."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    remove_folder(doomed)
+    folder.rename(doomed)
+    remove_folder(doomed)
 
 
 def sweep(run: Path) -> None:
@@ -116,14 +131,38 @@ def sweep(run: Path) -> None:
 
 
 def newest_sound(run: Path) -> Path | None:
-    """The newest checkpoint whose every byte is as written; damaged ones are set aside with a clear line."""
-    folders = sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdigit())
-    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
+    """The newest checkpoint whose every byte is as written, or None in a run that has none yet.
+
+    Damaged ones that are newer are set aside with a clear line.
+
+    Raises:
+        UserError: there are checkpoints and none is whole; all stay as they are.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for _, folder in reversed(all_checkpoints(run)):
         damage = find_damage(folder)
         if damage is None:
+            _set_aside(damaged)
             return folder
+        damaged.append((folder, damage))
+    if damaged:
+        folder, damage = damaged[0]
+        raise UserError(
+            f"{folder} is damaged: {damage}; and {run} holds no other checkpoint that is whole: restore one, or begin "
+            f"anew with --overwrite"
+        )
+    return None
+
+
+def all_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that is named like a checkpoint, whole or not, oldest first."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted((int(path.name[5:]), path) for path in folders)
+
+
+def _set_aside(damaged: list[tuple[Path, str]]) -> None:
+    for folder, damage in damaged:
         aside = folder.with_name(f"damaged-{folder.name}")
         remove_folder(aside)
         folder.rename(aside)
         warn(f"{folder} is damaged: {damage}; set aside as {aside.name}, going back to the checkpoint before it")
-    return None

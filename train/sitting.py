@@ -23,7 +23,7 @@ from train.optimiser import Optimiser
 from train.options import TrainOptions
 from train.order import DataOrder, Share
 from train.previews import Previews
-from train.run_folder import CONFIG, begin_run, check_run, claimed
+from train.run_folder import CONFIG, begin_run, check_run, claimed, recorded_intervals
 from train.saving import Saver, newest_sound, sweep
 from train.sharding import place
 from train.state import TrainState, restore
@@ -45,6 +45,8 @@ def train(options: TrainOptions) -> int:
         with contextlib.ExitStack() as stack, StopRequest(repeat_after_seconds=2.0) as stop:
             return run_steps(assemble(options, machine, stack, began), stop)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if hardware.is_lost_peer(error):
+            raise UserError("another process of this run has ended, and has said why; this one ends too") from error
         if not is_out_of_memory(error):
             raise
         raise UserError(_what_to_lower(options, machine)) from error
@@ -83,15 +85,15 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
         restore(Path(found), state)
         origin = f"going on after step {state.step:,}"
     say_summary(options, manifest, config, state, machine, share, order, origin=origin)
+    validation = _validation(options, store, order, latents, process, machine, stack)
+    kept_lines = _lines_kept(options, state.step)
     _begin(options, machine, assembly.data_identity(manifest))
     saver = Saver(options.run, machine, assembly.checkpoint_info(options, manifest, config, process))
     saver.saved_step = state.step if found is not None else None
     stack.callback(saver.finish)
     log = None
     if machine.is_main:
-        # A finished run logs its last step wherever that falls; a longer run would not have.
-        keep_until = state.step - (state.step < options.optimiser.steps and not logs_at(state.step, options))
-        log = Log(options, after_step=state.step, keep_until=keep_until, accelerator=machine.accelerator)
+        log = Log(options, after_step=state.step, keep_until=kept_lines, accelerator=machine.accelerator)
         stack.callback(log.close)
     return Parts(
         options=options,
@@ -105,11 +107,26 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
         saver=saver,
         pace=Pace(),
         log=log,
-        validation=_validation(options, store, order, latents, process, machine, stack),
+        validation=validation,
         previews=_previews(options, store, config, process, machine),
         flops_per_image=6.0 * count_flops(config),  # multiply and add, forward and twice as much backward
         deadline=None if options.run.time_limit is None else began + 60 * options.run.time_limit,
     )
+
+
+def _lines_kept(options: TrainOptions, step: int) -> int:
+    """Up to which step the lines logged so far stay: a finished run logs its last step wherever that falls.
+
+    A longer run would not have logged it; but what was logged because its time had come is kept.
+    """
+    if step >= options.optimiser.steps or logs_at(step, options):
+        return step
+    intervals = recorded_intervals(options.run.out)
+    run = dataclasses.replace(options.run, log_every=intervals.get("log-every", options.run.log_every))
+    data = dataclasses.replace(
+        options.data, validate_every=intervals.get("validate-every", options.data.validate_every)
+    )
+    return step if logs_at(step, dataclasses.replace(options, run=run, data=data)) else step - 1
 
 
 def _claim_run(

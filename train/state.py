@@ -120,7 +120,11 @@ def write_snapshot(folder: Path, snapshot: Snapshot, info: Mapping[str, Any]) ->
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if every one is as it was written."""
+    """What is wrong with a checkpoint's files, or None if every one is as it was written.
+
+    Raises:
+        OSError: a file is there and cannot be read, which says nothing about its contents.
+    """
     try:
         listing = read_json(folder / "state" / "files.json")["files"]
         for name, known in listing.items():
@@ -131,7 +135,11 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}"
             if sha256_of(path) != known["sha256"]:
                 return f"{name} has other contents than were written (SHA-256)"
-    except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
+    except PermissionError:
+        raise
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise error.__cause__ from None
         return f"state/files.json: {error}"
     return None
 
@@ -175,6 +183,9 @@ def _read(file: Path, names: list[str]) -> Iterator[Tensor]:
             yield content.get_tensor(name)
 
 
-def streak_of(folder: Path) -> float:
-    """How many steps in a row had just been skipped when the checkpoint was taken."""
-    return float(read_json(folder / "state" / "trainer.json")["skipped_in_a_row"])
+def is_amid_skips(folder: Path) -> bool:
+    """Whether steps had just been skipped when the checkpoint was taken, or it does not tell."""
+    try:
+        return float(read_json(folder / "state" / "trainer.json")["skipped_in_a_row"]) > 0
+    except (UserError, KeyError, TypeError, ValueError):
+        return True

@@ -128,6 +128,14 @@ def test_a_range_in_a_file_is_no_number_to_the_base_of_sixty(tmp_path):
     assert command("--config", str(config))[1].data == "0:0.8"
 
 
+@pytest.mark.parametrize(("word", "flip"), [("yes", True), ("no", False), ("on", True), ("true", True)])
+def test_no_is_a_word_and_yes_and_no_are_truth_values_where_one_is_wanted(tmp_path, word, flip):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {word}\nflip: {word}\n")
+    _, options = command("--config", str(config))
+    assert options.flip is flip and options.data == ("True" if word == "true" else word)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WithPath:
     """A command that is given a path without a flag."""

@@ -70,6 +70,13 @@ def test_an_ambiguous_name_keeps_no_row():
     assert torch.equal(new[1], old[2])
 
 
+def test_labels_that_stand_in_for_names_are_no_names():
+    """What is read of a bare state dict: its classes are called 0, 1, 2."""
+    source, target = network(1), network(2)
+    report = fit(source, target, source_names=names("0", "1", "2"), target_names=names("a", "b", "c"))
+    assert TABLE in report.copied
+
+
 def test_as_many_classes_of_other_names_are_not_taken_for_the_same_classes():
     source, target = network(1), network(2)
     report = fit(source, target, source_names=names("a", "b", "c"), target_names=names("x", "y", "z"))

@@ -117,3 +117,20 @@ def test_help_is_quick_and_names_every_default():
     assert "| torch\n" not in result.stderr
     for flag in ("--latents", "--out", "--model", "--grad-accumulation", "--time-limit", "--init-from", "--sharding"):
         assert flag in result.stdout
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_a_process_that_was_started_with_others_and_finds_none_refuses(store, tmp_path, variables):
+    words = [sys.executable, *command(store, tmp_path / "run", steps=2)]
+    result = subprocess.run(words, env=environment(**variables), capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "the launcher started 2 processes" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -99,7 +99,8 @@ def test_every_flag_that_may_change_exists():
         (lambda: OptimiserOptions(clip_norm=0.0), "--clip-norm 0.0 must be above 0"),
         (lambda: OptimiserOptions(lr=float("nan")), "--lr nan must be at least 0"),
         (lambda: HardwareOptions(grad_accumulation=0), "--grad-accumulation 0 must be at least 1"),
-        (lambda: DataOptions(latents="x", validation="y", validation_share=0.1), "exclude each other"),
+        (lambda: OptimiserOptions(lr=float("inf")), "--lr inf must be a finite number"),
+        (lambda: OptimiserOptions(weight_decay=float("inf")), "--weight-decay inf must be a finite number"),
         (lambda: DataOptions(latents="x", validation_share=0.9), "--validation-share 0.9 must lie between 0 and 0.5"),
         (lambda: AverageOptions(ema_decay=1.0), "decay 1.0 of ema must lie"),
         (lambda: AverageOptions(extra_ema=("slow",)), "--extra-ema slow must be NAME=DECAY"),
@@ -114,3 +115,7 @@ def test_values_that_cannot_be_meant_are_refused(make, message):
 
 def test_averages_are_named_by_their_files():
     assert AverageOptions(extra_ema=("slow=0.99995",)).decays == {"ema": 0.9999, "ema-slow": 0.99995}
+
+
+def test_a_validation_store_makes_the_share_of_a_preset_superfluous():
+    assert DataOptions(latents="x", validation="y", validation_share=0.1).validation_share == 0

@@ -52,6 +52,47 @@ def test_too_many_in_a_row_go_back_and_jump_past_them_and_resuming_does_the_same
     assert_same_run(run, tmp_path / "again", 12)
 
 
+@pytest.fixture(scope="module")
+def bad_stretch(tmp_path_factory):
+    """1,000 samples, 125 batches, of which 25 … 49 are NaN, and a single one at 20."""
+    folder = make_store(tmp_path_factory.mktemp("stretch") / "latents", samples=1000, shards=1)
+    order = DataOrder(1000, seed=0)
+    poison(folder, {int(i) for number in (20, *range(25, 50)) for i in order.batch(number, Share(batch_size=8))[:1]})
+    return folder
+
+
+def test_going_back_never_leaves_a_run_without_checkpoints(bad_stretch, tmp_path, capsys):
+    """Three are kept, all saved amid skipped steps; the one from before them is kept for going back to."""
+    flags = ["--save-every", "5", "--keep-last", "3", "--log-every", "10"]
+    assert train(bad_stretch, tmp_path / "run", *flags, steps=60) == 0
+    spoken = capsys.readouterr().err
+    assert "back to step 25, going on with the batches after the offending ones" in spoken
+    assert checkpoints(tmp_path / "run") == [f"step-{step:07d}" for step in (50, 55, 60)]
+    state = json.loads((tmp_path / "run/checkpoints/step-0000060/state/trainer.json").read_text())
+    assert state["rollbacks"] == 1 and state["skipped_in_a_row"] == 0
+
+
+def test_where_every_checkpoint_lies_amid_skips_the_newest_whole_one_will_do(bad_stretch, tmp_path, capsys):
+    """Skipped steps leave the weights alone; a kept checkpoint of the past is not lost either."""
+    flags = ["--save-every", "21", "--keep-last", "1", "--keep-every", "21", "--log-every", "10"]
+    assert train(bad_stretch, tmp_path / "run", *flags, steps=60) == 0
+    assert "back to step 42, going on" in capsys.readouterr().err
+    assert checkpoints(tmp_path / "run") == [f"step-{step:07d}" for step in (21, 42, 60)]
+
+
+def test_a_run_that_ends_amid_skipped_steps_says_so(bad_stretch, tmp_path, capsys):
+    assert train(bad_stretch, tmp_path / "run", "--log-every", "10", steps=33) == 0
+    assert "the last 8 steps were skipped" in capsys.readouterr().err
+
+
+def test_where_a_sitting_ends_does_not_decide_about_going_back(poisoned, tmp_path):
+    flags = [*SAVING, "--max-skipped-in-a-row", "1", "--log-every", "10"]
+    assert train(poisoned, tmp_path / "straight", *flags, steps=20) == 0
+    for steps in (bad_batches(6)[0] + 1, 20):
+        assert train(poisoned, tmp_path / "cut", *flags, steps=steps) == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "cut", 20)
+
+
 def test_without_a_checkpoint_to_go_back_to_it_ends_with_a_clear_line(poisoned, tmp_path, capsys):
     assert train(poisoned, tmp_path / "run", "--max-skipped-in-a-row", "1", steps=12) == 1
     spoken = capsys.readouterr().err

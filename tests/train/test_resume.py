@@ -125,6 +125,40 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_clear_l
     assert checkpoints(run) == ["damaged-step-0000006", "step-0000003", "step-0000006", "step-0000008"]
 
 
+def test_where_no_checkpoint_is_whole_nothing_is_begun_anew_and_nothing_moved(store, straight, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    cut_back(run, 3)
+    weights = run / "checkpoints" / "step-0000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    before = history(run)
+    assert train(store, run, *SETTINGS, steps=STEPS) == 2
+    spoken = capsys.readouterr().err
+    assert "step-0000003 is damaged: model.safetensors has" in spoken and "--overwrite" in spoken
+    assert checkpoints(run) == ["step-0000003"] and history(run) == before
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(
+    store, straight, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("train.state.sha256_of", refused)
+    assert train(store, run, *SETTINGS, steps=STEPS + 1) == 2
+    assert "cannot be used (Permission denied)" in capsys.readouterr().err
+    assert checkpoints(run) == checkpoints(straight)
+
+
+def test_a_line_whose_time_had_come_stays_when_the_interval_changes(store, tmp_path):
+    assert train(store, tmp_path / "run", "--log-every", "1", steps=7) == 0
+    assert train(store, tmp_path / "run", "--log-every", "5", steps=11) == 0
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 10, 11]
+
+
 def test_a_changed_setting_is_refused_and_others_may_change(store, straight, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(straight, run)

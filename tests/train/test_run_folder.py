@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from pipeline.errors import UserError
-from train.options import DataOptions, OptimiserOptions, RunOptions, TrainOptions
+from train.options import DataOptions, ModelOptions, OptimiserOptions, RunOptions, TrainOptions
 from train.run_folder import MetricsFile, begin_run, check_run, claimed
 
 
@@ -31,6 +31,7 @@ def test_the_resolved_options_are_written_and_can_be_read_as_flags(tmp_path):
 
 def test_a_setting_that_would_alter_the_run_is_refused_with_the_difference(tmp_path):
     open_run(options(tmp_path), "abc")
+    MetricsFile(tmp_path, after_step=0).append({"step": 1})
     with pytest.raises(
         UserError, match="--seed was 0 and is now 1; .*--flip was True and is now False|--flip was True.*--seed was 0"
     ):
@@ -38,6 +39,57 @@ def test_a_setting_that_would_alter_the_run_is_refused_with_the_difference(tmp_p
     with pytest.raises(UserError, match="the data of --latents was store and is now other data"):
         open_run(options(tmp_path), "def")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
+
+
+def test_a_run_that_has_learned_nothing_may_begin_with_other_settings(tmp_path):
+    """As after memory ran out in the first step, and --batch-size was lowered."""
+    open_run(options(tmp_path, seed=5), "abc")
+    open_run(options(tmp_path, seed=6), "def")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 6
+
+
+def test_where_the_weights_start_may_change_only_once_there_is_a_checkpoint(tmp_path):
+    begun = dataclasses.replace(options(tmp_path), model=ModelOptions(init_from="there"))
+    open_run(begun, "abc")
+    MetricsFile(tmp_path, after_step=0).append({"step": 1})
+    with pytest.raises(UserError, match="--init-from was there and is now None"):
+        open_run(options(tmp_path), "abc")
+    saved = tmp_path / "checkpoints" / "step-0000001"
+    saved.mkdir()
+    (saved / "config.json").write_text("{}")
+    open_run(options(tmp_path), "abc")
+
+
+def test_what_a_kill_leaves_at_the_beginning_is_known_for_a_run_that_begins(tmp_path):
+    (tmp_path / ".config.yaml.123.partial").write_text("half")
+    open_run(options(tmp_path), "abc")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "config.yaml"]
+
+
+def test_a_kill_during_overwrite_leaves_what_overwrite_goes_on_with(tmp_path, monkeypatch):
+    open_run(options(tmp_path), "abc")
+    MetricsFile(tmp_path, after_step=0).append({"step": 1})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name in ("write_bytes", "make_folder"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"train.run_folder.{name}", killed)
+            begin_run(options(tmp_path, seed=1, overwrite=True), "abc")
+        check_run(options(tmp_path, seed=1, overwrite=True), "abc")
+    open_run(options(tmp_path, seed=1, overwrite=True), "abc")
+
+
+def test_nothing_of_the_users_goes_when_a_run_is_refused(tmp_path):
+    (tmp_path / ".lock").write_text("precious")
+    with pytest.raises(UserError, match="mended elsewhere"), claimed(tmp_path):
+        raise UserError("mended elsewhere")
+    assert (tmp_path / ".lock").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="mended elsewhere"), claimed(tmp_path / "empty"):
+        raise UserError("mended elsewhere")
+    assert (tmp_path / "empty").is_dir()
 
 
 def test_settings_that_leave_the_past_alone_may_change(tmp_path):
@@ -86,7 +138,7 @@ def test_a_refused_run_leaves_nothing(tmp_path):
 
 def test_metrics_past_a_step_and_torn_lines_are_dropped(tmp_path):
     lines = [json.dumps({"step": step, "loss": 0.5}) for step in (10, 20, 30)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 25, "lo')
+    (tmp_path / "metrics.jsonl").write_bytes(("\n".join(lines) + '\n{"step": 25, "lo').encode() + b"\xff\xfe")
     metrics = MetricsFile(tmp_path, after_step=20)
     metrics.append({"step": 21, "loss": None})
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from PIL import Image
 from pipeline.vae import load_vae
 from tests.train.runs import QUICK, ROOT, assert_same_run, command, environment, lines, make_store, train
 from train.__main__ import main
+from train.plot import distinct_names, smoothed
 from train.plot import main as plot
-from train.plot import smoothed
 
 NUMBERS = {"step", "loss", "mse", "vb", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "grad_norm", "lr"}
 NUMBERS |= {"images_per_second", "data_wait_share", "skipped_steps", "memory_bytes", "save_pause_seconds"}
@@ -78,6 +79,14 @@ def test_curves_are_drawn_without_tensorboard(watched, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert plot([str(tmp_path / "empty")]) == 2
     assert "does not exist; name the folder of a run that has logged a step" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_drawn_apart(watched, tmp_path):
+    assert distinct_names([Path("/a/x/run"), Path("/a/y/run"), Path("/a/z")]) == ["x/run", "y/run", "a/z"]
+    assert distinct_names([Path("/a/run"), Path("/b/other")]) == ["run", "other"]
+    with (watched / "metrics.jsonl").open("a") as file:
+        file.write("[1]\n")
+    assert plot([str(watched), "--out", str(tmp_path / "new" / "curves.png")]) == 0
 
 
 def test_smoothing_is_a_running_mean_without_a_bias_at_the_start():
