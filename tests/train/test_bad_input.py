@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.train.runs import ROOT, command, environment, make_store, train
 from train.__main__ import main
 from train.batches import check_labels
