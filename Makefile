@@ -10,7 +10,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-c
 demo: $(VENV)/.installed
 	python examples/digits/make_images.py --out demo/images
 	dit-extract --data demo/images --out demo/latents --config examples/digits/extract.yaml
-	accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no dit-train --latents demo/latents --out demo/run --config examples/digits/train.yaml
+	accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 dit-train --latents demo/latents --out demo/run --config examples/digits/train.yaml
 	dit-sample --checkpoint demo/run --out demo/samples.png --config examples/digits/sample.yaml
 
 test: $(VENV)/.installed-test
