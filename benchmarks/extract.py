@@ -250,8 +250,12 @@ def encoder_of(vae: Vae, options: BenchmarkOptions) -> Iterator[Encoder]:
 
 
 def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int, options: BenchmarkOptions) -> float:
-    """Images per second from files to a store's shards on disk."""
-    plan = Plan(inputs=len(loader.listing), seed=0, samples_per_shard=max(1, count // 3), limit=count)
+    """Images per second from files to a store's shards on disk.
+
+    Shards hold whole batches, as those of thousands of images do but for their last one.
+    """
+    whole = max(1, count // 3 // encoder.batch_size) * encoder.batch_size
+    plan = Plan(inputs=len(loader.listing), seed=0, samples_per_shard=whole, limit=count)
     output = OutputFolder(path=out, split="train")
     with output.occupied(), StopRequest() as stop:
         output.begin({}, plan="")

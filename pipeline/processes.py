@@ -1,5 +1,7 @@
 """Which process of how many this is, and how it is asked to stop. No torch: a command asks before loading it."""
 
+import contextlib
+import ctypes
 import os
 import signal
 import time
@@ -86,3 +88,15 @@ class StopRequest:
     def exit_status(self) -> int:
         """128 + signal, as schedulers that requeue expect; 0 if none came."""
         return 0 if self.signal is None else 128 + self.signal
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step on a CPU frees for the next one, instead of handing pages back and faulting them in.
+
+    Training B/4 on 2 cores: up to 50,000 page faults and 0.1 of 0.9 s a step otherwise. Other allocators go without.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):
+        system = ctypes.CDLL(None)
+        system.mallopt(trim_threshold, 2**31 - 1)
+        system.mallopt(mmap_threshold, 32 << 20)

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.checkpoint import Checkpoint
 from pipeline.diffusion import SAMPLERS, guided
 from pipeline.errors import UserError
+from pipeline.processes import keep_freed_memory
 from pipeline.randomness import normal
 from pipeline.vae import Vae, denormalise
 from sample.lanes import CPU_LANE, GPU_DECODE_BATCH, InLanes, decode_in_lanes, finite_rows, one_thread_each
@@ -72,6 +73,8 @@ class Generator:
         recorded = checkpoint.info["vae"]
         self._scale, self._shift = recorded["scaling_factor"], recorded.get("shift_factor")
         on_cpu = self.device.type == "cpu"
+        if on_cpu:
+            keep_freed_memory()
         size = plan.batch_size
         self._lane = min(CPU_LANE, -(-size // 4)) if on_cpu else size  # four lanes at least, where it can be
         self._decode_lane = self._lane if on_cpu else min(size, GPU_DECODE_BATCH)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.processes import keep_freed_memory
 from train.options import HardwareOptions
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -152,6 +153,8 @@ def start(
     )
     refuse_lonely_ranks(environment, accelerator.num_processes)
     device = accelerator.device
+    if device.type == "cpu":
+        keep_freed_memory()
     if options.tf32 and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

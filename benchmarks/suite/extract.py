@@ -1,5 +1,6 @@
 """The extraction pipeline against the bare VAE on pixels that are ready, and loading against plain Pillow."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def measure(setting: Setting) -> list[Row]:
         device=setting.device.type,
         compile=setting.on_gpu,
     )
-    loading = measure_loading(data, options)
+    loading = measure_loading(data, replace(options, rounds=3 if setting.quick else 15))
     encoding = measure_encoding(data, folder, options)
     release(setting.device)
     of_bare = encoding["pipeline_over_bare"]
