@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from extract.finish import describe_store, finish
 from extract.meter import Amount, Meter, duration
 from extract.names import class_names
 from extract.options import ExtractOptions
-from extract.output import OutputFolder
+from extract.output import REMOVAL, OutputFolder
 from extract.pixels import Loader
 from extract.plan import Plan
 from extract.preview import draw_preview
@@ -63,29 +64,28 @@ def extract(options: ExtractOptions, *, began: float) -> int:
         output.wait_for_removal(began)
     output.check()
     source = open_source(options.source, output.remote_copies, left_out=options.out)
-    if options.overwrite and place.is_main:
-        _make_room(options, output, source, place)
-    if output.is_finished and not output.lost_shards():
+    replaces = options.overwrite and place.is_main and output.holds_store
+    if not replaces and output.is_finished and not output.lost_shards():
         output.tidy()
         return _already_finished(options, output, source, place)
-    with output.occupied():
-        with output.turn("listing"):
-            inputs = _inputs(options, source, output.listing_cache)
+    with output.occupied() as presence:
+        with output.turn(REMOVAL) if replaces else nullcontext():
+            with output.turn("listing"):
+                inputs = _inputs(options, source, output.listing_cache)
+            if replaces:
+                _check(options, source, inputs, place)
+                output.remove_store(presence)
         if options.preview is not None and place.is_main:
             _preview(options, inputs, place)
         return _extract(options, output, inputs, place)
 
 
-def _make_room(options: ExtractOptions, output: OutputFolder, source: Source, place: Launch) -> None:
-    """Remove the store that is there, once all that the new one needs was found to be right."""
-    with output.occupied():
-        with output.turn("listing"):
-            inputs = _inputs(options, source, output.listing_cache)
-        _settings(options, source, inputs)
-        device, _ = choose_device(options.work.device, place)
-        with arithmetic(device):
-            _vae(options, device)
-    output.remove_store()
+def _check(options: ExtractOptions, source: Source, inputs: Inputs, place: Launch) -> None:
+    """Find everything that is asked for right, before a store goes that another one is to replace."""
+    _settings(options, source, inputs)
+    device, _ = choose_device(options.work.device, place)
+    with arithmetic(device):
+        _vae(options, device)
 
 
 def _vae(options: ExtractOptions, device: torch.device) -> Vae:

@@ -34,6 +34,10 @@ class Lock:
         """Turn a shared lock into an exclusive one; False (and the lock may be lost) if others hold it too."""
         return _flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def share(self) -> None:
+        """Turn an exclusive lock into a shared one."""
+        _flock(self.descriptor, fcntl.LOCK_SH)
+
 
 def try_lock(path: Path, *, shared: bool = False) -> Lock | None:
     """The lock of that file, or None if another process holds it in a way that excludes this one."""

@@ -25,8 +25,9 @@ from pipeline.latents.records import SKIPPED_FILE, ShardRecord, read_record, ski
 from pipeline.latents.removal import remove_files, store_files
 from pipeline.latents.writer import WORK_FOLDER
 
-_WAIT_FOR_MAIN_S = 1800.0
-_KEPT_FOR_THE_NEXT = ("listing.npz", "remote")
+_WAIT_FOR_MAIN_S = 60.0
+REMOVAL = "removal"
+"""The turn of the process that looks whether all is right and then removes a store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +70,14 @@ class OutputFolder:
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be read ({error.strerror}); change its rights") from error
         entries = [name for name in found if name != WORK_FOLDER]
-        if entries and not self._settings.exists() and not store_files(self.path):
+        if entries and not self.holds_store:
             shown = ", ".join(entries[:3]) + (", …" if len(entries) > 3 else "")
             raise UserError(f"--out {self.path} holds other things ({shown}); name an empty or a new folder")
+
+    @property
+    def holds_store(self) -> bool:
+        """Whether a store is here, finished or not."""
+        return self._settings.exists() or bool(store_files(self.path))
 
     def recorded(self) -> Mapping[str, Any] | None:
         """The settings that the store was begun with, or None before its first shard."""
@@ -83,12 +89,12 @@ class OutputFolder:
         return dict(read_json(self._settings)) if self._settings.exists() else None
 
     @contextmanager
-    def occupied(self) -> Iterator[None]:
+    def occupied(self) -> Iterator[Lock]:
         """Make the folder and mark this process as working in it; the last one to leave a finished store tidies up."""
         is_new = not self.path.exists()
         presence = self._enter()
         try:
-            yield
+            yield presence
         finally:
             if (self.is_finished or not self._settings.exists()) and presence.take_alone():
                 remove_folder(self.work)
@@ -213,37 +219,52 @@ class OutputFolder:
         write_bytes(path, skipped_lines(records), work_folder=self.work)
         return path
 
-    def remove_store(self) -> None:
+    def remove_store(self, presence: Lock) -> None:
         """Remove a store that is here, and nothing else (`--overwrite`). Nobody can begin a new one meanwhile.
 
         What tells that the others may go on (`wait_for_removal`) goes last. The listing stays, it is not the store's.
 
+        Args:
+            presence: this process's mark (`occupied`).
+
         Raises:
             UserError: another process is working in it.
         """
-        make_folder(self.work)
-        presence = try_lock(self.work / "presence.lock")
-        if presence is None:
+        if not presence.take_alone():
             raise UserError(f"another process is writing to {self.path}; stop it before --overwrite removes its work")
         settings = self._recorded_settings() or {}
         remove_files(store_files(self.path, split=settings.get("split")))
-        for path in self.work.iterdir():
-            if path != self._settings and path.name not in _KEPT_FOR_THE_NEXT:
-                remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for left in self.work.glob("*.partial"):
+            left.unlink(missing_ok=True)
         self._settings.unlink(missing_ok=True)
-        presence.release()
+        presence.share()
 
     def wait_for_removal(self, since: float) -> None:
         """Return when the store from before that time is gone, which another process of this launch sees to.
 
-        Gives up after half an hour and goes on with what is there: if it is the store asked for, it is continued.
+        Gives up when that process has not been at it for a minute, and goes on with what is there: if it is the store
+        asked for, it is continued.
         """
         end = time.monotonic() + _WAIT_FOR_MAIN_S
-        while any(_is_older(path, since) for path in (self.path / MANIFEST_FILE, self._settings)):
+        while any(_is_older(path, since) for path in self._marks()):
+            if self._is_being_removed():
+                end = time.monotonic() + _WAIT_FOR_MAIN_S
             if time.monotonic() > end:
                 warn(f"the main process has not removed the old store in {self.path}; going on with what is there")
                 return
             time.sleep(0.1)
+
+    def _marks(self) -> Iterator[Path]:
+        """What tells that a store is here, finished or not."""
+        yield self.path / MANIFEST_FILE
+        yield self._settings
+        yield from self.path.glob(f"{self.split}-*.json")
+
+    def _is_being_removed(self) -> bool:
+        lock = None if not self.work.exists() else try_lock(self.work / f"{REMOVAL}.lock", shared=True)
+        if lock is not None:
+            lock.release()
+        return lock is None and self.work.exists()
 
 
 def _is_older(path: Path, since: float) -> bool:

@@ -120,12 +120,15 @@ def test_overwrite_waits_for_nobody_and_refuses_while_another_works(tmp_path, st
 RANKS = "import os; os.environ.update(RANK='{}', LOCAL_RANK='{}', WORLD_SIZE='2')"
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_processes_started_together_overwrite_once_and_share_the_new_work(tmp_path, start, reference, hashes, finished):
+@pytest.mark.parametrize("old", ["finished", "unfinished", "without a manifest", "none"])
+def test_processes_started_together_overwrite_once_and_share_the_new_work(tmp_path, start, reference, hashes, old):
     for round_ in range(3):
         out = tmp_path / f"store-{round_}"
-        before = [] if finished else ["--shard-range", "0:3"]
-        assert finish_all([start("--out", out, "--seed", 1, *before)]) == [0]
+        if old != "none":
+            part = ["--shard-range", "0:3"] if old == "unfinished" else []
+            assert finish_all([start("--out", out, "--seed", 1, *part)]) == [0]
+        if old == "without a manifest":
+            (out / "manifest.json").unlink()
         time.sleep(0.02)  # file times come in ticks of the kernel's clock
         both = [start("--out", out, "--overwrite", before=RANKS.format(rank, rank)) for rank in (1, 0)]
         assert finish_all(both) == [0, 0], [process.log() for process in both]
