@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that is not installed
             found[package] = "not installed"
-    return found
+    return {**found, "torch": str(torch.__version__)}  # with its build, which the package's version may leave out
 
 
 def same_recipe(first: Any, second: Mapping[str, Any]) -> bool:
