@@ -4,6 +4,8 @@ Per model: the median over interleaved rounds of (plain time / our time) for who
 and EMA (above 1 ours is faster), and the peak memory of each in a process of its own. The plain loop is written as the
 reference writes it: one file per sample, draws in the loop, `AdamW`, the average parameter by parameter, `.item()` in
 every step. Then: how long the batch at a far position of the data order takes, against the first.
+
+With `--compile` instead: our step compiled against our step as it is, and how long its first step takes.
 """
 
 import argparse
@@ -48,6 +50,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=4, help="samples per step (default 4)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default 2; 1 measures CPU time)")
     parser.add_argument("--memory-of", choices=["plain", "ours"], help="run that loop alone and print its peak memory")
+    parser.add_argument("--compile", action="store_true", help="time our step compiled against our step eager")
     parser.add_argument("--models", nargs="+", default=["DiT-S/2", "DiT-B/4"], help="models")
     parser.add_argument("--data", type=Path, help="folder of an earlier process's data")
     chosen = parser.parse_args()
@@ -59,6 +62,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         write_data(data)
+        if chosen.compile:
+            for name in chosen.models:
+                _compare_compiled(name, data, chosen)
+            return 0
         fine = [_compare(name, data, chosen) for name in chosen.models]
         return 0 if all(fine) and _compare_positions() else 1
 
@@ -73,7 +80,9 @@ def write_data(folder: Path, side: int = 32) -> None:
 
 
 @contextlib.contextmanager
-def our_step(name: str, data: Path, batch_size: int, *, device: torch.device = CPU) -> Iterator[Step]:
+def our_step(
+    name: str, data: Path, batch_size: int, *, device: torch.device = CPU, compiled: bool = False
+) -> Iterator[Step]:
     """One step as `dit-train` makes it: in float32 on a CPU, compiled and in the default precision on a GPU."""
     on_gpu = device.type == "cuda"
     torch.compiler.reset()  # a run compiles for one shape, and so must each of ours
@@ -82,7 +91,7 @@ def our_step(name: str, data: Path, batch_size: int, *, device: torch.device = C
         wanted = options.TrainOptions(
             data=options.DataOptions(latents=str(data / "store")),
             run=options.RunOptions(out=Path(run) / "run", tensorboard=False),
-            model=options.ModelOptions(model=name, compile=on_gpu),
+            model=options.ModelOptions(model=name, compile=on_gpu or compiled),
             optimiser=options.OptimiserOptions(batch_size=batch_size),
             hardware=options.HardwareOptions(
                 device="auto" if on_gpu else "cpu", mixed_precision=None if on_gpu else "no"
@@ -184,6 +193,21 @@ def _compare(name: str, data: Path, chosen: argparse.Namespace) -> bool:
     return median >= BOUND and ours_mb <= plain_mb
 
 
+def _compare_compiled(name: str, data: Path, chosen: argparse.Namespace) -> None:
+    size = chosen.batch_size
+    with our_step(name, data, size) as eager, our_step(name, data, size, compiled=True) as compiled:
+        first_step_seconds = _seconds(compiled, 1)
+        times = [_round(eager, compiled, chosen.steps, plain_first=k % 2 == 0) for k in range(chosen.rounds + 1)][1:]
+    ratios = [of_eager / of_compiled for of_eager, of_compiled in times]
+    eager_ms, compiled_ms = (1000 * statistics.median(column) / chosen.steps for column in zip(*times, strict=True))
+    print(
+        f"{name}  batch {chosen.batch_size}  {chosen.threads} threads  whole step: eager {eager_ms:.0f} ms  compiled "
+        f"{compiled_ms:.0f} ms  ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f}, "
+        f"{len(ratios)} rounds)  first step {first_step_seconds:.0f} s",
+        flush=True,
+    )
+
+
 def _round(plain: Step, ours: Step, steps: int, *, plain_first: bool) -> tuple[float, float]:
     """(plain, our) seconds; the order alternates, so that a machine that slows down favours neither."""
     if plain_first:
@@ -212,7 +236,7 @@ def _print_memory(loop: str, name: str, data: Path, batch_size: int) -> int:
     """Peak memory of three steps beyond what the imports take, in MB."""
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports what the first optimizer imports
     before = hardware.peak_resident_bytes()
-    with {"plain": plain_step, "ours": our_step}[loop](name, data, batch_size) as step:
+    with plain_step(name, data, batch_size) if loop == "plain" else our_step(name, data, batch_size) as step:
         for _ in range(3):
             step()
     print((hardware.peak_resident_bytes() - before) / 1e6)

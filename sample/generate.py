@@ -53,14 +53,8 @@ class ReversePlan:
 class Generator:
     """Batches of latents, and of pixels where it is given a VAE."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, plan: ReversePlan, *, device: str, vae: Vae | None, in_parallel: bool = True
-    ) -> None:
-        """Take a checkpoint to the device; `plan` is complete and fits it.
-
-        Args:
-            in_parallel: whether lanes may run at once; a network that is yet to be compiled wants one at a time.
-        """
+    def __init__(self, checkpoint: Checkpoint, plan: ReversePlan, *, device: str, vae: Vae | None) -> None:
+        """Take a checkpoint to the device; `plan` is complete and fits it."""
         self.checkpoint = checkpoint
         self.plan = plan
         self.device = torch.device(device)
@@ -78,7 +72,7 @@ class Generator:
         size = plan.batch_size
         self._lane = min(CPU_LANE, -(-size // 4)) if on_cpu else size  # four lanes at least, where it can be
         self._decode_lane = self._lane if on_cpu else min(size, GPU_DECODE_BATCH)
-        self._workers = torch.get_num_threads() if on_cpu and in_parallel else 1
+        self._workers = torch.get_num_threads() if on_cpu else 1
 
     def latents(
         self, first: int, labels: NDArray[np.int64], *, on_step: OnStep | None = None, watch: Watch | None = None

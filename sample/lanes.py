@@ -31,9 +31,13 @@ def one_thread_each(device: torch.device, *, workers: int | None = None) -> Iter
         yield map
         return
     threads = torch.get_num_threads()
+    workers = workers or threads
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers or threads) as pool:
+        if workers == 1:
+            yield map
+            return
+        with ThreadPoolExecutor(workers) as pool:
             yield pool.map
     finally:
         torch.set_num_threads(threads)

@@ -104,7 +104,7 @@ class ComputeOptions:
     decode_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the VAE's decoder."""
     compile: bool = False
-    """Compile the network's blocks first: minutes once, then faster on a GPU."""
+    """Compile the network's blocks first: minutes once, then faster. On a GPU only."""
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:

@@ -96,10 +96,13 @@ def settle(options: SampleOptions) -> Settled:
     vae = _decoder(options, checkpoint, device)
     checkpoint = _with_factors(checkpoint, vae if options.vae is not None else None)
     fingerprint = weights_fingerprint(checkpoint.model.state_dict())
-    if options.compute.compile:
+    compiled = options.compute.compile and device != "cpu"
+    if compiled:
         compile_blocks(checkpoint.model)
+    elif options.compute.compile:
+        say("--compile is left out: on a CPU it would let only one part of a batch run at a time, which is slower")
     decoder = None if options.kind == "latents" else vae
-    generator = Generator(checkpoint, plan, device=device, vae=decoder, in_parallel=not options.compute.compile)
+    generator = Generator(checkpoint, plan, device=device, vae=decoder)
     recipe = {
         "checkpoint": {
             "step": checkpoint.info["step"],
@@ -119,7 +122,7 @@ def settle(options: SampleOptions) -> Settled:
         "device": _describe_device(device),
         "mixed_precision": plan.precision,
         "decode_dtype": options.compute.decode_dtype if decoder is not None else None,
-        "compile": options.compute.compile,
+        "compile": compiled,
         "versions": versions(),
     }
     return Settled(generator=generator, labels=labels, known=known, recipe=recipe)

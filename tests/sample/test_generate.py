@@ -8,6 +8,7 @@ import torch
 
 from pipeline.checkpoint import read_checkpoint
 from pipeline.diffusion import RectifiedFlow
+from pipeline.dit import compile_blocks
 from pipeline.vae import load_vae
 from sample.generate import Generator, NotFiniteError, Overlap, ReversePlan, overlapping
 from sample.trajectory import Watch
@@ -118,6 +119,17 @@ def test_pixels_do_not_depend_on_the_number_of_threads(generator):
         torch.set_num_threads(threads)
     assert (found[0] == found[1]).all()
     assert (found[0] == found[2]).all()
+
+
+def test_a_compiled_network_gives_the_same_images(generator):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a network that is yet to be compiled wants one lane at a time
+    try:
+        plain, compiled = generator(8), generator(8)
+        compile_blocks(compiled.model, backend="aot_eager")
+        assert np.abs(images(plain, 8).astype(int) - images(compiled, 8)).max() <= 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_another_seed_gives_other_images(generator):
