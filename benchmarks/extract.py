@@ -209,8 +209,6 @@ def measure_encoding(data: Path, work: Path, options: BenchmarkOptions) -> dict[
     if options.contiguous:
         vae.model.to(memory_format=torch.contiguous_format)
         vae.model.encode = contiguous(vae.model.encode)
-    if options.compile:
-        vae.model.encode = torch.compile(vae.model.encode)
     loader = loader_of(data, options.image_size)
     stores = iter(range(10**6))
     with encoder_of(vae, options) as encoder:
@@ -245,6 +243,7 @@ def encoder_of(vae: Vae, options: BenchmarkOptions) -> Iterator[Encoder]:
         store_dtype=torch.float16,
         views=2,
         image_px=options.image_size,
+        compiled=options.compile,
     ) as encoder:
         yield encoder
 

@@ -83,7 +83,11 @@ def write_data(folder: Path, side: int = 32) -> None:
 def our_step(
     name: str, data: Path, batch_size: int, *, device: torch.device = CPU, compiled: bool = False
 ) -> Iterator[Step]:
-    """One step as `dit-train` makes it: in float32 on a CPU, compiled and in the default precision on a GPU."""
+    """One step as `dit-train` makes it: in float32 on a CPU, compiled and in the default precision on a GPU.
+
+    Args:
+        compiled: compile on a CPU, too.
+    """
     on_gpu = device.type == "cuda"
     torch.compiler.reset()  # a run compiles for one shape, and so must each of ours
     AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of an earlier one
@@ -178,16 +182,8 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
 
 def _compare(name: str, data: Path, chosen: argparse.Namespace) -> bool:
     with our_step(name, data, chosen.batch_size) as ours, plain_step(name, data, chosen.batch_size) as plain:
-        times = [_round(plain, ours, chosen.steps, plain_first=k % 2 == 0) for k in range(chosen.rounds + 1)][1:]
-    ratios = [of_plain / of_ours for of_plain, of_ours in times]
-    plain_ms, ours_ms = (1000 * statistics.median(column) / chosen.steps for column in zip(*times, strict=True))
-    median = statistics.median(ratios)
-    print(
-        f"{name}  batch {chosen.batch_size}  {chosen.threads} threads  whole step: plain {plain_ms:.0f} ms  ours "
-        f"{ours_ms:.0f} ms  ratio {median:.3f} ({min(ratios):.3f} … {max(ratios):.3f}, {len(ratios)} rounds; at least "
-        f"{BOUND} wanted)",
-        flush=True,
-    )
+        median, found = _race({"plain": plain, "ours": ours}, chosen)
+    print(f"{name}  {found}; at least {BOUND} wanted", flush=True)
     plain_mb, ours_mb = (_memory_of(loop, name, data, chosen) for loop in ("plain", "ours"))
     print(f"{name}  peak memory beyond the imports: plain {plain_mb:.0f} MB  ours {ours_mb:.0f} MB", flush=True)
     return median >= BOUND and ours_mb <= plain_mb
@@ -197,14 +193,21 @@ def _compare_compiled(name: str, data: Path, chosen: argparse.Namespace) -> None
     size = chosen.batch_size
     with our_step(name, data, size) as eager, our_step(name, data, size, compiled=True) as compiled:
         first_step_seconds = _seconds(compiled, 1)
-        times = [_round(eager, compiled, chosen.steps, plain_first=k % 2 == 0) for k in range(chosen.rounds + 1)][1:]
-    ratios = [of_eager / of_compiled for of_eager, of_compiled in times]
-    eager_ms, compiled_ms = (1000 * statistics.median(column) / chosen.steps for column in zip(*times, strict=True))
-    print(
-        f"{name}  batch {chosen.batch_size}  {chosen.threads} threads  whole step: eager {eager_ms:.0f} ms  compiled "
-        f"{compiled_ms:.0f} ms  ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f}, "
-        f"{len(ratios)} rounds)  first step {first_step_seconds:.0f} s",
-        flush=True,
+        _, found = _race({"eager": eager, "compiled": compiled}, chosen)
+    print(f"{name}  {found}; first compiled step {first_step_seconds:.0f} s", flush=True)
+
+
+def _race(steps: dict[str, Step], chosen: argparse.Namespace) -> tuple[float, str]:
+    """(median ratio of the first one's time to the second one's, what was found in words); a round to warm up."""
+    names, (first, second) = list(steps), steps.values()
+    times = [_round(first, second, chosen.steps, plain_first=k % 2 == 0) for k in range(chosen.rounds + 1)][1:]
+    ratios = [of_first / of_second for of_first, of_second in times]
+    median = statistics.median(ratios)
+    step_ms = (1000 * statistics.median(column) / chosen.steps for column in zip(*times, strict=True))
+    each = "  ".join(f"{name} {ms:.0f} ms" for name, ms in zip(names, step_ms, strict=True))
+    return median, (
+        f"batch {chosen.batch_size}  {chosen.threads} threads  whole step: {each}  ratio {median:.3f} "
+        f"({min(ratios):.3f} … {max(ratios):.3f}, {len(ratios)} rounds)"
     )
 
 

@@ -8,7 +8,7 @@ device or another version of PyTorch may change the last bits.
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property, partial
 
@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from extract.options import WorkOptions
 from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.images import to_pixels
 from pipeline.processes import Launch
-from pipeline.vae import Vae, load_vae
+from pipeline.vae import Vae
 
 Latents = Callable[[], Tensor]
 GPU_BATCH = 32
@@ -78,21 +77,21 @@ def arithmetic(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def load_encoder(name: str, options: WorkOptions, device: torch.device) -> Vae:
-    """The VAE in the precision of --encode-dtype, its encoder compiled if --compile asks for it."""
-    vae = load_vae(name, device=device, dtype=getattr(torch, options.encode_dtype))
-    if options.compile:
-        say("compiling the encoder; the first batch takes a minute or so")
-        vae.model.encode = torch.compile(vae.model.encode)
-    return vae
-
-
 class Encoder:
     """Makes the stored latents of all views of a batch of images; use it in a `with` block."""
 
     def __init__(
-        self, vae: Vae, *, batch_size: int | None, flip: bool, store_dtype: torch.dtype, views: int, image_px: int
+        self,
+        vae: Vae,
+        *,
+        batch_size: int | None,
+        flip: bool,
+        store_dtype: torch.dtype,
+        views: int,
+        image_px: int,
+        compiled: bool = False,
     ) -> None:
+        """Ready to encode; with `compiled` the first batch, which runs alone, compiles the VAE's encoder."""
         on_gpu = vae.device.type == "cuda"
         self.vae = vae
         self.batch_size = batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)
@@ -101,6 +100,10 @@ class Encoder:
         """Batches that may be under way while the next one is prepared."""
         self._flip, self._store_dtype, self._views, self._image_px = flip, store_dtype, views, image_px
         self._pool = ThreadPoolExecutor(lanes, "encode", initializer=partial(torch.set_num_threads, 1))
+        self._to_compile = compiled
+        if compiled:
+            say("compiling the encoder; the first batch takes a minute or so")
+            vae.model.encode = torch.compile(vae.model.encode)
 
     def __enter__(self) -> "Encoder":
         return self
@@ -125,7 +128,11 @@ class Encoder:
 
     def start(self, crops: Sequence[NDArray[np.uint8]]) -> Latents:
         """Begin to encode up to a batch of [crops, size, size, 3] bytes; the result gives [n, views, values, h, w]."""
-        return self._pool.submit(self._encode, crops).result
+        running = self._pool.submit(self._encode, crops)
+        if self._to_compile:  # PyTorch 2.11 raises where one thread calls what another is compiling
+            wait([running])
+            self._to_compile = False
+        return running.result
 
     def _encode(self, crops: Sequence[NDArray[np.uint8]]) -> Tensor:
         padded = np.zeros((self.batch_size, *crops[0].shape), np.uint8)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from extract.encode import Encoder, arithmetic, choose_device, cores_of_this_process, load_encoder
+from extract.encode import Encoder, arithmetic, choose_device, cores_of_this_process
 from extract.finish import describe_store, finish
 from extract.meter import Amount, Meter, duration
 from extract.names import class_names
@@ -26,7 +26,7 @@ from extract.sources.selection import open_source
 from pipeline.console import say
 from pipeline.latents.writer import DTYPES
 from pipeline.processes import Launch, StopRequest, launch
-from pipeline.vae import Vae
+from pipeline.vae import Vae, load_vae
 from pipeline.vae_folder import find_folder, fingerprint
 
 
@@ -89,7 +89,7 @@ def _check(options: ExtractOptions, source: Source, inputs: Inputs, place: Launc
 
 
 def _vae(options: ExtractOptions, device: torch.device) -> Vae:
-    vae = load_encoder(options.vae, options.work, device)
+    vae = load_vae(options.vae, device=device, dtype=DTYPES[options.work.encode_dtype])
     vae.check_size(options.pixels.image_size, options.pixels.image_size)
     return vae
 
@@ -135,6 +135,7 @@ def _fill(
         store_dtype=DTYPES[options.shards.store_dtype],
         views=len(options.pixels.views),
         image_px=options.pixels.image_size,
+        compiled=options.work.compile,
     ) as encoder:
         work = Work(
             output=output,

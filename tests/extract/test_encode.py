@@ -1,8 +1,11 @@
 """The encoder: a sample's latent depends on its pixels alone, and each process finds its device."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from extract.encode import Encoder, arithmetic, choose_device
 from pipeline.errors import UserError
@@ -15,8 +18,8 @@ def crops_of(count, seed=0, px=32):
     return [np.random.default_rng([seed, n]).integers(0, 256, (1, px, px, 3), dtype=np.uint8) for n in range(count)]
 
 
-def encoder_of(vae, batch_size=4):
-    return Encoder(vae, batch_size=batch_size, flip=True, store_dtype=torch.float32, views=2, image_px=32)
+def encoder_of(vae, batch_size=4, **more):
+    return Encoder(vae, batch_size=batch_size, flip=True, store_dtype=torch.float32, views=2, image_px=32, **more)
 
 
 def neighbours_do_not_matter(vae):
@@ -48,15 +51,20 @@ def test_threads_of_the_caller_do_not_matter(vae_folder):
     assert torch.equal(*results)
 
 
-@pytest.mark.slow
-def test_a_compiled_encoder_gives_the_same_within_rounding(vae_folder):
+def test_a_compiled_encoder_gives_the_same_within_rounding_and_is_compiled_by_one_thread(vae_folder, monkeypatch):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     vae = load_vae(str(vae_folder))
     with arithmetic(vae.device), encoder_of(vae) as encoder:
         plain = encoder.start(crops_of(4))()
-        vae.model.encode = torch.compile(vae.model.encode, backend="eager")
-        running = [encoder.start(crops_of(4)) for _ in range(4)]
-        for latents in running:
+    with arithmetic(vae.device), encoder_of(vae, compiled=True) as encoder:
+        first = encoder.start(crops_of(4))
+        compiled_by_then = counter.frame_count
+        for latents in [first, *(encoder.start(crops_of(4)) for _ in range(4))]:
             torch.testing.assert_close(latents(), plain)
+    assert counter.frame_count == compiled_by_then > 0
+    torch.compiler.reset()
 
 
 def test_bytes_become_the_same_pixels_on_every_device(vae_folder):
