@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks import machine
     from benchmarks.report import Report, fill_markdown
     from benchmarks.suite.setting import Setting
-    from pipeline.errors import UserError
+    from pipeline.runtime.errors import UserError
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = machine.describe(device)

@@ -15,7 +15,7 @@ from benchmarks.report import table
 from benchmarks.stores import latent_spec, write_store
 from benchmarks.suite.vae import count_vae
 from pipeline.dit import DiTConfig
-from pipeline.dit.counting import count_flops, count_parameters
+from pipeline.dit.macs import count_macs, count_parameters
 
 IMAGENET = 1_281_167
 
@@ -80,7 +80,7 @@ def stages(folder: Path) -> list[tuple[str, ...]]:
     for direction in ("encode", "decode"):
         counts = [2e-9 * count_vae(direction, VAES["sd"], side) for side in (256, 512)]
         rows.append((f"{direction} one view, SD's VAE: GFLOP", *(f"{count:,.1f}" for count in counts)))
-    nets = [2e-9 * count_flops(DiTConfig.from_preset("DiT-XL/2", input_size=side)) for side in (32, 64)]
+    nets = [2e-9 * count_macs(DiTConfig.from_preset("DiT-XL/2", input_size=side)) for side in (32, 64)]
     rows.append(("XL/2 forward: GFLOP", *(f"{count:,.1f}" for count in nets)))
     rows.append(("XL/2 training, 3 × forward: GFLOP", *(f"{3 * count:,.1f}" for count in nets)))
     rows.append(("XL/2 sample, 250 steps with guidance: TFLOP", *(f"{0.5 * count:,.1f}" for count in nets)))
@@ -102,7 +102,7 @@ def stored_bytes(folder: Path, side: int, views: tuple[str, ...], shard_format: 
 
 def gpus(config: DiTConfig, batch: int = 256) -> list[tuple[str, ...]]:
     """What each number of GPUs has to do per step of XL/2 at 256 pixels, and how long that takes at best."""
-    parameters, flops = count_parameters(config), 6.0 * count_flops(config)
+    parameters, flops = count_parameters(config), 6.0 * count_macs(config)
     view = latent_spec(config.height).view_bytes()
     rows: list[tuple[str, ...]] = [
         (

@@ -23,7 +23,7 @@ HOST_READS = {
     _aten.nonzero.default,
     _aten._unique2.default,
 }
-CPU_ONLY_READS = {"pipeline/dit/model.py _checked", "pipeline/ema.py update"}
+CPU_ONLY_READS = {"pipeline/dit/model.py _checked", "pipeline/checkpoint/averages.py update"}
 """Host reads that are behind a question for the CPU: the range of the labels, and whether a step is skipped."""
 
 
@@ -34,7 +34,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.host_reads: Counter[str] = Counter()
-        """By the place in this project that asks, as "pipeline/ema.py update"."""
+        """By the place in this project that asks, as "pipeline/checkpoint/averages.py update"."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -14,11 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.console import run_command
 from pipeline.randomness import generator
+from pipeline.runtime.console import run_command
 from sample.evaluate.inception import FIDInception
-from sample.evaluate.metrics import fit_gaussian, frechet_distance, inception_score, kernel_distance
-from sample.evaluate.neighbours import precision_and_recall
+from sample.evaluate.metrics import (
+    fit_gaussian,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_and_recall,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

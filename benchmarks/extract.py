@@ -26,17 +26,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from extract.encode import Encoder, arithmetic, choose_device, cores_of_this_process
-from extract.meter import Amount, Meter, duration
+from extract.encoder import Encoder, arithmetic, choose_device, cores_of_this_process
+from extract.fill import Work, fill
+from extract.inputs import Loader
 from extract.options import PixelOptions
-from extract.output import OutputFolder
-from extract.pixels import Loader
 from extract.plan import Plan
-from extract.shards import Work, fill
+from extract.progress import Amount, Meter, duration
 from extract.sources.folders import FolderSource
 from extract.sources.listing import cached_listing
-from pipeline.console import run_command
-from pipeline.processes import StopRequest, launch
+from extract.store_folder import OutputFolder
+from pipeline.runtime.console import run_command
+from pipeline.runtime.processes import StopRequest, launch
 from pipeline.vae import Vae, load_vae
 
 IMAGENET = 1_281_167

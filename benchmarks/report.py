@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.machine import Ceilings
 from benchmarks.timing import Spread
-from pipeline.errors import UserError
-from pipeline.files import write_bytes, write_json
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import write_bytes, write_json
 
 HEADING = ("", "ours", "plain", "ours / plain", "share of the limit", "memory, ours", "memory, plain", "aim")
 

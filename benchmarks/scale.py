@@ -22,7 +22,7 @@ from benchmarks.stores import simulate_store
 from benchmarks.timing import resident_bytes, seconds_of
 from extract.plan import Plan
 from pipeline.latents import LatentStore
-from train.order import DataOrder, Share
+from train.data import DataOrder, Share
 
 SAMPLES = 100_000_000
 BATCH = 256

@@ -30,10 +30,10 @@ from benchmarks.stores import CLASSES, write_store
 from benchmarks.timing import CPU
 from pipeline.diffusion import GaussianDiffusion
 from pipeline.dit import DiTConfig
-from train import hardware, options
+from train import distributed, options
+from train.data import DataOrder, Share
 from train.loop import reader_of, train_step
-from train.order import DataOrder, Share
-from train.sitting import assemble
+from train.run import assemble
 
 BOUND = 0.95
 SAMPLES = 512
@@ -96,13 +96,13 @@ def our_step(
             data=options.DataOptions(latents=str(data / "store")),
             run=options.RunOptions(out=Path(run) / "run", tensorboard=False),
             model=options.ModelOptions(model=name, compile=on_gpu or compiled),
-            optimiser=options.OptimiserOptions(batch_size=batch_size),
+            optimizer=options.OptimizerOptions(batch_size=batch_size),
             hardware=options.HardwareOptions(
                 device="auto" if on_gpu else "cpu", mixed_precision=None if on_gpu else "no"
             ),
             preview=options.PreviewOptions(sample_every=0),
         )
-        parts = assemble(wanted, hardware.start(wanted.hardware), stack, time.monotonic())
+        parts = assemble(wanted, distributed.start(wanted.hardware), stack, time.monotonic())
         reader = stack.enter_context(reader_of(parts))
         batches = iter(reader)
 
@@ -238,11 +238,11 @@ def _memory_of(loop: str, name: str, data: Path, chosen: argparse.Namespace) -> 
 def _print_memory(loop: str, name: str, data: Path, batch_size: int) -> int:
     """Peak memory of three steps beyond what the imports take, in MB."""
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports what the first optimizer imports
-    before = hardware.peak_resident_bytes()
+    before = distributed.peak_resident_bytes()
     with plain_step(name, data, batch_size) if loop == "plain" else our_step(name, data, batch_size) as step:
         for _ in range(3):
             step()
-    print((hardware.peak_resident_bytes() - before) / 1e6)
+    print((distributed.peak_resident_bytes() - before) / 1e6)
     return 0
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from examples.demo_vae.drawings import draw_canvas
-from pipeline.console import run_command
 from pipeline.images import to_pixels
 from pipeline.randomness import derive_seed
-from pipeline.vae import Vae, load_vae, normalise
+from pipeline.runtime.console import run_command
+from pipeline.vae import Vae, load_vae, normalize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class Options:
 def latents_of(vae: Vae, pixels: torch.Tensor) -> torch.Tensor:
     """Normalised posterior means (or points), on the CPU."""
     latents = torch.cat([vae.encode(part)[:, : vae.channels].cpu() for part in pixels.split(8)])
-    return normalise(latents, vae.scaling_factor, vae.shift_factor)
+    return normalize(latents, vae.scaling_factor, vae.shift_factor)
 
 
 def pictures_of(vae: Vae, unscaled: torch.Tensor) -> torch.Tensor:

@@ -5,14 +5,14 @@ import time
 from collections.abc import Sequence
 
 from extract.options import ExtractOptions
-from pipeline.console import run_command
+from pipeline.runtime.console import run_command
 
 _BEGAN = time.time()
 
 
 def run(options: ExtractOptions) -> int:
     """Extract, and give the exit status."""
-    from extract.extraction import extract
+    from extract.run import extract
 
     return extract(options, began=_BEGAN)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

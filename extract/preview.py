@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from extract.pixels import Loader
+from extract.inputs import Loader
 from extract.plan import Plan
-from pipeline.console import say
-from pipeline.errors import UserError
+from pipeline.image_grid import pairs, save_png
 from pipeline.images import to_pixels
-from pipeline.pictures import pairs, save_png
+from pipeline.runtime.console import say
+from pipeline.runtime.errors import UserError
 from pipeline.vae import Vae
 
 _AT_A_TIME = 8

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.console import warn
-from pipeline.errors import UserError
-from pipeline.files import make_folder, write_json
-from pipeline.foreign import read_safetensors, save_safetensors
+from pipeline.checkpoint.tensor_files import read_safetensors, save_safetensors
+from pipeline.runtime.console import warn
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import make_folder, write_json
 from pipeline.vae import Vae, check_latents, find_vae
 from pipeline.vae_folder import WEIGHTS, find_folder, read_config, weight_files
 

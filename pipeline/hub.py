@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json
 
 
 def fetch_pipeline(name: str) -> Path:

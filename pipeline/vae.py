@@ -1,7 +1,7 @@
 """The frozen autoencoder between pixels and latents: load it, know it again, encode, normalise, decode to bytes.
 
 Latents in files are always *unscaled*, as the encoder gave them. Training and sampling work on
-`normalise(z) = (z − shift) · scale`, and `denormalise` undoes it just before decoding. Bytes become pixels in [−1, 1]
+`normalize(z) = (z − shift) · scale`, and `denormalise` undoes it just before decoding. Bytes become pixels in [−1, 1]
 in `pipeline.images.to_pixels`; pixels become bytes again here, in `to_bytes`, rounded to nearest, and nowhere else.
 """
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 from pipeline.vae_folder import KINDS, find_folder, fingerprint, load_model, read_config
 
 Factor = float | Sequence[float] | Tensor
@@ -214,14 +214,14 @@ def draw_posterior(
     return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
 
 
-def normalise(
+def normalize(
     z: Float[Tensor, "*batch channel height width"], scaling_factor: Factor, shift_factor: Factor | None = None
 ) -> Float[Tensor, "*batch channel height width"]:
     """What the network is fed: (z − shift) · scale, with one factor or one per channel."""
     return (z - _per_channel(shift_factor, z)) * _per_channel(scaling_factor, z)
 
 
-def denormalise(
+def denormalize(
     z: Float[Tensor, "*batch channel height width"], scaling_factor: Factor, shift_factor: Factor | None = None
 ) -> Float[Tensor, "*batch channel height width"]:
     """Unscaled latents from what the network made: z / scale + shift, the inverse of `normalise`."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo-vae"
 KINDS = {

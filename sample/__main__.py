@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.console import run_command
+from pipeline.runtime.console import run_command
 from sample.options import SampleOptions
 
 PRESETS = Path(__file__).parent / "presets"
@@ -12,7 +12,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 def run(options: SampleOptions) -> int:
     """Make the samples that the options ask for, or say that they are there."""
-    from sample.job import make_samples
+    from sample.run import make_samples
 
     return make_samples(options)
 

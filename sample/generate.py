@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoint
-from pipeline.diffusion import SAMPLERS, guided
-from pipeline.errors import UserError
-from pipeline.processes import keep_freed_memory
+from pipeline.checkpoint.folder import Checkpoint
+from pipeline.diffusion import SAMPLERS, classifier_free_guidance
 from pipeline.randomness import normal
-from pipeline.vae import Vae, denormalise
-from sample.lanes import CPU_LANE, GPU_DECODE_BATCH, InLanes, decode_in_lanes, finite_rows, one_thread_each
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.processes import keep_freed_memory
+from pipeline.runtime.threads import CPU_LANE, GPU_DECODE_BATCH, InLanes, decode_in_lanes, finite_rows, one_thread_each
+from pipeline.vae import Vae, denormalize
 from sample.trajectory import Watch
 
 NOISE = "sample-noise"
@@ -97,7 +97,7 @@ class Generator:
 
     def raw(self, x: Tensor) -> Tensor:
         """Latents as the VAE gives them, from latents in the network's scale."""
-        return denormalise(x.float(), self._scale, self._shift)
+        return denormalize(x.float(), self._scale, self._shift)
 
     def pixels(self, latents: Tensor) -> NDArray[np.uint8]:
         """Images uint8 [B, H, W, 3] of raw latents, decoded in lanes of one size.
@@ -121,7 +121,7 @@ class Generator:
     ) -> Tensor:
         """Latents in the network's scale of images first … first + lane − 1; `start` is its place in the batch."""
         plan, config = self.plan, self.checkpoint.config
-        denoise = guided(
+        denoise = classifier_free_guidance(
             self.model,
             torch.from_numpy(labels).to(self.device) if config.num_classes else None,
             scale=plan.guidance,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 SUFFIXES = {".png": "grid", ".npz": "npz", ".safetensors": "latents"}
 GRID_PIXELS = 80_000_000  # in one picture: beyond this Pillow warns whoever opens it

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.files import explained_writes, remove_folder, replacing, sha256_of
-from pipeline.pictures import grid, save_png
+from pipeline.image_grid import grid, save_png
+from pipeline.runtime.files import explained_writes, remove_folder, replacing, sha256_of
 
 Parts = Iterable[NDArray[Any]]
 Labels = NDArray[np.int64]

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.console import run_command
+from pipeline.runtime.console import run_command
 from train.options import TrainOptions
 
 PRESETS = Path(__file__).parent / "presets"
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: TrainOptions) -> int:
-    from train.sitting import train
+    from train.run import train
 
     return train(options)
 

@@ -1,8 +1,8 @@
 """The training loop: one step after the other, and what happens between them.
 
 Nothing in a step waits for the device, the data or the disk; only a logging step reads numbers back. A run's past
-depends on its options alone: the data order and every draw are functions of the step (`train.order`,
-`train.objective`), so stopping at any moment and going on gives the same bits.
+depends on its options alone: the data order and every draw are functions of the step (`train.data`,
+`train.losses`), so stopping at any moment and going on gives the same bits.
 """
 
 import contextlib
@@ -15,19 +15,27 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.console import say, warn
 from pipeline.diffusion import Process
-from pipeline.processes import StopRequest
-from train.batches import Batch, BatchReader, view_candidates
-from train.hardware import Hardware
-from train.log import ESTIMATE_AFTER, Log, Pace, say_estimate
-from train.objective import Latents, LossSums, draw, sample_losses
-from train.optimiser import learning_rate
+from pipeline.runtime.console import say, warn
+from pipeline.runtime.processes import StopRequest
+from train.checkpointing import (
+    Saver,
+    TrainState,
+    all_checkpoints,
+    checkpoint_path,
+    discard,
+    find_damage,
+    is_amid_skips,
+    newest_sound,
+    restore,
+)
+from train.data import Batch, BatchReader, DataOrder, Share, view_candidates
+from train.distributed import Hardware
+from train.losses import Latents, LossSums, draw, sample_losses
+from train.metrics import ESTIMATE_AFTER, Log, Pace, say_estimate
+from train.optimizer import learning_rate
 from train.options import TrainOptions
-from train.order import DataOrder, Share
 from train.previews import Previews
-from train.saving import Saver, all_checkpoints, checkpoint_path, discard, newest_sound
-from train.state import TrainState, find_damage, is_amid_skips, restore
 from train.validation import Validation
 
 TIME_IS_UP = int(signal.SIGALRM)  # a time limit ends like an alarm clock: status 128 + 14
@@ -77,7 +85,7 @@ def run_steps(parts: Parts, stop: StopRequest) -> int:
             return 1
     if ending == "done":
         parts.saver.save(parts.state, wait=True)
-        streak = parts.state.optimiser.counters()["skipped_in_a_row"]
+        streak = parts.state.optimizer.counters()["skipped_in_a_row"]
         if streak:
             warn(f"the last {streak:.0f} steps were skipped, because their loss or gradient was not finite")
         say(f"done: step {parts.state.step:,}, {checkpoint_path(parts.options.run.out, parts.state.step)}")
@@ -90,11 +98,11 @@ def _sitting(parts: Parts, stop: StopRequest) -> str:
     state, options = parts.state, parts.options
     with reader_of(parts) as reader:
         batches = iter(reader)
-        while state.step < options.optimiser.steps:
+        while state.step < options.optimizer.steps:
             asked = parts.hardware.largest(_asked_to_stop(parts, stop))
             if asked:
                 return str(asked)
-            logged = logs_at(state.step + 1, options) or state.step + 1 == options.optimiser.steps
+            logged = logs_at(state.step + 1, options) or state.step + 1 == options.optimizer.steps
             result = train_step(parts, next(batches), with_losses=logged)
             state.step += 1
             parts.pace.step()
@@ -156,11 +164,11 @@ def train_step(parts: Parts, batch: Batch, *, with_losses: bool) -> StepResult:
             losses = sample_losses(
                 state.placement.model, parts.process, parts.latents, batch.moments[rows], batch.labels[rows], some
             )
-            state.optimiser.backward(losses["loss"].mean(), share.accumulation)
+            state.optimizer.backward(losses["loss"].mean(), share.accumulation)
         if sums is not None:
             sums.add(losses, parts.process.network_timesteps(some.t) / parts.process.time_scale)
-    rate = learning_rate(state.step, parts.options.optimiser)
-    norm, skip = state.optimiser.step(state.placement.gradients(), rate)
+    rate = learning_rate(state.step, parts.options.optimizer)
+    norm, skip = state.optimizer.step(state.placement.gradients(), rate)
     for average in state.averages.values():
         average.update(state.placement.weights, step=state.step, skip=skip)
     state.placement.clear_gradients()
@@ -172,7 +180,7 @@ def _log_step(parts: Parts, result: StepResult, waited_seconds: float) -> bool:
     state, options = parts.state, parts.options
     assert result.sums is not None
     means = result.sums.means(parts.hardware.add_up)
-    counters = state.optimiser.counters()
+    counters = state.optimizer.counters()
     elapsed, seconds, waiting = parts.pace.look(waited_seconds)
     state.seconds += elapsed
     speed = parts.share.batch_size / seconds
@@ -186,7 +194,7 @@ def _log_step(parts: Parts, result: StepResult, waited_seconds: float) -> bool:
         "memory_bytes": parts.hardware.memory_bytes(),
         "save_pause_seconds": parts.saver.take_pause(),
     }
-    if parts.state.optimiser.scaled:
+    if parts.state.optimizer.scaled:
         values["loss_scale"] = counters["scale"]
     peak = parts.hardware.peak_flops()
     if peak is not None:
@@ -196,7 +204,7 @@ def _log_step(parts: Parts, result: StepResult, waited_seconds: float) -> bool:
     if parts.log is not None:
         parts.log.write(state.step, values)
         parts.log.show(_beside_bar(values))
-    return counters["skipped_in_a_row"] >= options.optimiser.max_skipped_in_a_row
+    return counters["skipped_in_a_row"] >= options.optimizer.max_skipped_in_a_row
 
 
 def _beside_bar(values: dict[str, float | None]) -> dict[str, str]:
@@ -216,12 +224,12 @@ def _between_steps(parts: Parts) -> None:
     parts.saver.raise_if_failed()
     if parts.log is not None:
         parts.log.bar.update(1)
-        if parts.pace.steps == ESTIMATE_AFTER and state.step < options.optimiser.steps:
-            say_estimate(parts.pace, options.optimiser.steps - state.step)
+        if parts.pace.steps == ESTIMATE_AFTER and state.step < options.optimizer.steps:
+            say_estimate(parts.pace, options.optimizer.steps - state.step)
     with parts.pace.paused():
         if parts.previews is not None and state.step % options.preview.sample_every == 0:
             _preview(parts, parts.previews)
-        if state.step % options.run.save_every == 0 and state.step < options.optimiser.steps:
+        if state.step % options.run.save_every == 0 and state.step < options.optimizer.steps:
             if parts.log is not None:
                 parts.log.flush()
             parts.saver.save(state)
@@ -252,9 +260,9 @@ def _go_back(parts: Parts) -> bool:
     state, options = parts.state, parts.options
     parts.saver.finish()
     next_batch, rollbacks = state.batch_number, state.rollbacks + 1
-    in_a_row = options.optimiser.max_skipped_in_a_row
+    in_a_row = options.optimizer.max_skipped_in_a_row
     folder = parts.hardware.once(lambda: _last_good(options.run.out))
-    if folder is None or rollbacks > options.optimiser.max_rollbacks:
+    if folder is None or rollbacks > options.optimizer.max_rollbacks:
         why = "there is no checkpoint to go back to" if folder is None else f"{rollbacks - 1} returns did not help"
         warn(
             f"loss or gradient was not finite for {in_a_row} steps in a row at step {state.step:,}, and {why}; lower "
@@ -262,7 +270,7 @@ def _go_back(parts: Parts) -> bool:
         )
         return False
     restore(Path(folder), state)
-    state.optimiser.forget_streak()
+    state.optimizer.forget_streak()
     state.jump, state.rollbacks = next_batch - state.step, rollbacks
     parts.hardware.once(lambda: _discard_after(options.run.out, state.step))
     warn(

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.errors import UserError
-from pipeline.options import flag_values
+from pipeline.runtime.cli import flag_values
+from pipeline.runtime.errors import UserError
 
 EMA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -110,7 +110,7 @@ class ObjectiveOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimiserOptions:
+class OptimizerOptions:
     """AdamW and its learning rate as a function of the step."""
 
     steps: int = 400_000
@@ -264,7 +264,7 @@ class TrainOptions:
     run: RunOptions
     model: ModelOptions = field(default_factory=ModelOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
-    optimiser: OptimiserOptions = field(default_factory=OptimiserOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     average: AverageOptions = field(default_factory=AverageOptions)
     hardware: HardwareOptions = field(default_factory=HardwareOptions)
     preview: PreviewOptions = field(default_factory=PreviewOptions)

@@ -11,9 +11,9 @@ from typing import Annotated
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.console import run_command, say
-from pipeline.errors import UserError
-from pipeline.pictures import save_png
+from pipeline.image_grid import save_png
+from pipeline.runtime.console import run_command, say
+from pipeline.runtime.errors import UserError
 
 Points = list[tuple[float, float]]
 PANEL_PX, MARGIN_PX, FONT_PX = (520, 300), (84, 34, 18, 30), 14  # margins: left, top, right, bottom

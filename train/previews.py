@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.console import warn
-from pipeline.diffusion import SAMPLERS, guided
+from pipeline.diffusion import SAMPLERS, classifier_free_guidance
 from pipeline.dit import DiTConfig
-from pipeline.errors import UserError
-from pipeline.files import make_folder
+from pipeline.image_grid import grid, save_png
 from pipeline.latents import Manifest
-from pipeline.pictures import grid, save_png
 from pipeline.randomness import normal
-from pipeline.vae import Vae, denormalise, find_vae
-from train.hardware import Hardware
+from pipeline.runtime.console import warn
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import make_folder
+from pipeline.vae import Vae, denormalize, find_vae
+from train.distributed import Hardware
 from train.options import PreviewOptions
 
 
@@ -79,7 +79,7 @@ class Previews:
     def _decode(self, latents: Tensor) -> Tensor:
         assert self._vae is not None
         vae = self._manifest["vae"]
-        return self._vae.decode(denormalise(latents, vae["scaling_factor"], vae["shift_factor"]))
+        return self._vae.decode(denormalize(latents, vae["scaling_factor"], vae["shift_factor"]))
 
     @torch.no_grad()
     def _latents(self, model: Callable[..., Tensor]) -> Tensor:
@@ -99,7 +99,9 @@ class Previews:
 
         y = torch.tensor([labels[k] for k in mine], device=hardware.device)
         scale = self._options.preview_guidance if config.num_classes and config.has_null_class else 1.0
-        denoise = guided(model, y, scale=scale, null_class=config.null_class, time_scale=self._process.time_scale)
+        denoise = classifier_free_guidance(
+            model, y, scale=scale, null_class=config.null_class, time_scale=self._process.time_scale
+        )
         sampler = "ddim" if "ddim" in SAMPLERS and self._process.to_json()["objective"] == "ddpm" else "euler"
         made = SAMPLERS[sampler](
             self._process,

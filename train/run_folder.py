@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.checkpoint import checkpoint_folders
-from pipeline.errors import UserError
-from pipeline.files import explained_writes, flush_file, make_folder, remove_folder, write_bytes
+from pipeline.checkpoint.folder import checkpoint_folders
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import explained_writes, flush_file, make_folder, remove_folder, write_bytes
 from train.options import DECIDE_THE_START, MAY_CHANGE, TrainOptions, plain_values
 
 CONFIG, METRICS, DATA_IDENTITY = "config.yaml", "metrics.jsonl", "data_identity"

@@ -2,15 +2,15 @@
 
 import yaml
 
-from pipeline.console import say, warn
 from pipeline.dit import DiTConfig
-from pipeline.dit.counting import count_flops, count_parameters
+from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.latents import Manifest
-from train.assembly import PRESETS_FOLDER
-from train.hardware import Hardware
+from pipeline.runtime.console import say, warn
+from train.build import PRESETS_FOLDER
+from train.checkpointing import TrainState
+from train.data import DataOrder, Share
+from train.distributed import Hardware
 from train.options import TrainOptions, plain_values
-from train.order import DataOrder, Share
-from train.state import TrainState
 
 # The images a preset is meant for; its settings are tuned to them.
 _MEANT_FOR_PX = {"paper-256": 256, "paper-512": 512}
@@ -30,10 +30,10 @@ def say_summary(
     """The start-up summary."""
     latent, vae = manifest.latent, manifest["vae"]
     parts = f"{share.micro_size} per process × {share.accumulation} accumulation × {share.processes} processes"
-    epochs = options.optimiser.steps * share.batch_size / order.samples
+    epochs = options.optimizer.steps * share.batch_size / order.samples
     lines = {
         "model": f"{options.model.model}, {count_parameters(config) / 1e6:.1f} M parameters, "
-        f"{count_flops(config) / 1e9:.2f} GFLOPs forward (multiply-adds) per image",
+        f"{count_macs(config) / 1e9:.2f} GFLOPs forward (multiply-adds) per image",
         "batch": f"{parts} = {share.batch_size}",
         "store": f"{options.data.latents}: {order.samples:,} samples, {len(manifest['classes'])} classes",
         "latents": f"{latent.channels}×{latent.height}×{latent.width} {latent.dtype}, "
@@ -42,8 +42,8 @@ def say_summary(
         f"scale {vae['scaling_factor']}, shift {vae['shift_factor']}",
         "device": hardware.reason,
         "processes": state.placement.description,
-        "optimizer": f"AdamW ({state.optimiser.kernel}), lr {options.optimiser.lr:g} {options.optimiser.lr_schedule}",
-        "run": f"{options.run.out}, {origin}; until step {options.optimiser.steps:,} ({epochs:,.1f} epochs)",
+        "optimizer": f"AdamW ({state.optimizer.kernel}), lr {options.optimizer.lr:g} {options.optimizer.lr_schedule}",
+        "run": f"{options.run.out}, {origin}; until step {options.optimizer.steps:,} ({epochs:,.1f} epochs)",
     }
     width = max(map(len, lines))
     say("\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()))

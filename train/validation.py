@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline.randomness import derive_seed, generator
-from train.hardware import Hardware
-from train.objective import Draws, Latents, sample_losses
-from train.order import Indices
+from train.data import Indices
+from train.distributed import Hardware
+from train.losses import Draws, Latents, sample_losses
 
 CHUNK = 32
 

@@ -18,7 +18,7 @@ from benchmarks.report import Row
 from benchmarks.suite.setting import Setting
 from benchmarks.timing import device_seconds_of, interleaved, rates, ratios, release
 from pipeline.dit import DiT, compile_blocks
-from pipeline.dit.counting import count_flops
+from pipeline.dit.macs import count_macs
 
 CPU_BOUND = 0.95
 
@@ -71,7 +71,7 @@ def precision_of_ours(setting: Setting) -> contextlib.AbstractContextManager[obj
 
 
 def _compare(case: Case, setting: Setting) -> list[Row]:
-    flops = 2.0 * count_flops(DiT.from_preset(case.model, input_size=case.side).config)
+    flops = 2.0 * count_macs(DiT.from_preset(case.model, input_size=case.side).config)
     precision = "bf16" if setting.on_gpu else "fp32"
     rows = []
     with networks(case, setting) as (ours, plain, inputs):

@@ -12,7 +12,7 @@ from benchmarks.sample import Race, our_side, plain_loop
 from benchmarks.suite.setting import Setting
 from benchmarks.timing import Spread, interleaved, ratios, release, spread
 from pipeline.dit import DiT
-from pipeline.dit.counting import count_flops
+from pipeline.dit.macs import count_macs
 from pipeline.vae import load_vae
 
 GPU_BOUND, CPU_BOUND = 4.0, 0.95
@@ -77,7 +77,7 @@ def _compare(case: Case, setting: Setting) -> list[Row]:
         release(setting.device)
     precision = "bf16" if setting.on_gpu else "fp32"
     passes = 2 * case.batch_size  # with guidance
-    flops_per_step = 2.0 * count_flops(ours.config) * passes
+    flops_per_step = 2.0 * count_macs(ours.config) * passes
     what = f"{case.model} at 256 px, batch {case.batch_size}, guidance, {case.steps} steps"
     whole = _rates(times["ours"], case)
     paper = whole.median * case.steps / 250

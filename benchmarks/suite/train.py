@@ -19,7 +19,7 @@ from benchmarks.suite.setting import Setting
 from benchmarks.timing import Work, interleaved, peak_bytes, rates, ratios, release, seconds_of
 from benchmarks.train import our_step, plain_step, write_data
 from pipeline.dit import DiTConfig
-from pipeline.dit.counting import count_flops
+from pipeline.dit.macs import count_macs
 
 Build = Callable[[int], AbstractContextManager[Work]]
 """Something to train with, by batch size."""
@@ -84,7 +84,7 @@ def _compare(case: Case, setting: Setting) -> Row:
         release(setting.device)
         wait = data_wait(our_work, setting)
     release(setting.device)
-    flops = 6.0 * count_flops(DiTConfig.from_preset(case.model, input_size=case.side))
+    flops = 6.0 * count_macs(DiTConfig.from_preset(case.model, input_size=case.side))
     precision = "bf16" if setting.on_gpu else "fp32"
     smaller = "" if plain_batch == case.batch_size else f"plain at {plain_batch}, the largest that fits, and memory too"
     return Row(

@@ -16,11 +16,11 @@ from PIL import Image
 
 from examples.demo_vae.drawings import draw_canvas
 from examples.demo_vae.train import SEEN_DIGITS, digit_pixels
-from pipeline.console import run_command
+from pipeline.image_grid import pairs, save_png
 from pipeline.images import centre_crop, to_pixels
-from pipeline.pictures import pairs, save_png
 from pipeline.randomness import derive_seed
-from pipeline.vae import Vae, load_vae, normalise
+from pipeline.runtime.console import run_command
+from pipeline.vae import Vae, load_vae, normalize
 
 Images = NDArray[np.uint8]
 
@@ -83,7 +83,7 @@ def measure(options: Options) -> None:
         values = psnr(images, reconstructed(vae, images))
         print(f"{name:<26} {len(images):4d} images   PSNR {values.mean():5.2f} dB   least {values.min():5.2f}")
     moments = moments_of(vae, sets["digits not seen (64 px)"])
-    latents = normalise(moments[:, : vae.channels], vae.scaling_factor, vae.shift_factor)
+    latents = normalize(moments[:, : vae.channels], vae.scaling_factor, vae.shift_factor)
     print("normalised latents of digits, per channel: mean", _row(latents.mean(dim=(0, 2, 3))))
     print("                                standard deviation", _row(latents.std(dim=(0, 2, 3))))
     if options.picture:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from examples.demo_vae.drawings import draw_canvas
 from examples.digits.make_images import SIDE_PX, enlarge
-from pipeline.console import progress, run_command, say
-from pipeline.errors import UserError
-from pipeline.files import publish_folder, read_json, write_json
 from pipeline.randomness import derive_seed, generator
+from pipeline.runtime.console import progress, run_command, say
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import publish_folder, read_json, write_json
 from pipeline.vae import draw_posterior
 
 SEEN_DIGITS = 898

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.console import run_command, say
-from pipeline.files import make_folder, publish_folder, remove_folder
+from pipeline.runtime.console import run_command, say
+from pipeline.runtime.files import make_folder, publish_folder, remove_folder
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE_PX = 64

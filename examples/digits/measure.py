@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.console import run_command
-from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.runtime.console import run_command
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import write_json
 
 REDUCED_PX = 8
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from extract.sources.imagenet import hash_of_labels, listed_labels
 from extract.sources.listing import UNLABELLED, Listing, Stamp, UnreadableInputError, printable, sorted_listing
-from pipeline.console import say
-from pipeline.errors import UserError
+from pipeline.runtime.console import say
+from pipeline.runtime.errors import UserError
 
 _LITTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what Windows and macOS leave behind
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}

@@ -12,8 +12,8 @@ from typing import Any
 from extract.sources.folders import gone
 from extract.sources.listing import UNLABELLED, Listing, UnreadableInputError, sorted_listing
 from extract.sources.tars import numbered_labels
-from pipeline.class_names import synsets_of
-from pipeline.errors import UserError
+from pipeline.classes import synsets_of
+from pipeline.runtime.errors import UserError
 
 _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)\b", re.IGNORECASE)
 _LABEL_NAMES = ("label", "labels", "cls", "class")

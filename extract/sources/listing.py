@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.files import replacing
+from pipeline.runtime.files import replacing
 
 UNLABELLED = -1
 _VERSION = 2

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.console import progress
-from pipeline.errors import UserError
-from pipeline.files import explain_write_error, make_folder, replacing
+from pipeline.runtime.console import progress
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import explain_write_error, make_folder, replacing
 
 _THREADS = 4
 _PIECE = 8 << 20

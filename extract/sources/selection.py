@@ -8,7 +8,7 @@ from extract.sources.folders import FolderSource, is_litter, looks_like_image
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, kaggle_folder, kaggle_labels, labels_from_files
 from extract.sources.listing import Source
 from extract.sources.remote import is_remote
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".7z", ".rar")
 

@@ -19,8 +19,8 @@ from extract.sources.folders import gone, storage_failed
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, hash_of_labels, listed_labels
 from extract.sources.listing import UNLABELLED, Listing, Stamp, UnreadableInputError, sorted_listing
 from extract.sources.remote import fetch, is_remote, local_place
-from pipeline.console import say
-from pipeline.errors import UserError
+from pipeline.runtime.console import say
+from pipeline.runtime.errors import UserError
 
 _IMAGE_EXTENSIONS = {"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "img", "image"}
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
@@ -283,14 +283,14 @@ def _list_imagenet_train(path: Path, stamps: Sequence[Stamp], ignored: tuple[str
         raise UserError(f"{path} holds the same class twice; fetch it again")
     label = {synset: number for number, synset in enumerate(class_ids)}
 
-    def listed(class_tar: tuple[str, Member]) -> list[tuple[str, int, tuple[int, int, int]]]:
+    def members_of(class_tar: tuple[str, Member]) -> list[tuple[str, int, tuple[int, int, int]]]:
         synset, outer = class_tar
         inner = tar_members(path, outer.offset, outer.size)
         kept = (one for one in inner if not any(fnmatch.fnmatch(_base(one.name), name) for name in ignored))
         return [(f"{synset}/{one.name}", label[synset], (0, one.offset, one.size)) for one in kept]
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        found = [row for rows in pool.map(listed, class_tars) for row in rows]
+        found = [row for rows in pool.map(members_of, class_tars) for row in rows]
     if not found:
         raise UserError(f"{path} holds class tars without any file; fetch it again")
     return sorted_listing(

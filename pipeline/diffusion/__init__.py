@@ -1,25 +1,24 @@
 """The process that the network learns to undo: two objectives, their samplers, and guidance."""
 
-from pipeline.diffusion.denoiser import Denoise
+from pipeline.diffusion.denoiser import NetworkFn
 from pipeline.diffusion.flow import RectifiedFlow
 from pipeline.diffusion.gaussian import GaussianDiffusion
-from pipeline.diffusion.guidance import guided
+from pipeline.diffusion.guidance import classifier_free_guidance
 from pipeline.diffusion.process import OBJECTIVES, Process, make_process
-from pipeline.diffusion.sampler import Draw, OnStep, Sampler
-from pipeline.diffusion.sampling import SAMPLERS, default_sampler, samplers_for
+from pipeline.diffusion.samplers import SAMPLERS, Draw, OnStep, Sampler, default_sampler, samplers_for
 
 __all__ = [
     "OBJECTIVES",
     "SAMPLERS",
-    "Denoise",
     "Draw",
     "GaussianDiffusion",
+    "NetworkFn",
     "OnStep",
     "Process",
     "RectifiedFlow",
     "Sampler",
+    "classifier_free_guidance",
     "default_sampler",
-    "guided",
     "make_process",
     "samplers_for",
 ]

@@ -14,15 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.diffusion.denoiser import (
-    Denoise,
     Latents,
+    NetworkFn,
     PerSample,
+    at_least_float32,
     check_batch,
+    check_settings,
     mean_over_sample,
-    precise,
     split_output,
 )
-from pipeline.diffusion.settings import check_settings
 
 TimestepLaw = Literal["logit-normal", "uniform"]
 
@@ -68,10 +68,10 @@ class RectifiedFlow:
             ValueError: x_start, t and noise do not belong together.
         """
         check_batch(x_start, t, noise)
-        x_start, noise = precise(x_start), precise(noise)
+        x_start, noise = at_least_float32(x_start), at_least_float32(noise)
         return torch.lerp(x_start, noise, _columns(t, x_start))
 
-    def velocity(self, denoise: Denoise, x_t: Latents, t: PerSample) -> Latents:
+    def velocity(self, denoise: NetworkFn, x_t: Latents, t: PerSample) -> Latents:
         """The network's velocity noise - x_0 at x_t.
 
         Raises:
@@ -84,14 +84,14 @@ class RectifiedFlow:
         return x_t - _columns(t, x_t) * velocity
 
     def training_losses(
-        self, denoise: Denoise, x_start: Latents, t: PerSample, noise: Latents
+        self, denoise: NetworkFn, x_start: Latents, t: PerSample, noise: Latents
     ) -> dict[str, Float[Tensor, " batch"]]:
         """Per sample: `loss` = `mse`, the velocity's squared error; `vb` is 0, as no variance is learned.
 
         Raises:
             ValueError: x_start, t and noise do not belong together, or the network's output has another shape.
         """
-        x_start, noise = precise(x_start), precise(noise)
+        x_start, noise = at_least_float32(x_start), at_least_float32(noise)
         error = self.velocity(denoise, self.q_sample(x_start, t, noise), t) - (noise - x_start)
         mse = mean_over_sample(error.square())
         return {"loss": mse, "mse": mse, "vb": torch.zeros_like(mse)}

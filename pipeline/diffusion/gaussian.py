@@ -1,12 +1,7 @@
-"""The Gaussian diffusion process: noising, training losses, and one step back.
-
-x_t = sqrt(alpha_bar_t) · x_0 + sqrt(1 - alpha_bar_t) · noise   (Ho et al. 2020, arXiv 2006.11239, equation 4)
-
-Time runs from data (t = 0, nearly clean) to noise (t = T - 1). The hybrid loss for a learned range of variances
-is that of Nichol & Dhariwal 2021 (arXiv 2102.09672), as the DiT paper and its release use it.
-"""
+"""The terms of the variational bound, element by element, in nats."""
 
 import dataclasses
+import math
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -15,18 +10,45 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.diffusion.denoiser import (
-    Denoise,
     Latents,
+    NetworkFn,
     PerSample,
+    at_least_float32,
     check_batch,
+    check_settings,
     mean_over_sample,
-    precise,
     split_output,
 )
-from pipeline.diffusion.likelihood import BITS_PER_NAT, discretised_gaussian_nll, gaussian_kl
 from pipeline.diffusion.schedules import PerStep, Schedule, Tables, kept_timesteps, tables_of
-from pipeline.diffusion.settings import check_settings
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
+
+BITS_PER_NAT = 1 / math.log(2)
+
+
+def gaussian_kl(mean_1: Latents, log_variance_1: Tensor, mean_2: Latents, log_variance_2: Tensor) -> Latents:
+    """KL(N(mean_1, exp log_variance_1) ‖ N(mean_2, exp log_variance_2)) of every element."""
+    ratio = log_variance_1 - log_variance_2
+    return 0.5 * (ratio.exp() - 1 - ratio + (mean_1 - mean_2).square() * (-log_variance_2).exp())
+
+
+def discretized_gaussian_nll(x: Latents, mean: Latents, log_variance: Tensor) -> Latents:
+    """-log of the probability that a normal falls into x's bin, the bins being 2 / 255 wide on [-1, 1].
+
+    The outermost bins reach to infinity (Ho et al. 2020, equation 13).
+    """
+    deviation_inverse = (-0.5 * log_variance).exp()
+    below_upper = _normal_cdf((x - mean + 1 / 255) * deviation_inverse)
+    below_lower = _normal_cdf((x - mean - 1 / 255) * deviation_inverse)
+    probability = torch.where(
+        x < -0.999, below_upper, torch.where(x > 0.999, 1 - below_lower, below_upper - below_lower)
+    )
+    return -probability.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The standard normal's cumulative distribution in the tanh form that the release trains with."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
 
 Prediction = Literal["epsilon", "x0", "v"]
 Variance = Literal["learned-range", "fixed-small", "fixed-large"]
@@ -147,7 +169,10 @@ class GaussianDiffusion:
         """
         check_batch(x_start, t, noise)
         alpha_bar = self._at("alphas_cumprod", t)
-        return _like(alpha_bar.sqrt(), x_start) * precise(x_start) + _like((1 - alpha_bar).sqrt(), x_start) * noise
+        return (
+            _like(alpha_bar.sqrt(), x_start) * at_least_float32(x_start)
+            + _like((1 - alpha_bar).sqrt(), x_start) * noise
+        )
 
     def predict_x_start(self, prediction: Latents, x_t: Latents, t: Timesteps) -> Latents:
         """x_0 as the network's prediction has it (v: Salimans & Ho 2022, arXiv 2202.00512, section 4)."""
@@ -163,7 +188,7 @@ class GaussianDiffusion:
         alpha_bar = self._at("alphas_cumprod", t)
         return (_like((1 / alpha_bar).sqrt(), x_t) * x_t - x_start) / _like((1 / alpha_bar - 1).sqrt(), x_t)
 
-    def step_back(self, output: Tensor, x_t: Latents, t: Timesteps, *, clip: bool = False) -> StepBack:
+    def p_mean_variance(self, output: Tensor, x_t: Latents, t: Timesteps, *, clip: bool = False) -> StepBack:
         """p(x_(t-1) | x_t) for the network's output at x_t.
 
         The mean is that of q(x_(t-1) | x_t, x_0) (Ho et al. 2020, equation 7); a learned log-variance lies between
@@ -182,7 +207,7 @@ class GaussianDiffusion:
         return StepBack(self._posterior_mean(x_start, x_t, t), self._log_variance(fraction, x_t, t), x_start)
 
     def training_losses(
-        self, denoise: Denoise, x_start: Latents, t: Timesteps, noise: Latents
+        self, denoise: NetworkFn, x_start: Latents, t: Timesteps, noise: Latents
     ) -> dict[str, Float[Tensor, " batch"]]:
         """Per sample: `loss`, what is trained; `mse`, the squared error; `vb`, the bound's term at t in bits.
 
@@ -194,7 +219,7 @@ class GaussianDiffusion:
         Raises:
             ValueError: x_start, t and noise do not belong together, or the network's output has other channels.
         """
-        x_start, noise = precise(x_start), precise(noise)
+        x_start, noise = at_least_float32(x_start), at_least_float32(noise)
         x_t = self.q_sample(x_start, t, noise)
         output = denoise(x_t, self.network_timesteps(t))
         prediction, fraction = split_output(output, x_t, learns_variance=self.learns_variance)
@@ -226,7 +251,7 @@ class GaussianDiffusion:
         true_mean = self._posterior_mean(x_start, x_t, t)
         true_log_variance = _like(self._at("posterior_log_variance_clipped", t), x_t)
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
-        nll = discretised_gaussian_nll(x_start, mean, log_variance)
+        nll = discretized_gaussian_nll(x_start, mean, log_variance)
         return BITS_PER_NAT * torch.where(t == 0, mean_over_sample(nll), mean_over_sample(kl))
 
     def _posterior_mean(self, x_start: Latents, x_t: Latents, t: Timesteps) -> Latents:

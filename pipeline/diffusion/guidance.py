@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.diffusion.denoiser import Denoise, precise
-from pipeline.errors import UserError
+from pipeline.diffusion.denoiser import NetworkFn, at_least_float32
+from pipeline.runtime.errors import UserError
 
 
-def guided(
+def classifier_free_guidance(
     model: Callable[..., Tensor],
     y: Int[Tensor, " batch"] | None,
     *,
@@ -22,7 +22,7 @@ def guided(
     channels: int | None = None,
     interval: tuple[float, float] | None = None,
     time_scale: float = 1000.0,
-) -> Denoise:
+) -> NetworkFn:
     """A `denoise(x_t, t)` for samples of the classes y, guided by the scale.
 
     With scale 1, or outside the interval, it costs one forward pass on the batch; otherwise one on twice the batch,
@@ -53,7 +53,7 @@ def guided(
             if not inside.any():
                 return model(x_t, t, labels)
         both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null_labels]))
-        conditional, unconditional = precise(both).chunk(2)
+        conditional, unconditional = at_least_float32(both).chunk(2)
         count = x_t.shape[1] if channels is None else min(channels, x_t.shape[1])
         mixed = _mix(conditional[:, :count], unconditional[:, :count], scale, inside)
         return torch.cat([mixed, conditional[:, count:]], dim=1)

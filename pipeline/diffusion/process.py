@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.diffusion.denoiser import check_settings
 from pipeline.diffusion.flow import RectifiedFlow
 from pipeline.diffusion.gaussian import GaussianDiffusion
-from pipeline.diffusion.settings import check_settings
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 Process = GaussianDiffusion | RectifiedFlow
 OBJECTIVES: dict[str, type[GaussianDiffusion] | type[RectifiedFlow]] = {

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 Schedule = Literal["linear", "cosine"]
 PerStep = Float[Tensor, " step"]

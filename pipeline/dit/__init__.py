@@ -1,7 +1,7 @@
 """The network: its configuration and presets, the model in four conditioning designs, and its costs counted."""
 
 from pipeline.dit.config import PRESETS, Conditioning, ConfigError, DiTConfig
-from pipeline.dit.counting import ModelRow, count_flops, count_parameters, models_markdown, models_table
+from pipeline.dit.macs import ModelRow, count_macs, count_parameters, models_markdown, models_table
 from pipeline.dit.model import DiT, compile_blocks
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "DiTConfig",
     "ModelRow",
     "compile_blocks",
-    "count_flops",
+    "count_macs",
     "count_parameters",
     "models_markdown",
     "models_table",

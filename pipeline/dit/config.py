@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
 

@@ -3,8 +3,8 @@
 from types import ModuleType
 
 from pipeline.latents import safetensors_shards, webdataset_shards
-from pipeline.latents.layout import RowType
 from pipeline.latents.manifest import DTYPE_BYTES, LatentSpec
+from pipeline.latents.shards import RowType
 
 FORMATS: dict[str, ModuleType] = {"safetensors": safetensors_shards, "webdataset": webdataset_shards}
 

@@ -1,5 +1,6 @@
 """What a latent store holds: `manifest.json`, written last, so that a store without it is not finished."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.files import write_bytes
-from pipeline.latents.sealing import sealed
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import write_bytes
 
 FORMAT = "dit-latents"
 VERSION = 1
@@ -321,3 +321,42 @@ def _short(value: Any) -> str:
 def latent_json(latent: LatentSpec) -> dict[str, Any]:
     """The manifest's `latent` object."""
     return asdict(latent)
+
+
+_KEY = "checksum"
+
+
+def sealed(values: Mapping[str, Any]) -> bytes:
+    """The file; equal values (in equal order) give equal bytes. NaN is refused."""
+    content = {key: value for key, value in values.items() if key != _KEY}
+    digest = hashlib.sha256(_serialised({**content, _KEY: ""})).hexdigest()
+    return _serialised({**content, _KEY: digest})
+
+
+def _serialised(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether these are, to the byte, the bytes that `sealed` gave; True for JSON that was never sealed."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(values, dict) or not values:
+        return False
+    last = list(values)[-1]
+    if _KEY not in values and not (isinstance(values[last], str) and re.fullmatch(r"[0-9a-f]{64}", values[last])):
+        return True  # by another program; a bit flipped in our key's name would have left the digest in its place
+    try:
+        return data == sealed(values)
+    except ValueError:
+        return False
+
+
+def is_store(path: str) -> bool:
+    """Whether a path is, or was going to be, a latent store: it has a manifest, or shards with their records."""
+    if "://" in path:
+        return True
+    folder = Path(path)
+    return (folder / "manifest.json").exists() or any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].json"))

@@ -15,13 +15,12 @@ from jaxtyping import Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.latents.cache import Folder, open_folder
-from pipeline.latents.files import Range, Run, ShardFile, read_runs, runs_of
 from pipeline.latents.formats import FORMATS, row_type
-from pipeline.latents.layout import Column, Layout
 from pipeline.latents.manifest import parse_manifest
+from pipeline.latents.remote import Folder, open_folder
+from pipeline.latents.shards import Column, Layout, Range, Run, ShardFile, read_runs, runs_of
 from pipeline.latents.writer import DTYPES
+from pipeline.runtime.errors import UserError
 
 _MOST_OPEN_SHARDS = 512
 _THREADS = 16

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.console import warn
-from pipeline.errors import UserError
-from pipeline.files import sha256_of
-from pipeline.latents.cache import Folder, open_folder
-from pipeline.latents.files import ShardFile
 from pipeline.latents.formats import FORMATS, row_type
-from pipeline.latents.manifest import MANIFEST_FILE, Manifest, ShardEntry, parse_manifest
-from pipeline.latents.records import SKIPPED_FILE, ShardRecord, parse_record, row_checksums, skipped_lines
-from pipeline.latents.sealing import is_intact
-from pipeline.latents.statistics import combine
+from pipeline.latents.manifest import MANIFEST_FILE, Manifest, ShardEntry, is_intact, parse_manifest
+from pipeline.latents.records import SKIPPED_FILE, ShardRecord, combine, parse_record, row_checksums, skipped_lines
+from pipeline.latents.remote import Folder, open_folder
+from pipeline.latents.shards import ShardFile
+from pipeline.runtime.console import warn
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import sha256_of
 
 _THREADS = 4
 

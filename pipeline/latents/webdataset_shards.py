@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from pipeline.latents.files import ShardFile
-from pipeline.latents.layout import Column, Layout, RowType
+from pipeline.latents.shards import Column, Layout, RowType, ShardFile
+from pipeline.runtime.errors import UserError
 
 SUFFIX = ".tar"
 _BLOCK = 512

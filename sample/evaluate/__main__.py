@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from pipeline.console import run_command
+from pipeline.runtime.console import run_command
 from sample.evaluate.options import EvaluateOptions
 
 

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from pipeline.console import say, warn
-from pipeline.files import make_folder, read_json, write_json
-from pipeline.options import flag_values
-from pipeline.processes import Launch, launch
-from sample.chunks import WorkFolder, begin
+from pipeline.runtime.cli import flag_values
+from pipeline.runtime.console import say, warn
+from pipeline.runtime.files import make_folder, read_json, write_json
+from pipeline.runtime.processes import Launch, launch
 from sample.evaluate import report
 from sample.evaluate.digests import pixels_fingerprint
 from sample.evaluate.features import DIGESTS, Blocks, make_features
@@ -19,8 +18,9 @@ from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import write_statistics
 from sample.evaluate.scoring import FEWEST_FOR_FID, Side, compute_scores, warn_of_few
 from sample.evaluate.task import Task, settle_task
-from sample.job import explained_memory
-from sample.provenance import sidecar_of
+from sample.run import explained_memory
+from sample.sidecar import sidecar_of
+from sample.work_folder import WorkFolder, begin
 
 
 def evaluate(options: EvaluateOptions) -> int:

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from pipeline.console import progress
-from pipeline.errors import UserError
-from pipeline.processes import Launch
-from sample.chunks import WorkFolder
+from pipeline.runtime.console import progress
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.processes import Launch
+from pipeline.runtime.threads import CPU_LANE, one_thread_each
 from sample.evaluate.digests import image_digests
 from sample.evaluate.inception import FeatureName, FIDInception
 from sample.evaluate.inputs import ImageSet, names_of
-from sample.lanes import CPU_LANE, one_thread_each
+from sample.work_folder import WorkFolder
 
 DIGESTS = "pixels_sha256"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
 from pipeline.images import ImageError, centre_crop, decode_image
+from pipeline.runtime.errors import UserError
 from sample.evaluate.options import PART_IMAGES
 
 SUFFIXES = frozenset(

@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
 from pipeline.latents import LatentStore
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.threads import CPU_LANE, GPU_DECODE_BATCH, decode_in_lanes, finite_rows, one_thread_each
 from pipeline.vae import Vae, check_latents, find_vae
 from sample.evaluate.digests import digest_of
 from sample.evaluate.inputs import names_of
 from sample.evaluate.options import PART_IMAGES, EvaluateOptions
 from sample.generate import NotFiniteError
-from sample.lanes import CPU_LANE, GPU_DECODE_BATCH, decode_in_lanes, finite_rows, one_thread_each
 from sample.options import ImageOptions, SampleOptions
-from sample.settle import Settled, choose_device, settle
+from sample.resolve import Settled, choose_device, settle
 
 
 class StoreImages:

@@ -1,11 +1,4 @@
-"""The Inception-v3 network of 5 December 2015 on whose features FID is defined, with that release's own quirks.
-
-Layer names are those of the public PyTorch port of the TensorFlow graph
-(`pt_inception-2015-12-05-6726825d.pth`), so its state dict loads as it is. Three things differ from
-torchvision's Inception-v3: average pools leave the padding out of the mean, the last block pools by maximum
-instead of by average, and there are 1,008 classes. Architecture: Szegedy et al. 2015, arXiv 1512.00567. Use
-as a metric: Heusel et al. 2017, arXiv 1706.08500.
-"""
+"""The image resize of TensorFlow 1, which the FID network was always fed through."""
 
 from collections.abc import Collection
 from typing import Literal
@@ -14,7 +7,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sample.evaluate.resize import resize_bilinear
+
+def _taps(length: int, wanted: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, per output position, the two input positions it lies between and the weight of the second."""
+    position = torch.arange(wanted, dtype=torch.float32, device=device) * (length / wanted)
+    lower = position.floor()
+    upper = (lower + 1).clamp(max=length - 1)
+    return lower.long(), upper.long(), position - lower
+
+
+def resize_bilinear(images: Tensor, *, height: int, width: int) -> Tensor:
+    """Float32 images [N, C, height, width], bilinear in the manner of `tf.image.resize_bilinear` of TensorFlow 1.
+
+    With `align_corners=False` and without half-pixel centres, output pixel i looks at input position i · (in
+    / out): the grid is anchored at the top left corner, and nothing is averaged when an image shrinks.
+    PyTorch's `interpolate` has no such mode (it has half-pixel centres), and FIDs differ by whole points
+    between the two.
+    """
+    images = images.to(torch.float32)
+    left, right, across = _taps(images.shape[-1], width, images.device)
+    images = torch.lerp(images[..., left], images[..., right], across)
+    top, bottom, down = _taps(images.shape[-2], height, images.device)
+    return torch.lerp(images[..., top, :], images[..., bottom, :], down[:, None])
+
 
 FeatureName = Literal["features_768", "features_2048", "spatial", "logits_unbiased", "logits"]
 FEATURE_WIDTHS: dict[str, int] = {

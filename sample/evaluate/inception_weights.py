@@ -10,10 +10,10 @@ from urllib.parse import urlparse
 
 from torch import Tensor
 
-from pipeline.console import progress, say
-from pipeline.errors import UserError
-from pipeline.files import make_folder, replacing, sha256_of
-from pipeline.foreign import load_tensors
+from pipeline.checkpoint.tensor_files import load_tensors
+from pipeline.runtime.console import progress, say
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import make_folder, replacing, sha256_of
 from sample.evaluate.inception import FIDInception
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.checkpoint import HUB_NAME
-from pipeline.errors import UserError
-from pipeline.inspect import is_store
+from pipeline.checkpoint.folder import HUB_NAME
+from pipeline.latents.manifest import is_store
+from pipeline.runtime.errors import UserError
 from sample.evaluate.folder import FolderImages
 from sample.evaluate.npz import NpzImages, list_arrays
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import StatisticsFile
-from sample.provenance import read_sidecar
+from sample.sidecar import read_sidecar
 
 _OF_CHECKPOINTS = ("checkpoints", "config.yaml", "config.json", "model_index.json")
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})

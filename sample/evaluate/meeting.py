@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pipeline.errors import UserError
-from pipeline.processes import Launch
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.processes import Launch
 
 
 @contextmanager

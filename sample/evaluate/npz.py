@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 from sample.evaluate.options import PART_IMAGES
 
 _SCAN_IMAGES = 64

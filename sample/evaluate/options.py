@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.errors import UserError
-from pipeline.options import nearest
+from pipeline.runtime.cli import nearest
+from pipeline.runtime.errors import UserError
 from sample.options import ComputeOptions, ReverseOptions
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")

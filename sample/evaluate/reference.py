@@ -19,8 +19,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from pipeline.files import replacing
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import replacing
 from sample.evaluate.metrics import Gaussian
 from sample.evaluate.npz import content_key, list_arrays, read_array
 

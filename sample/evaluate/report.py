@@ -5,10 +5,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json
+from pipeline.runtime.files import read_json
 from sample.evaluate.inputs import ImageSet, Input
 from sample.evaluate.scoring import Score
-from sample.provenance import versions
+from sample.sidecar import versions
 
 FORMAT = "dit-evaluation"
 VERSION = 1

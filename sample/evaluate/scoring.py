@@ -8,14 +8,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.console import say, warn
-from pipeline.errors import UserError
 from pipeline.randomness import Permutation
+from pipeline.runtime.console import say, warn
+from pipeline.runtime.errors import UserError
 from sample.evaluate.features import Blocks
 from sample.evaluate.inception import FeatureName
 from sample.evaluate.inputs import Input
-from sample.evaluate.metrics import Gaussian, fit_gaussian, frechet_distance, inception_score, kernel_distance
-from sample.evaluate.neighbours import NEIGHBOURS, precision_and_recall
+from sample.evaluate.metrics import (
+    NEIGHBOURS,
+    Gaussian,
+    fit_gaussian,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_and_recall,
+)
 
 FEWEST_FOR_FID = 2048
 FEW_FOR_FID = 10_000

@@ -6,10 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import warn
-from pipeline.errors import UserError
-from pipeline.files import make_folder, read_json
-from sample.chunks import work_folder_of
+from pipeline.runtime.console import warn
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import make_folder, read_json
 from sample.evaluate import report
 from sample.evaluate.digests import digest_of
 from sample.evaluate.inception import FeatureName
@@ -17,8 +16,9 @@ from sample.evaluate.inception_weights import InceptionWeights, cache_folder, fi
 from sample.evaluate.inputs import ImageSet, open_inputs
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.scoring import Side, settle_metrics
-from sample.provenance import sidecar_of
-from sample.settle import choose_device
+from sample.resolve import choose_device
+from sample.sidecar import sidecar_of
+from sample.work_folder import work_folder_of
 
 FEATURE_BATCH = {"cpu": 32, "cuda": 256}
 REFERENCE_FEATURES: tuple[FeatureName, ...] = ("features_2048", "spatial")

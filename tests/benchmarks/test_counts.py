@@ -14,7 +14,7 @@ from benchmarks.train import our_step
 from extract.plan import Plan
 from pipeline.dit import DiT, compile_blocks
 from pipeline.latents import LatentStore
-from train.order import DataOrder, Share
+from train.data import DataOrder, Share
 
 MODEL = "DiT-Ti/2"  # six blocks
 OPERATIONS_PER_TRAINING_STEP = 653  # as counted with torch 2.13; other versions differ by a few

@@ -7,7 +7,7 @@ from benchmarks.arithmetic import filled
 from benchmarks.machine import Ceilings
 from benchmarks.report import Report, Row, fill_markdown, part_table
 from benchmarks.timing import spread
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
 

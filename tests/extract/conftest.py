@@ -85,7 +85,7 @@ def command(capsys, vae_folder, images):
 def start(tmp_path_factory, vae_folder, images):
     """Starts dit-extract as a process of its own, forked from a server that has torch loaded; gives the process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["extract.extraction", "diffusers.models.autoencoders.autoencoder_kl"])
+    context.set_forkserver_preload(["extract.run", "diffusers.models.autoencoders.autoencoder_kl"])
     logs = tmp_path_factory.mktemp("logs")
     root = str(Path(__file__).parent.parent.parent)
     started = []

@@ -76,7 +76,7 @@ def test_twenty_rounds_of_kills(tmp_path, start, reference, hashes):
 
 
 SLOWLY = """
-import time, extract.shards as shards
+import time, extract.fill as shards
 write = shards.write_shard
 shards.write_shard = lambda *a, **k: (time.sleep(0.3), write(*a, **k))[1]
 """
@@ -163,7 +163,7 @@ def test_a_kill_during_overwrite_leaves_what_the_same_command_goes_on_with(tmp_p
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_before_the_first_image_has_its_status_and_a_line_too(tmp_path, start, number):
     stop_at_listing = f"""
-import os, signal, extract.extraction as extraction
+import os, signal, extract.run as extraction
 extraction.cached_listing = lambda *a: os.kill(os.getpid(), {int(number)})
 """
     process = start("--out", tmp_path / "store", before=stop_at_listing)

@@ -16,7 +16,7 @@ import scipy.io
 from extract.options import SourceOptions
 from extract.sources.listing import UnreadableInputError, cached_listing
 from extract.sources.selection import open_source
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 
 def opened(data, tmp_path, **flags):

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import UserError
 from pipeline.images import to_pixels
-from pipeline.vae import denormalise, draw_posterior, find_vae, fingerprint, load_vae, normalise
+from pipeline.runtime.errors import UserError
+from pipeline.vae import denormalize, draw_posterior, find_vae, fingerprint, load_vae, normalize
 from pipeline.vae_folder import DEMO_FOLDER, WEIGHTS
 
 DEMO_SHA256 = "72fd28f43de6fa2c0fef370a27643b86a591f38a3fc1fdbe9dc493e9a41fbfff"
@@ -308,7 +308,7 @@ def test_a_mean_and_spread_per_channel_become_factors_per_channel(copied, pixels
     assert (vae.scaling_factor, vae.shift_factor) == ([0.5, 0.25, 0.125, 0.1], [1.0, 2.0, 3.0, 4.0])
     z = vae.encode(pixels)[:, :4]
     expected = torch.stack([(z[:, c] - (c + 1)) / std * 0.5 for c, std in enumerate((1, 2, 4, 5))], dim=1)
-    assert torch.allclose(normalise(z, vae.scaling_factor, vae.shift_factor), expected)
+    assert torch.allclose(normalize(z, vae.scaling_factor, vae.shift_factor), expected)
     edit_config(copied, shift_factor=0.1)
     with pytest.raises(UserError, match="must have one per channel, and no shift_factor beside"):
         load_vae(str(copied))
@@ -317,11 +317,11 @@ def test_a_mean_and_spread_per_channel_become_factors_per_channel(copied, pixels
 @pytest.mark.parametrize(("scale", "shift"), [(0.18215, None), (0.3611, 0.1159), ([1.0, 2.0], [3.0, 4.0])])
 def test_denormalising_undoes_normalising(scale, shift):
     z = torch.randn((3, 2, 5, 4), generator=torch.Generator().manual_seed(0))
-    fed = normalise(z, scale, shift)
-    assert torch.allclose(denormalise(fed, scale, shift), z, atol=1e-6)
+    fed = normalize(z, scale, shift)
+    assert torch.allclose(denormalize(fed, scale, shift), z, atol=1e-6)
     if shift is None:
         assert torch.equal(fed, z * 0.18215)
-    assert torch.equal(normalise(z[None, 1], scale, shift)[0], fed[1])
+    assert torch.equal(normalize(z[None, 1], scale, shift)[0], fed[1])
 
 
 def test_a_draw_is_the_mean_plus_the_spread_times_the_noise():
@@ -374,7 +374,7 @@ def test_the_demo_vae_reconstructs_colourful_photographs(demo):
 
 def test_the_demo_vaes_scale_gives_latents_of_about_unit_spread(demo):
     images = digits_not_seen()
-    z = normalise(demo.encode(torch.from_numpy(to_pixels(images)))[:, :4], demo.scaling_factor, demo.shift_factor)
+    z = normalize(demo.encode(torch.from_numpy(to_pixels(images)))[:, :4], demo.scaling_factor, demo.shift_factor)
     assert 0.5 < z.std() < 2
     with safe_open(DEMO_FOLDER / WEIGHTS, framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pipeline.checkpoint import write_model_files
+from pipeline.checkpoint.folder import write_model_files
 from pipeline.diffusion import GaussianDiffusion
 from pipeline.dit import DiT, DiTConfig
 from pipeline.randomness import generator

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import newest_checkpoint
+from pipeline.checkpoint.folder import newest_checkpoint
 from sample.__main__ import main
 
 DEMO = Path(__file__).parent.parent.parent / "demo"

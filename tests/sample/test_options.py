@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import UserError
-from pipeline.options import parse_options
+from pipeline.runtime.cli import parse_options
+from pipeline.runtime.errors import UserError
 from sample.__main__ import PRESETS
 from sample.options import SampleOptions
 

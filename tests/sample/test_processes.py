@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sample.chunks import work_folder_of
+from sample.work_folder import work_folder_of
 from tests.families import kill_family
 
 ROOT = Path(__file__).parent.parent.parent

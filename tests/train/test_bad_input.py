@@ -7,7 +7,7 @@ import pytest
 
 from tests.train.runs import ROOT, command, environment, make_store, train
 from train.__main__ import main
-from train.batches import check_labels
+from train.data import check_labels
 
 
 def refused(capsys, status):
@@ -99,7 +99,7 @@ def test_a_validation_store_of_another_vae(store, tmp_path, capsys):
 
 def test_too_little_memory_says_what_to_lower(store, tmp_path):
     """A real process whose address space ends just where a batch would begin."""
-    limited = "import resource, sys, runpy, torch; from train.sitting import train; "
+    limited = "import resource, sys, runpy, torch; from train.run import train; "
     limited += "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
     limited += "resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000,) * 2); "
     limited += "sys.argv = ['dit-train', *sys.argv[1:]]; runpy.run_module('train', run_name='__main__')"

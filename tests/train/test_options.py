@@ -1,15 +1,15 @@
 import pytest
 import yaml
 
-from pipeline.errors import UserError
-from pipeline.options import parse_options
+from pipeline.runtime.cli import parse_options
+from pipeline.runtime.errors import UserError
 from train.__main__ import PRESETS
 from train.options import (
     MAY_CHANGE,
     AverageOptions,
     DataOptions,
     HardwareOptions,
-    OptimiserOptions,
+    OptimizerOptions,
     TrainOptions,
     plain_values,
 )
@@ -65,7 +65,7 @@ def test_every_preset_is_read_by_its_name_and_says_which_it_is(name):
 
 
 def test_the_command_line_overrides_a_preset():
-    assert parse("--config", "small-data", "--batch-size", "32").optimiser.batch_size == 32
+    assert parse("--config", "small-data", "--batch-size", "32").optimizer.batch_size == 32
 
 
 def test_resolved_options_read_back_are_the_same(tmp_path):
@@ -94,13 +94,13 @@ def test_every_flag_that_may_change_exists():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimiserOptions(batch_size=0), "--batch-size 0 must be at least 1"),
-        (lambda: OptimiserOptions(betas=(0.9, 1.0)), "--betas 0.9 1.0 must both lie"),
-        (lambda: OptimiserOptions(clip_norm=0.0), "--clip-norm 0.0 must be above 0"),
-        (lambda: OptimiserOptions(lr=float("nan")), "--lr nan must be at least 0"),
+        (lambda: OptimizerOptions(batch_size=0), "--batch-size 0 must be at least 1"),
+        (lambda: OptimizerOptions(betas=(0.9, 1.0)), "--betas 0.9 1.0 must both lie"),
+        (lambda: OptimizerOptions(clip_norm=0.0), "--clip-norm 0.0 must be above 0"),
+        (lambda: OptimizerOptions(lr=float("nan")), "--lr nan must be at least 0"),
         (lambda: HardwareOptions(grad_accumulation=0), "--grad-accumulation 0 must be at least 1"),
-        (lambda: OptimiserOptions(lr=float("inf")), "--lr inf must be a finite number"),
-        (lambda: OptimiserOptions(weight_decay=float("inf")), "--weight-decay inf must be a finite number"),
+        (lambda: OptimizerOptions(lr=float("inf")), "--lr inf must be a finite number"),
+        (lambda: OptimizerOptions(weight_decay=float("inf")), "--weight-decay inf must be a finite number"),
         (lambda: DataOptions(latents="x", validation_share=0.9), "--validation-share 0.9 must lie between 0 and 0.5"),
         (lambda: AverageOptions(ema_decay=1.0), "decay 1.0 of ema must lie"),
         (lambda: AverageOptions(extra_ema=("slow",)), "--extra-ema slow must be NAME=DECAY"),

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
-from train.order import DataOrder, Share, draw_views
+from pipeline.runtime.errors import UserError
+from train.data import DataOrder, Share, draw_views
 
 GRID = [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)]
 

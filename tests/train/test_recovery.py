@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.train.runs import assert_same_run, checkpoints, history, lines, make_store, poison, tensors, train
-from train.order import DataOrder, Share
+from train.data import DataOrder, Share
 
 SAVING = ["--save-every", "2", "--keep-last", "0"]
 

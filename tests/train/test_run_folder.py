@@ -4,8 +4,8 @@ import json
 import pytest
 import yaml
 
-from pipeline.errors import UserError
-from train.options import DataOptions, ModelOptions, OptimiserOptions, RunOptions, TrainOptions
+from pipeline.runtime.errors import UserError
+from train.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainOptions
 from train.run_folder import MetricsFile, begin_run, check_run, claimed
 
 
@@ -13,7 +13,7 @@ def options(out, *, seed=0, steps=10, overwrite=False, **data):
     return TrainOptions(
         data=DataOptions(latents="store", seed=seed, **data),
         run=RunOptions(out=out, overwrite=overwrite),
-        optimiser=OptimiserOptions(steps=steps),
+        optimizer=OptimizerOptions(steps=steps),
     )
 
 

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from pipeline.diffusion import GaussianDiffusion, guided
-from pipeline.diffusion.ancestral import ddim, ddpm
+from pipeline.diffusion import GaussianDiffusion, classifier_free_guidance
+from pipeline.diffusion.samplers import ddim, ddpm
 
 
 @pytest.fixture
 def reference(golden, golden_network):
     """Guided network, starting noise and recorded noises; the reference carries each sample twice, we once."""
-    denoise = guided(
+    denoise = classifier_free_guidance(
         golden_network, golden["sample.y"][:2], scale=golden["sample.cfg_scale"].item(), null_class=10, channels=3
     )
     return denoise, golden["sample.z"][:2], lambda k: golden["sample.noises"][k][:2]

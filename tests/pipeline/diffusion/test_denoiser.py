@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from pipeline.diffusion.denoiser import check_batch, mean_over_sample, precise, split_output
+from pipeline.diffusion.denoiser import at_least_float32, check_batch, mean_over_sample, split_output
 
 
 def test_half_precision_is_promoted_and_float64_kept():
     x = torch.ones(1, 1, 1, 1)
-    assert precise(x.half()).dtype == torch.float32
-    assert precise(x.double()).dtype == torch.float64
+    assert at_least_float32(x.half()).dtype == torch.float32
+    assert at_least_float32(x.double()).dtype == torch.float64
 
 
 def test_the_output_is_the_prediction_then_the_variance_channels():

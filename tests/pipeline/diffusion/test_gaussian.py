@@ -93,7 +93,7 @@ def test_the_true_prediction_has_no_error_and_leads_back_to_the_data(prediction)
     assert losses["loss"].abs().max() < 1e-20
     assert losses["vb"].abs().max() == 0
     x_t = process.q_sample(x_start, t, noise)
-    step = process.step_back(truth, x_t, t)
+    step = process.p_mean_variance(truth, x_t, t)
     torch.testing.assert_close(step.x_start, x_start, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(process.predict_epsilon(step.x_start, x_t, t), noise, rtol=1e-6, atol=1e-6)
 
@@ -103,15 +103,15 @@ def test_the_learned_variance_runs_from_the_posteriors_to_betas():
     t = torch.tensor([7, 7, 7])
     fraction = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)[:, None, None, None]
     output = torch.cat([torch.zeros_like(fraction), fraction], dim=1)
-    log_variance = process.step_back(output, torch.zeros_like(fraction), t).log_variance.flatten()
+    log_variance = process.p_mean_variance(output, torch.zeros_like(fraction), t).log_variance.flatten()
     low, high = process.posterior_log_variance_clipped[7], process.betas[7].log()
     torch.testing.assert_close(log_variance, torch.stack([low, (low + high) / 2, high]))
 
 
 def test_fixed_variances_are_the_posteriors_and_betas():
     x, t = torch.zeros(2, 1, 1, 1, dtype=torch.float64), torch.tensor([0, 500])
-    small = GaussianDiffusion(variance="fixed-small").step_back(x, x, t).log_variance.flatten()
-    large = GaussianDiffusion(variance="fixed-large").step_back(x, x, t).log_variance.flatten()
+    small = GaussianDiffusion(variance="fixed-small").p_mean_variance(x, x, t).log_variance.flatten()
+    large = GaussianDiffusion(variance="fixed-large").p_mean_variance(x, x, t).log_variance.flatten()
     process = GaussianDiffusion()
     torch.testing.assert_close(small, process.posterior_log_variance_clipped[t])
     torch.testing.assert_close(large, torch.stack([process.posterior_variance[1], process.betas[500]]).log())

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from pipeline.diffusion import guided
+from pipeline.diffusion import classifier_free_guidance
 from pipeline.dit import DiT, DiTConfig
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 
 class Counting:
@@ -27,12 +27,12 @@ def channels(output):
 
 
 def test_three_guided_channels_are_the_references(golden, golden_network, relative_error):
-    denoise = guided(golden_network, golden["cfg.y"][:2], scale=4.0, null_class=10, channels=3)
+    denoise = classifier_free_guidance(golden_network, golden["cfg.y"][:2], scale=4.0, null_class=10, channels=3)
     assert relative_error(denoise(golden["cfg.x"][:2], golden["cfg.t"][:2]), golden["cfg.out"][:2]) < 1e-5
 
 
 def test_guidance_extrapolates_all_latent_channels_and_leaves_the_variance_conditional():
-    output = channels(guided(Counting(), Y, scale=3.0, null_class=5)(X, T))
+    output = channels(classifier_free_guidance(Counting(), Y, scale=3.0, null_class=5)(X, T))
     for row, label in enumerate((1, 2)):
         assert output[row, :4].eq(5 + 5 + 3.0 * (label - 5)).all()
         assert output[row, 4:].eq(label + 5).all()
@@ -41,7 +41,7 @@ def test_guidance_extrapolates_all_latent_channels_and_leaves_the_variance_condi
 def test_of_a_latent_with_fewer_channels_than_are_guided_the_variance_stays_conditional():
     x = torch.zeros(2, 2, 2, 2)
     model = lambda x, t, y: (y + t / 100)[:, None, None, None] * torch.ones(len(x), 4, *x.shape[2:])  # noqa: E731
-    output = channels(guided(model, Y, scale=3.0, null_class=5, channels=3)(x, T))
+    output = channels(classifier_free_guidance(model, Y, scale=3.0, null_class=5, channels=3)(x, T))
     for row, label in enumerate((1, 2)):
         assert output[row, :2].eq(5 + 5 + 3.0 * (label - 5)).all()
         assert output[row, 2:].eq(label + 5).all()
@@ -49,39 +49,45 @@ def test_of_a_latent_with_fewer_channels_than_are_guided_the_variance_stays_cond
 
 def test_scale_1_costs_one_pass_and_another_scale_one_doubled_pass():
     model = Counting()
-    guided(model, Y, scale=1.0, null_class=5)(X, T)
+    classifier_free_guidance(model, Y, scale=1.0, null_class=5)(X, T)
     assert model.batches == [2]
-    guided(model, Y, scale=2.0, null_class=5)(X, T)
+    classifier_free_guidance(model, Y, scale=2.0, null_class=5)(X, T)
     assert model.batches == [2, 4]
 
 
 def test_scale_0_is_the_unconditional_network():
-    assert channels(guided(Counting(), Y, scale=0.0, null_class=5)(X, T))[:, :4].eq(10).all()
+    assert channels(classifier_free_guidance(Counting(), Y, scale=0.0, null_class=5)(X, T))[:, :4].eq(10).all()
 
 
 @pytest.mark.parametrize(("t", "inside"), [(100, False), (300, True), (500, True), (700, True), (701, False)])
 def test_outside_the_interval_guidance_rests_and_costs_one_pass(t, inside):
     model = Counting()
-    output = guided(model, Y, scale=3.0, null_class=5, interval=(0.3, 0.7))(X, torch.tensor([t, t]))
+    output = classifier_free_guidance(model, Y, scale=3.0, null_class=5, interval=(0.3, 0.7))(X, torch.tensor([t, t]))
     assert model.batches == [4 if inside else 2]
     assert torch.equal(channels(output)[:, 4], Y + torch.tensor(t) / 100)
     assert channels(output)[0, 0].eq(1 + t / 100) == (not inside)
 
 
 def test_in_a_mixed_batch_each_sample_is_guided_by_its_own_time():
-    output = channels(guided(Counting(), Y, scale=3.0, null_class=5, interval=(0.3, 0.7))(X, torch.tensor([500, 900])))
+    output = channels(
+        classifier_free_guidance(Counting(), Y, scale=3.0, null_class=5, interval=(0.3, 0.7))(
+            X, torch.tensor([500, 900])
+        )
+    )
     assert output[0, 0] == 5 + 5 + 3.0 * (1 - 5)
     assert output[1, 0] == 2 + 9
 
 
 def test_the_interval_follows_a_process_of_another_length():
     model = Counting()
-    guided(model, Y, scale=3.0, null_class=5, interval=(0.3, 0.7), time_scale=100.0)(X, torch.tensor([50, 50]))
+    classifier_free_guidance(model, Y, scale=3.0, null_class=5, interval=(0.3, 0.7), time_scale=100.0)(
+        X, torch.tensor([50, 50])
+    )
     assert model.batches == [4]
 
 
 def test_outputs_in_half_precision_are_mixed_in_float32():
-    output = guided(lambda x, t, y: Counting()(x, t, y).bfloat16(), Y, scale=3.0, null_class=5)(X, T)
+    output = classifier_free_guidance(lambda x, t, y: Counting()(x, t, y).bfloat16(), Y, scale=3.0, null_class=5)(X, T)
     assert output.dtype == torch.float32
 
 
@@ -90,21 +96,21 @@ def test_an_unconditional_network_refuses_guidance_and_runs_without():
     with pytest.raises(
         UserError, match=r"guidance 4.0 needs classes, but this network is unconditional; use --guidance 1"
     ):
-        guided(model, None, scale=4.0, null_class=0)
+        classifier_free_guidance(model, None, scale=4.0, null_class=0)
     with pytest.raises(UserError, match="unconditional"):
-        guided(model, torch.zeros(2, dtype=torch.long), scale=4.0, null_class=0)
-    assert guided(model, None, scale=1.0)(X, T).shape == (2, 8, 2, 2)
+        classifier_free_guidance(model, torch.zeros(2, dtype=torch.long), scale=4.0, null_class=0)
+    assert classifier_free_guidance(model, None, scale=1.0)(X, T).shape == (2, 8, 2, 2)
 
 
 def test_a_network_without_a_null_class_refuses_guidance():
     model = DiT(DiTConfig(input_size=2, hidden_size=8, depth=1, num_heads=1, num_classes=3, class_dropout_prob=0.0))
     with pytest.raises(UserError, match="needs a null class, but this network was trained without label dropout"):
-        guided(model, Y, scale=2.0, null_class=3)
+        classifier_free_guidance(model, Y, scale=2.0, null_class=3)
     with pytest.raises(UserError, match="needs a null class"):
-        guided(Counting(), Y, scale=2.0, null_class=None)
+        classifier_free_guidance(Counting(), Y, scale=2.0, null_class=None)
 
 
 @pytest.mark.parametrize("interval", [(0.7, 0.3), (-0.1, 0.5), (0.0, 1.1)])
 def test_an_interval_that_does_not_rise_within_0_and_1_is_refused(interval):
     with pytest.raises(UserError, match="the guidance interval is"):
-        guided(Counting(), Y, scale=2.0, null_class=5, interval=interval)
+        classifier_free_guidance(Counting(), Y, scale=2.0, null_class=5, interval=interval)

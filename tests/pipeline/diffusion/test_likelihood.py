@@ -1,6 +1,6 @@
 import torch
 
-from pipeline.diffusion.likelihood import discretised_gaussian_nll, gaussian_kl
+from pipeline.diffusion.gaussian import discretized_gaussian_nll, gaussian_kl
 
 
 def test_the_divergence_has_its_closed_form():
@@ -13,11 +13,11 @@ def test_the_divergence_has_its_closed_form():
 
 def test_the_probabilities_of_all_256_levels_add_up_to_1():
     levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).view(-1, 1, 1, 1)
-    nll = discretised_gaussian_nll(levels, torch.full_like(levels, 0.3), torch.full_like(levels, -2.0))
+    nll = discretized_gaussian_nll(levels, torch.full_like(levels, 0.3), torch.full_like(levels, -2.0))
     assert abs((-nll).exp().sum().item() - 1) < 1e-9
 
 
 def test_an_impossible_value_costs_a_finite_amount():
     x = torch.ones(1, 1, 1, 1)
-    nll = discretised_gaussian_nll(x * 0.5, -x, torch.full_like(x, -20.0))
+    nll = discretized_gaussian_nll(x * 0.5, -x, torch.full_like(x, -20.0))
     torch.testing.assert_close(nll, torch.full_like(x, 1e-12).log().neg())

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.diffusion import GaussianDiffusion, RectifiedFlow, make_process
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 
 def test_the_objective_names_the_process_and_defaults_are_the_papers():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.diffusion import SAMPLERS, GaussianDiffusion, RectifiedFlow, default_sampler, samplers_for
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 COUNT = 20_000
 SHAPE = (2, 1, 2)

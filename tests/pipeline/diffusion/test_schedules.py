@@ -5,7 +5,7 @@ import torch
 
 from pipeline.diffusion import GaussianDiffusion
 from pipeline.diffusion.schedules import betas_of, kept_timesteps
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 RESPACINGS = ("250", "50", "25", "ddim50", "ddim25", "10,15,20")
 

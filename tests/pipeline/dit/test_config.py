@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.dit import PRESETS, ConfigError, DiTConfig
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 
 
 def test_the_presets_are_the_papers_twelve_and_the_tiny_one():

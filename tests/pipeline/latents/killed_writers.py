@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.latents import LatentSpec, LatentStore, files
+from pipeline.latents import LatentSpec, LatentStore, shards
 from pipeline.latents.writer import StoreDescription, finish_store, missing_shards, read_record, write_shard
 from pipeline.randomness import normal
 
@@ -109,7 +109,7 @@ def run(folder, shard_format, rounds, writers, draws):
 
 def read_in_a_fork(folder):
     """The exit status of a fork that reads with a store that its parent has used, threads and all."""
-    files._NO_WAIT = 0  # as on a file system that cannot tell what is cached: everything is read by threads
+    shards._NO_WAIT = 0  # as on a file system that cannot tell what is cached: everything is read by threads
     store = LatentStore(folder)
     expected, _ = store[:]
     process = os.fork()

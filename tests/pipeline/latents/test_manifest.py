@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.latents import Manifest
 from pipeline.latents.manifest import parse_manifest, read_manifest
+from pipeline.runtime.errors import UserError
 
 
 def change(folder, **values):

@@ -2,8 +2,7 @@ import json
 
 import torch
 
-from pipeline.latents.removal import remove_files, store_files
-from pipeline.latents.writer import write_shard
+from pipeline.latents.writer import remove_files, store_files, write_shard
 
 MINE = ("notes-000001.tar", "run-2024010112.json", "train-2024.safetensors", "photo.png", "mydata-00001.json")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.latents.statistics import combine, sums_of
+from pipeline.latents.records import combine, sums_of
 from pipeline.randomness import normal
 from pipeline.vae import draw_posterior
 

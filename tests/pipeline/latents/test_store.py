@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.latents import LatentStore, files
+from pipeline.latents import LatentStore, shards
 from pipeline.latents.formats import FORMATS, row_type
 from pipeline.latents.writer import finish_store, write_shard
+from pipeline.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_iterating_gives_every_sample_once(store, sample):
 @pytest.mark.parametrize("may_know_what_is_cached", [True, False])
 def test_a_gather_of_views_equals_one_row_after_the_other(whole_store, sample, may_know_what_is_cached, monkeypatch):
     if not may_know_what_is_cached:
-        monkeypatch.setattr(files, "_NO_WAIT", 0)
+        monkeypatch.setattr(shards, "_NO_WAIT", 0)
     store = LatentStore(whole_store)
     draws = np.random.default_rng(0)
     for count in (0, 1, 2, 5, 50, 2000):
@@ -148,7 +148,7 @@ def test_a_shard_cut_off_while_it_is_read_gives_an_error_with_shard_and_row(own_
     store[:]
     path = next(own_store.glob("train-00000.[st]*"))
     row = row_type(store.manifest.latent, 2)
-    layout = FORMATS[store.manifest.shard_format].read_layout(files.ShardFile(path, size=path.stat().st_size), 7, row)
+    layout = FORMATS[store.manifest.shard_format].read_layout(shards.ShardFile(path, size=path.stat().st_size), 7, row)
     os.truncate(path, layout.latents.start + 4 * layout.latents.stride + 10)
     with pytest.raises(UserError, match=rf"{path.name}, row 4, is cut off"):
         store[[2, 4, 9]]

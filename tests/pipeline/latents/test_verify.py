@@ -6,13 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.latents import LatentStore
-from pipeline.latents.files import ShardFile
 from pipeline.latents.formats import FORMATS, row_type
-from pipeline.latents.manifest import read_manifest
-from pipeline.latents.sealing import is_intact, sealed
+from pipeline.latents.manifest import is_intact, read_manifest, sealed
+from pipeline.latents.shards import ShardFile
 from pipeline.latents.verify import verify
+from pipeline.runtime.errors import UserError
 
 
 def flip(path, byte, bit=0):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
 from pipeline.latents import LatentStore
 from pipeline.latents.verify import verify
 from pipeline.latents.writer import finish_store, missing_shards, read_record, unstorable_rows, write_shard
+from pipeline.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import UserError
 from pipeline.images import centre_crop
+from pipeline.runtime.errors import UserError
 from sample.evaluate.folder import FolderImages, list_images
 
 

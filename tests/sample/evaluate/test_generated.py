@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from pipeline.errors import UserError
 from pipeline.latents import LatentSpec
 from pipeline.latents.writer import StoreDescription, finish_store, write_shard
+from pipeline.runtime.errors import UserError
 from pipeline.vae import load_vae
 from sample.__main__ import main as sample
 from sample.evaluate.__main__ import main
@@ -101,8 +101,8 @@ def test_a_vae_of_other_latents_is_refused(store, tmp_path):
 
 
 def test_every_form_of_checkpoint_that_is_sampled_is_evaluated(evaluate, tiny, tmp_path):
-    from pipeline.conversion import convert
-    from pipeline.convert import ConvertOptions
+    from pipeline.convert.options import ConvertOptions
+    from pipeline.convert.run import convert
 
     run = tmp_path / "run"
     shutil.copytree(tiny, run / "checkpoints" / "step-0000010")

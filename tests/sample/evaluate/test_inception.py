@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sample.evaluate.inception import FEATURE_WIDTHS, FIDInception
-from sample.evaluate.resize import resize_bilinear
+from sample.evaluate.inception import FEATURE_WIDTHS, FIDInception, resize_bilinear
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 ALL = tuple(FEATURE_WIDTHS)

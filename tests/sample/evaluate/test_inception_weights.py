@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 from sample.evaluate.inception_weights import FILE_NAME, URL, find_inception, load_inception
 
 

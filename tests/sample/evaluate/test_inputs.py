@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 from sample.evaluate.inputs import kind_of, open_inputs
 from sample.evaluate.options import EvaluateOptions
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 from sample.evaluate.options import EvaluateOptions
 
 

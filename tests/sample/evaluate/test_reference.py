@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 from sample.evaluate.metrics import Gaussian
 from sample.evaluate.reference import StatisticsFile, write_statistics
 

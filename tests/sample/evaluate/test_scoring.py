@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.runtime.errors import UserError
 from sample.evaluate.inputs import Input
 from sample.evaluate.scoring import Side, compute_scores, count_name, settle_metrics
 

@@ -1,0 +1,127 @@
+"""The progress bar of an extraction, and the estimate of time and disk given before it starts in earnest."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from extract.plan import Plan
+from extract.store_folder import OutputFolder
+from pipeline.runtime.console import progress, say, warn
+from pipeline.runtime.units import size
+
+_LOOK_AROUND_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amount:
+    """What there is to do."""
+
+    plan: Plan
+    span: range
+    sample_bytes: int
+    """Bytes of a stored sample."""
+
+
+class Meter:
+    """Counts images, bytes and skips; shows the whole job's progress, other processes' shards included."""
+
+    def __init__(self, output: OutputFolder, amount: Amount, *, batches_ahead: int) -> None:
+        """Begin to count, and say how much disk the store will take.
+
+        Args:
+            output: where the store is made.
+            amount: what there is to do.
+            batches_ahead: batches under way at a time; two rounds of them are waited for before time is estimated.
+        """
+        self._output, self._amount, self._round = output, amount, batches_ahead
+        self._own = self._skipped = self._read = self._batches = 0
+        self._started = self._looked = time.monotonic()
+        self._warm = (0, self._started)
+        self._before = self._inputs_in(output.done(amount.span))
+        say(disk_estimate(amount, output.path))
+        total = self._inputs_in(amount.span)
+        self._bar = progress(total, unit="images", description="encoding", initial=self._before)
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.close()
+
+    @property
+    def images(self) -> int:
+        """Images encoded here."""
+        return self._own
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._started
+
+    @property
+    def skipped(self) -> int:
+        """Inputs left out here."""
+        return self._skipped
+
+    def read(self, count: int) -> None:
+        """Count bytes of an input."""
+        self._read += count
+
+    def done(self, images: int, *, skipped: int) -> None:
+        """Count what became of inputs, and show it."""
+        self._own += images
+        self._skipped += skipped
+        self._bar.update(images + skipped)
+        now = time.monotonic()
+        if images:
+            self._batches += 1
+            self._estimate(now)
+        if now - self._looked > _LOOK_AROUND_S:
+            self._look_around(now)
+
+    def _look_around(self, now: float) -> None:
+        """Add the shards that other processes finished meanwhile to the bar."""
+        self._looked = now
+        rate = self._read / self.seconds / 1e6
+        self._bar.set_postfix_str(f"{rate:.1f} MB/s, {self._skipped} skipped", refresh=False)
+        self._bar.n = max(self._bar.n, self._inputs_in(self._output.done(self._amount.span)))
+
+    def _estimate(self, now: float) -> None:
+        """Say how long it will take, once: from two rounds of batches after the first, which pays for warming up."""
+        if self._batches == self._round:
+            self._warm = self._own, now
+        elif self._batches == 3 * self._round:
+            images, since = self._warm
+            rate = (self._own - images) / max(now - since, 1e-9)
+            left = self._inputs_in(self._amount.span) - self._before - self._own
+            say(f"about {duration(left / max(rate, 1e-9))} to go at {rate:.1f} images/s, with this process alone")
+
+    def _inputs_in(self, shards: range | list[int]) -> int:
+        size = self._amount.plan.samples_per_shard
+        return sum(min(size, self._amount.plan.samples - shard * size) for shard in shards)
+
+
+def disk_estimate(amount: Amount, path: Path) -> str:
+    """How much disk the whole store takes; a warning of its own where that much is not free."""
+    needed = amount.plan.samples * amount.sample_bytes
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        warn(f"the store needs {size(needed)}, but only {size(free)} are free at {path}")
+    return (
+        f"the store will take {size(needed)} of disk ({size(free)} free): {amount.plan.samples:,} images of "
+        f"{size(amount.sample_bytes)}, in shards of {amount.plan.samples_per_shard:,}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time for people, in its two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,364 @@
+"""One extraction from its options to its exit status: list, plan, check, preview, fill, finish."""
+
+import hashlib
+import json
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from extract.class_names import class_names
+from extract.encoder import Encoder, arithmetic, choose_device, cores_of_this_process
+from extract.fill import Work, fill
+from extract.inputs import Loader
+from extract.options import ExtractOptions
+from extract.plan import Plan
+from extract.preview import draw_preview
+from extract.progress import Amount, Meter, duration
+from extract.sources.listing import Listing, Source, UnreadableInputError, cached_listing
+from extract.sources.selection import open_source
+from extract.store_folder import REMOVAL, OutputFolder
+from pipeline.latents.manifest import LatentSpec
+from pipeline.latents.records import ShardRecord, read_record
+from pipeline.latents.writer import DTYPES, StoreDescription, finish_store
+from pipeline.randomness import Permutation
+from pipeline.runtime.console import say
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.processes import Launch, StopRequest, launch
+from pipeline.vae import Vae, load_vae
+from pipeline.vae_folder import find_folder, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What there is to encode, and in which order."""
+
+    loader: Loader
+    plan: Plan
+    classes: tuple[str, ...]
+    """Readable names, index = label."""
+
+    @property
+    def listing(self) -> Listing:
+        return self.loader.listing
+
+
+def extract(options: ExtractOptions, *, began: float) -> int:
+    """Make the store that the options describe, or continue it; gives the exit status.
+
+    Args:
+        options: what is asked for.
+        began: when this process started, in seconds since 1970.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    place = launch()
+    if options.out is None:
+        with tempfile.TemporaryDirectory(prefix="dit-extract-") as folder:
+            source = open_source(options.source, Path(folder))
+            return _preview(options, _inputs(options, source, None), place)
+    output = OutputFolder(path=options.out, split=options.source.split)
+    if options.overwrite and not place.is_main:
+        output.wait_for_removal(began)
+    output.check()
+    source = open_source(options.source, output.remote_copies, left_out=options.out)
+    replaces = options.overwrite and place.is_main and output.holds_store
+    if not replaces and output.is_finished and not output.lost_shards():
+        output.tidy()
+        return _already_finished(options, output, source, place)
+    with output.occupied() as presence:
+        with output.turn(REMOVAL) if replaces else nullcontext():
+            with output.turn("listing"):
+                inputs = _inputs(options, source, output.listing_cache)
+            if replaces:
+                _check(options, source, inputs, place)
+                output.remove_store(presence)
+        if options.preview is not None and place.is_main:
+            _preview(options, inputs, place)
+        return _extract(options, output, inputs, place)
+
+
+def _check(options: ExtractOptions, source: Source, inputs: Inputs, place: Launch) -> None:
+    """Find everything that is asked for right, before a store goes that another one is to replace."""
+    _settings(options, source, inputs)
+    device, _ = choose_device(options.work.device, place)
+    with arithmetic(device):
+        _vae(options, device)
+
+
+def _vae(options: ExtractOptions, device: torch.device) -> Vae:
+    vae = load_vae(options.vae, device=device, dtype=DTYPES[options.work.encode_dtype])
+    vae.check_size(options.pixels.image_size, options.pixels.image_size)
+    return vae
+
+
+def _extract(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: Launch) -> int:
+    settings = _settings(options, inputs.loader.source, inputs)
+    output.check_settings(settings)
+    check_same_data(output, inputs.plan, inputs.loader)
+    if output.is_finished:
+        if not output.lost_shards():
+            return _already_finished(options, output, inputs.loader.source, place)
+        output.reopen()
+    plan_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    device, reason = choose_device(options.work.device, place)
+    with arithmetic(device):
+        vae = _vae(options, device)
+        say(f"encoding on {device} ({reason}) in {options.work.encode_dtype}")
+        output.begin(settings, plan_hash)
+        with StopRequest() as stop:
+            _fill(options, output, inputs, plan_hash, vae, stop)
+    if stop.signal:
+        done = len(output.done(range(inputs.plan.shards)))
+        again = "run the same command again" + (", without --overwrite," if options.overwrite else "")
+        say(f"stopped; {done} of {inputs.plan.shards} shards are in place; {again} to continue")
+        return stop.exit_status
+    description = describe_store(
+        options, settings, plan_hash, vae, classes=inputs.classes, class_ids=inputs.listing.class_ids
+    )
+    return finish(output, inputs.plan, description, allow_skips=options.work.allow_skips)
+
+
+def _fill(
+    options: ExtractOptions, output: OutputFolder, inputs: Inputs, plan_hash: str, vae: Vae, stop: StopRequest
+) -> None:
+    """Make the shards that are missing."""
+    span = options.shards.span(inputs.plan.shards)
+    if len(output.done(span)) == len(span):
+        return
+    with Encoder(
+        vae,
+        batch_size=options.work.batch_size,
+        flip=options.pixels.flip,
+        store_dtype=DTYPES[options.shards.store_dtype],
+        views=len(options.pixels.views),
+        image_px=options.pixels.image_size,
+        compiled=options.work.compile,
+    ) as encoder:
+        work = Work(
+            output=output,
+            plan=inputs.plan,
+            plan_hash=plan_hash,
+            span=span,
+            loader=inputs.loader,
+            encoder=encoder,
+            shard_format=options.shards.format,
+            store_dtype=options.shards.store_dtype,
+            workers=options.work.workers or cores_of_this_process(),
+            fail_on_error=options.work.on_error == "fail",
+        )
+        amount = Amount(plan=inputs.plan, span=span, sample_bytes=encoder.sample_bytes)
+        with Meter(output, amount, batches_ahead=encoder.batches_ahead) as meter:
+            fill(work, stop, meter)
+    say(f"{meter.images:,} images encoded here in {duration(meter.seconds)}, {meter.skipped} left out")
+
+
+def _inputs(options: ExtractOptions, source: Source, cache: Path | None) -> Inputs:
+    listing = cached_listing(source, cache)
+    classes = class_names(listing.class_ids, options.source.class_names)
+    plan = Plan(
+        inputs=len(listing),
+        seed=options.shards.seed,
+        samples_per_shard=options.shards.samples_per_shard,
+        limit=options.source.limit,
+    )
+    say(f"{source.description}: {len(listing):,} inputs, {len(classes) or 'no'} classes")
+    for note in listing.notes:
+        say(note)
+    loader = Loader(source=source, listing=listing, options=options.pixels, seed=options.shards.seed)
+    return Inputs(loader=loader, plan=plan, classes=classes)
+
+
+def _settings(options: ExtractOptions, source: Source, inputs: Inputs | None) -> dict[str, Any]:
+    """All that decides about a store's bytes, by flag; without what the data decides where it is not listed."""
+    pixels, shards = options.pixels, options.shards
+    settings: dict[str, Any] = {
+        "split": options.source.split,
+        "limit": options.source.limit,
+        "vae": fingerprint(find_folder(options.vae)[0]),
+        "image-size": pixels.image_size,
+        "crop": pixels.crop,
+        "crops": pixels.crop_count,
+        "flip": pixels.flip,
+        "format": shards.format,
+        "samples-per-shard": shards.samples_per_shard,
+        "encode-dtype": options.work.encode_dtype,
+        "store-dtype": shards.store_dtype,
+        "seed": shards.seed,
+    }
+    settings |= source.settings
+    if inputs is not None:
+        names = json.dumps(inputs.classes).encode()
+        settings |= {
+            "data": inputs.listing.sha256,
+            "class-names": hashlib.sha256(names).hexdigest(),
+        }
+    return settings
+
+
+def _already_finished(options: ExtractOptions, output: OutputFolder, source: Source, place: Launch) -> int:
+    """Nothing to do, if the finished store is the one that is asked for."""
+    inputs = None if source.is_remote else _inputs(options, source, None)
+    output.check_settings(_settings(options, source, inputs))
+    if inputs is not None:
+        check_same_data(output, inputs.plan, inputs.loader)
+    say(f"{output.path} is already finished; nothing to do")
+    if inputs is not None and options.preview is not None and place.is_main:
+        _preview(options, inputs, place)
+    return 0
+
+
+def _preview(options: ExtractOptions, inputs: Inputs, place: Launch) -> int:
+    assert options.preview is not None
+    device, _ = choose_device(options.work.device, place)
+    with arithmetic(device):
+        draw_preview(options.preview, inputs.loader, inputs.plan, _vae(options, device), count=options.preview_images)
+    return 0
+
+
+def finish(output: OutputFolder, plan: Plan, description: StoreDescription, *, allow_skips: float) -> int:
+    """Write the manifest if every shard is in place and few enough inputs were left out; gives the exit status.
+
+    Raises:
+        UserError: more inputs were left out than --allow-skips permits, or a shard is damaged.
+    """
+    missing = plan.shards - len(output.done(range(plan.shards)))
+    if missing:
+        say(
+            f"{missing} of {plan.shards} shards are not in place yet: other processes are at them, or they are outside "
+            "--shard-range; whichever process makes the last one finishes the store"
+        )
+        return 0
+    with output.turn("finish"):
+        records = [_record(output, shard, description.plan) for shard in range(plan.shards)]
+        skipped = [entry for record in records for entry in record.skipped]
+        if len(skipped) > allow_skips * plan.samples:
+            raise UserError(_too_many(output, plan, records, allow_skips))
+        manifest = finish_store(output.path, description, shards=plan.shards)
+    assert manifest is not None
+    left_out = f"; {len(skipped)} left out, skipped.jsonl says why" if skipped else ""
+    finished = f"{output.path} is finished: {manifest.samples:,} samples, {plan.shards} shards{left_out}"
+    say(finished, every_process=True)
+    return 0
+
+
+def describe_store(
+    options: ExtractOptions,
+    settings: Mapping[str, Any],
+    plan_hash: str,
+    vae: Vae,
+    *,
+    classes: Sequence[str],
+    class_ids: Sequence[str],
+) -> StoreDescription:
+    """What the manifest will say, apart from the shards.
+
+    Args:
+        options: what was asked for.
+        settings: all that decides about the store's bytes; kept in the manifest to know the store again.
+        plan_hash: what marks the shards of this store.
+        vae: what made the latents.
+        classes: readable names, index = label.
+        class_ids: folder names or synsets, same order.
+    """
+    side = options.pixels.image_size // vae.downsample
+    return StoreDescription(
+        split=options.source.split,
+        shard_format=options.shards.format,
+        latent=LatentSpec(
+            kind=vae.kind,
+            channels=vae.channels,
+            height=side,
+            width=side,
+            dtype=options.shards.store_dtype,
+            downsample=vae.downsample,
+        ),
+        views=options.pixels.views,
+        image={"size": options.pixels.image_size, "crop": options.pixels.crop},
+        vae=vae.describe(),
+        classes=classes,
+        class_ids=class_ids,
+        seed=options.shards.seed,
+        plan=plan_hash,
+        extra={"extraction": dict(settings)},
+    )
+
+
+def _record(output: OutputFolder, shard: int, plan_hash: str) -> ShardRecord:
+    record = read_record(output.path, output.split, shard, plan=plan_hash)
+    if record is None:
+        output.forget(shard)
+        raise UserError(
+            f"shard {shard} in {output.path} is missing or has another size than its record says; the record has been "
+            "removed, run the same command again to make the shard anew"
+        )
+    return record
+
+
+def _too_many(output: OutputFolder, plan: Plan, records: Sequence[ShardRecord], allowed: float) -> str:
+    """The sentence for too many bad inputs; they are listed in skipped.jsonl all the same."""
+    path = output.write_skipped(records)
+    skipped = [reason for record in records for _, reason in record.skipped]
+    share = len(skipped) / plan.samples
+    reasons = Counter(skipped).most_common(3)
+    return (
+        f"{len(skipped)} of {plan.samples} inputs ({share:.1%}) were left out, more than --allow-skips {allowed:g} "
+        f"permits ({'; '.join(f'{count}× {reason}' for reason, count in reasons)}); {path} lists them. Every shard is "
+        f"in place, but the store has no manifest: run the same command with --allow-skips {_above(share)} to finish "
+        "it as it is, or mend the inputs and start anew with --overwrite"
+    )
+
+
+def _above(share: float) -> str:
+    """The share, rounded up to a number that is easy to type."""
+    return f"{min(1.0, (int(share * 1000) + 1) / 1000):g}"
+
+
+_SHARDS, _INPUTS = 8, 8
+
+
+def check_same_data(output: OutputFolder, plan: Plan, loader: Loader) -> None:
+    """Nothing, if a few inputs, of a few of the shards that are there, still have the bytes they had.
+
+    Raises:
+        UserError: one has other bytes, or is gone.
+    """
+    done = output.done(range(plan.shards))
+    for shard in _few(done, _SHARDS):
+        record = read_record(output.path, output.split, shard)
+        if record is None or not record.input_crc32:
+            continue
+        left_out = {key for key, _ in record.skipped}
+        kept = [int(index) for index in plan.rows(shard) if loader.key(int(index)) not in left_out]
+        known = dict(zip(kept, record.input_crc32, strict=False))
+        for index in _few(kept, _INPUTS):
+            if _checksum(loader, index) != known.get(index):
+                raise UserError(_changed(output.path, loader.key(index)))
+
+
+def _few(numbers: list[int], count: int) -> list[int]:
+    """Some of the numbers, always the same ones."""
+    chosen = Permutation(len(numbers), 0, "check of inputs")[np.arange(min(count, len(numbers)), dtype=np.int64)]
+    return [numbers[k] for k in chosen.tolist()]
+
+
+def _checksum(loader: Loader, index: int) -> int | None:
+    try:
+        return zlib.crc32(loader.source.read(loader.listing, index))
+    except UnreadableInputError:
+        return None
+
+
+def _changed(out: Path, key: str) -> str:
+    return (
+        f"{out} was begun with other data: {key} is not the image that its latent was made from; give the data that it "
+        f"was begun with, name another --out, or start anew with --overwrite"
+    )

@@ -1,0 +1,231 @@
+"""Tensor files that others wrote: pickles opened without running them, safetensors, and names made plain.
+
+The only module that calls `torch.load` and `torch.save`. Unpickling is restricted to tensors and plain containers
+(`weights_only=True`); a file that would call anything else is refused, not run.
+"""
+
+import argparse
+import errno
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import IO, Any, Final
+
+import torch
+from torch import Tensor
+
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import explained_writes
+
+PICKLED: Final = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES: Final = (".safetensors", *PICKLED)
+# Where training scripts put a network's weights inside a larger file, most wanted first.
+_NESTED = {"ema": ("ema", "model_ema", "model", "state_dict"), "raw": ("model", "state_dict")}
+_WRAPPERS = ("module", "_orig_mod")
+# What a file of tensors calls to make them.
+_HARMLESS = re.compile(
+    r"torch\.(_utils|_tensor)\._rebuild\w+|torch\.\w*Storage|torch\.storage\.\w+|collections\.OrderedDict"
+    r"|argparse\.Namespace|_codecs\.encode"
+)
+_MOST_PICKLES = 8
+
+
+def load_tensors(path: Path, *, weights: str = "ema") -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file or a pickled state dict, under plain names, on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, of an unknown kind, would run code, or lacks the wanted weights.
+    """
+    if path.suffix in PICKLED:
+        return load_pickled_tensors(path, weights=weights)
+    if path.suffix == ".safetensors":
+        return plain_names(read_safetensors(path), origin=path)
+    raise UserError(f"{path} is no weight file that is known here; its name must end in {', '.join(SUFFIXES)}")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, by the names in it.
+
+    Raises:
+        UserError: the file is missing, unreadable or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _check_readable(path)
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore or remake it") from error
+
+
+def load_pickled_tensors(path: Path, *, weights: str = "ema") -> dict[str, Tensor]:
+    """The state dict in a file of `torch.save`, under plain names, without running anything in it.
+
+    A training checkpoint holds several: "ema" is preferred, then "model"; `weights="raw"` takes "model".
+
+    Raises:
+        UserError: the file is missing or damaged, would run code, or holds no state dict (of that kind).
+    """
+    _check_readable(path)
+    try:
+        # The release's own training checkpoints carry their options: a Namespace is a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's age; what matters is in the error
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: TID251 -- the one place
+    except Exception as error:  # a damaged archive shows as almost any exception
+        raise UserError(_refusal(path, error)) from error
+    return plain_names(_choose(content, weights, path), origin=path)
+
+
+def save_pickled_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write plain tensors as `torch.save` does, for tools that open nothing else.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with explained_writes(path), path.open("wb") as file:
+        try:
+            torch.save(contents, file)  # noqa: TID251 -- the one place
+        except RuntimeError as error:  # what torch makes of a file that may not grow
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors; the bytes depend on names and values alone, the file's rights on the umask.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    contents: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        # The format has no way to say that two names are one tensor, so each gets its own bytes.
+        contents[name] = whole.clone() if whole.data_ptr() in memory else whole
+        memory.add(whole.data_ptr())
+    with explained_writes(path):
+        path.touch()
+        rights = path.stat().st_mode  # safetensors would leave the file to its owner alone
+        try:
+            save_file(contents, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+        path.chmod(rights)
+
+
+def holds_tensors(path: Path) -> bool:
+    """Whether a file is one of weights, by its contents and its name, without reading all of them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return bool(file.keys())
+        return bool(load_pickled_tensors(path))
+    except (UserError, SafetensorError, OSError):
+        return False
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors with a value that is infinite or no number."""
+    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+
+
+def plain_names(tensors: Mapping[str, Tensor], *, origin: object) -> dict[str, Tensor]:
+    """The same tensors without the `module.` and `_orig_mod.` that wrappers put into their names, at any depth.
+
+    Raises:
+        UserError: two names become one.
+    """
+    plain: dict[str, Tensor] = {}
+    twice = []
+    for name, tensor in tensors.items():
+        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if short in plain:
+            twice.append(short)
+        plain[short] = tensor
+    if twice:
+        raise UserError(f"{origin} holds some tensors twice, with and without a prefix: {join_names(twice)}")
+    return plain
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Names in order, for a message: every one of them, numbers sorted as numbers."""
+    return ", ".join(sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]))
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        with path.open("rb"):
+            pass
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its rights") from error
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    called = list(dict.fromkeys(_called(path)))
+    strange = [name for name in called if not _HARMLESS.fullmatch(name)]
+    if type(error).__name__ != "UnpicklingError" or not called:
+        return f"{path} is damaged or no file of torch.save ({_first_line(error)}); restore or remake it"
+    return (
+        f"{path} is refused: opening it would run code ({', '.join(strange or called)}), and only tensors in plain "
+        f"containers are read; ask its author for a .safetensors file"
+    )
+
+
+def _called(path: Path) -> Iterator[str]:
+    """The functions and classes that unpickling the file would call, by name, without unpickling anything."""
+    with suppress(Exception), closing(_pickle_in(path)) as file:  # what is damaged names what it still can
+        for _ in range(_MOST_PICKLES):  # torch.save once wrote several, one after the other
+            words: list[str] = []
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in {"GLOBAL", "INST"}:
+                    yield str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL" and len(words) > 1:
+                    yield f"{words[-2]}.{words[-1]}"
+                elif isinstance(argument, str):
+                    words.append(argument)
+
+
+def _pickle_in(path: Path) -> IO[bytes]:
+    if not zipfile.is_zipfile(path):
+        return path.open("rb")
+    archive = zipfile.ZipFile(path)
+    return archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200].rstrip(": ")
+
+
+def _choose(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict (names with their tensors)")
+    for key in _NESTED.get(weights, (weights,)):
+        if isinstance(content.get(key), Mapping):
+            return _only_tensors(content[key], path)
+    nested = [str(key) for key in content if isinstance(content[key], Mapping)]
+    if nested and any(key in content for keys in _NESTED.values() for key in keys):
+        raise UserError(f"{path} has no {weights} weights; it has {join_names(nested)}: pass another --weights")
+    return _only_tensors(content, path)
+
+
+def _only_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    others = [f"{name} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UserError(f"{path} holds what are no tensors where a state dict is expected: {join_names(others)}")
+    if not content:
+        raise UserError(f"{path} holds no tensors")
+    return {str(name): tensor for name, tensor in content.items()}

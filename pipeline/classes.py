@@ -1,0 +1,129 @@
+"""The thousand classes of ImageNet (ILSVRC 2012): synset and readable names, in the order of their labels."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pipeline.runtime.cli import nearest
+from pipeline.runtime.errors import UserError
+
+_TABLE = Path(__file__).parent / "assets" / "imagenet-1k-classes.tsv"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageNetClass:
+    """One row of the table."""
+
+    synset: str
+    """WordNet id, as `n01440764`; sorted, these give the labels."""
+    names: str
+    """Readable names, commas between them, as `tench, Tinca tinca`."""
+
+
+@cache
+def imagenet_classes() -> tuple[ImageNetClass, ...]:
+    """The thousand classes; the position is the label."""
+    rows = (line.split("\t") for line in _TABLE.read_text(encoding="utf-8").splitlines())
+    return tuple(ImageNetClass(synset=synset, names=names) for _, synset, names in rows)
+
+
+def readable_names(class_ids: Sequence[str]) -> tuple[str, ...]:
+    """A readable name for every class: ImageNet's for its synsets, the id itself for anything else."""
+    names = {row.synset: row.names for row in imagenet_classes()}
+    return tuple(names.get(class_id, class_id) for class_id in class_ids)
+
+
+def synsets_of(names: Sequence[str]) -> tuple[str, ...] | None:
+    """The synsets in label order if these are ImageNet's thousand readable names in label order, else None."""
+    rows = imagenet_classes()
+    same = len(names) == len(rows) and all(name == row.names for name, row in zip(names, rows, strict=True))
+    return tuple(row.synset for row in rows) if same else None
+
+
+def find_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], *, count: int) -> list[int]:
+    """The labels of a comma-separated list, in its order; a full name with commas in it is one class.
+
+    Args:
+        classes: readable names, index = label; may be empty.
+        class_ids: folder names or synsets, same order; may be empty.
+        count: how many classes there are.
+
+    Raises:
+        UserError: a class is unknown, ambiguous or empty; every such class is named.
+    """
+    words = [word.strip() for word in text.split(",")]
+    long_names = {_plain(name) for name in (*classes, *class_ids) if "," in name}
+    labels: list[int] = []
+    complaints: list[str] = []
+    start = 0
+    while start < len(words):
+        stop = _longest_name(words, start, long_names)
+        try:
+            labels.append(find_class(", ".join(words[start:stop]), classes, class_ids, count=count))
+        except UserError as error:
+            complaints.append(str(error))
+        start = stop
+    if complaints:
+        raise UserError("; ".join(complaints))
+    return labels
+
+
+def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str], *, count: int) -> int:
+    """The label that one word means; a bare integer is a label. Case counts only where it tells two classes apart.
+
+    Raises:
+        UserError: no class or several classes are called so; the labels or the nearest names are given.
+    """
+    word = word.strip()
+    if word.isascii() and word.removeprefix("-").isdigit():
+        if not 0 <= int(word) < count:
+            raise UserError(f"class {word} is not a label from 0 to {count - 1}")
+        return int(word)
+    spellings: tuple[Callable[[str], str], ...] = (str, _plain)
+    for spell in spellings:
+        found = [label for label in range(count) if spell(word) in _names(label, classes, class_ids, spell)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            options = ", ".join(describe_class(label, classes, class_ids) for label in found)
+            raise UserError(f"class {word!r} is ambiguous: it could be {options}; give the label")
+    if not word:
+        raise UserError("an empty class name stands between commas; remove one comma")
+    known = [name for label in range(count) for name in sorted(_names(label, classes, class_ids, str))]
+    close = nearest(word, known)
+    hint = f"; did you mean {' or '.join(close)}?" if close else f"; classes are 0 to {count - 1}"
+    raise UserError(f"class {word!r} is unknown{hint}")
+
+
+def short_name(label: int, classes: Sequence[str], class_ids: Sequence[str]) -> str:
+    """What to call a class in a picture: its readable name up to the first comma, else its folder name or label."""
+    name = classes[label].partition(",")[0].strip() if 0 <= label < len(classes) else ""
+    identifier = class_ids[label] if 0 <= label < len(class_ids) else ""
+    return name or identifier or (str(label) if label >= 0 else "")
+
+
+def describe_class(label: int, classes: Sequence[str], class_ids: Sequence[str]) -> str:
+    """A label with what else is known of its class, as in `134 (n02012849, crane)`."""
+    known = [names[label] for names in (class_ids, classes) if label < len(names) and names[label]]
+    return f"{label} ({', '.join(dict.fromkeys(known))})" if known else str(label)
+
+
+def _plain(name: str) -> str:
+    return ", ".join(part.strip() for part in name.replace("_", " ").casefold().split(","))
+
+
+def _names(label: int, classes: Sequence[str], class_ids: Sequence[str], spell: Callable[[str], str]) -> set[str]:
+    """Every spelling of one class."""
+    names = {class_ids[label]} if label < len(class_ids) else set()
+    if label < len(classes):
+        names |= {classes[label], classes[label].partition(",")[0].strip()}
+    return {spell(name) for name in names if name}
+
+
+def _longest_name(words: Sequence[str], start: int, long_names: set[str]) -> int:
+    """Where the class that begins at `start` ends: past every comma that belongs to its name."""
+    for stop in range(len(words), start + 1, -1):
+        if _plain(", ".join(words[start:stop])) in long_names:
+            return stop
+    return start + 1

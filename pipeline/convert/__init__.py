@@ -1,0 +1,1 @@
+"""`dit-convert`: a trained DiT from any form that exists into another."""

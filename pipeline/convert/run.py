@@ -1,0 +1,240 @@
+"""One form of checkpoint into another: written beside its target, read back, compared, and only then put in place."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.diffusers_write import recorded_vae, write_diffusers
+from pipeline.checkpoint.folder import Stored, build_model, read_stored, write_model_files
+from pipeline.checkpoint.tensor_files import join_names, not_finite, save_pickled_tensors, save_safetensors
+from pipeline.convert.options import ConvertOptions
+from pipeline.convert.parity import TOLERANCE, Difference, diffusers_difference, forward_difference
+from pipeline.convert.target import check_sources, check_target
+from pipeline.dit import DiT, DiTConfig
+from pipeline.runtime.console import say, warn
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import (
+    explained_writes,
+    flush_file,
+    flush_folder,
+    make_folder,
+    publish_folder,
+    remove_folder,
+)
+
+MENDING = "norm1.emb.time_proj.downscale_freq_shift = 0 and norm3.eps = 1e-6 in every block"
+
+
+def convert(options: ConvertOptions) -> list[str]:
+    """Convert as the options say; the lines to print, which state the parity of the forward pass.
+
+    Raises:
+        UserError: the source cannot be read, the target exists or cannot hold the network, or the converted network
+            does not compute the same, in which case nothing is left behind.
+    """
+    target = Path(options.to)
+    check_target(target, options.format, overwrite=options.overwrite)
+    check_sources(target, [Path(options.from_)], options.from_)
+    stored = read_stored(options.from_, weights=options.weights, num_heads=options.num_heads)
+    check_sources(target, [folder for folder in (stored.folder, stored.diffusers) if folder], options.from_)
+    wrong = not_finite(stored.state)
+    if wrong:
+        raise UserError(
+            f"the {stored.weights} weights of {options.from_} hold values that are not finite: {join_names(wrong)}; "
+            f"convert an earlier checkpoint"
+        )
+    stored = stored._replace(info={**stored.info, **_given_names(options, stored.config)})
+    model = build_model(stored, origin=options.from_)
+    lines = [_summary(stored)]
+    if stored.diffusers is not None:
+        lines += _diffusers_lines(model, stored.diffusers)
+    with explained_writes(target), _work_folder(target) as work:
+        lines += _WRITERS[options.format](work / target.name, stored, model, options)
+        _put_in_place(work / target.name, target)
+    say(f"written: {target}")
+    return lines
+
+
+def import_store(options: ConvertOptions) -> list[str]:
+    """Turn a folder of other people's features into a latent store; the lines to print.
+
+    Raises:
+        UserError: the folders do not fit together, or the target holds something else.
+    """
+    from pipeline.convert.features import STABLE_DIFFUSION, import_numpy_features
+    from pipeline.vae import load_vae
+
+    vae = load_vae(options.vae) if options.vae else None
+    names = _read_names(options.class_names) if options.class_names else None
+    manifest = import_numpy_features(
+        options.from_,
+        options.to,
+        vae=vae.describe() if vae else STABLE_DIFFUSION,
+        downsample=vae.downsample if vae else 8,
+        class_names=names,
+        overwrite=options.overwrite,
+    )
+    latent, known_vae = manifest.latent, manifest["vae"]
+    what = f"{manifest.samples:,} points of {latent.channels}×{latent.height}×{latent.width}"
+    how = f"unscaled by {known_vae['scaling_factor']} ({known_vae['name']})"
+    return [f"{what} in {len(manifest.shards)} shards, {len(manifest['classes'])} classes, {how}"]
+
+
+def _summary(stored: Stored) -> str:
+    config = stored.config
+    return (
+        f"{stored.weights} weights: {config.conditioning}, width {config.hidden_size}, depth {config.depth}, "
+        f"{config.num_heads} heads, patch {config.patch_size}, latent {config.in_channels}×{config.height}×"
+        f"{config.width}, {config.num_classes} classes"
+    )
+
+
+def _diffusers_lines(model: DiT, folder: Path) -> list[str]:
+    as_is, mended = diffusers_difference(model, folder)
+    why = "its timestep frequencies differ from the release's"
+    return [
+        f"diffusers as it is: max abs difference {as_is.largest:.3g} ({why})",
+        f"with {MENDING}: {_checked(mended)}",
+    ]
+
+
+def _checked(difference: Difference) -> str:
+    """In words, if it is small: below the tolerance, or below that share of outputs that are larger than 1."""
+    largest, greatest = difference
+    if largest < TOLERANCE:
+        return f"max abs difference {largest:.3g} (below {TOLERANCE:g})"
+    if largest < TOLERANCE * greatest:
+        return f"max abs difference {largest:.3g} (below {TOLERANCE:g} of the largest output, {greatest:.3g})"
+    raise UserError(
+        f"the converted network does not compute the same: max abs difference {largest:.3g}, where outputs are up to "
+        f"{greatest:.3g}, is not below {TOLERANCE:g}; nothing was written, please report it"
+    )
+
+
+def _write_dit(path: Path, stored: Stored, model: DiT, options: ConvertOptions) -> list[str]:
+    make_folder(path)
+    info = {**stored.info, "vae": _vae_to_record(stored, options.vae)}
+    name = "model" if stored.weights == "raw" else stored.weights
+    state = model.state_dict()
+    raw = state if name == "model" else None
+    write_model_files(path, info=info, model=raw, averages={} if name == "model" else {name: state})
+    return _read_back(path, model, weights=stored.weights)
+
+
+def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) -> list[str]:
+    config = stored.config
+    reasons = {
+        f"its conditioning is {config.conditioning}, not adaln-zero": config.conditioning != "adaln-zero",
+        f"its latent is {config.height}×{config.width}, not square": config.height != config.width,
+        "its queries and keys are normalised": config.qk_norm,
+    }
+    wrong = [reason for reason, applies in reasons.items() if applies]
+    if wrong:
+        raise UserError(f"the public release cannot hold this network: {'; '.join(wrong)}; keep it with --format dit")
+    unsaid = _unsaid(stored)
+    if unsaid:
+        warn(
+            f"a bare state dict does not say that {'; '.join(unsaid)}: whoever loads it, the release's samplers among "
+            f"them, takes it for something else; keep it with --format dit too"
+        )
+    tensors = {**model.state_dict(), "pos_embed": model.pos_embed}
+    (save_pickled_tensors if path.suffix == ".pt" else save_safetensors)(path, tensors)
+    return _read_back(path, model, num_heads=config.num_heads)
+
+
+def _unsaid(stored: Stored) -> list[str]:
+    """What of a network's process and labels is not the release's, and has no place in its format."""
+    from pipeline.diffusion import make_process
+
+    variance = "learned-range" if stored.config.learn_sigma else "fixed-large"
+    usual = {**make_process({"objective": "ddpm"}).to_json(), "variance": variance}
+    diffusion = make_process(stored.info["diffusion"]).to_json()
+    del diffusion["loss"]  # of training alone
+    unsaid = [f"its {name} is {value}" for name, value in diffusion.items() if value != usual.get(name)]
+    if not stored.config.has_null_class:
+        unsaid.append("its label table has no row for no class, so its last class would be taken for it")
+    return unsaid
+
+
+def _write_diffusers(path: Path, stored: Stored, model: DiT, options: ConvertOptions) -> list[str]:
+    make_folder(path)
+    write_diffusers(path, stored, vae=options.vae)
+    return [*_diffusers_lines(model, path / "transformer"), *_read_back(path, model, weights=stored.weights)]
+
+
+_Writer = Callable[[Path, Stored, DiT, ConvertOptions], list[str]]
+_WRITERS: dict[str, _Writer] = {"dit": _write_dit, "facebook": _write_release, "diffusers": _write_diffusers}
+
+
+def _read_back(path: Path, model: DiT, *, weights: str = "ema", num_heads: int | None = None) -> list[str]:
+    again = build_model(read_stored(path, weights=weights, num_heads=num_heads), origin=path)
+    return [f"read back: {_checked(forward_difference(model, again))}"]
+
+
+def _vae_to_record(stored: Stored, override: str | None) -> dict[str, Any]:
+    """What the new checkpoint says of its VAE: the one given, if it can be it, or the recorded one."""
+    from pipeline.vae import check_latents, find_vae, load_vae
+
+    recorded = stored.info["vae"]
+    name = str(recorded.get("name") or "")
+    if override is not None:
+        vae = find_vae(recorded, override)
+        check_latents(vae, channels=stored.config.in_channels)
+        return vae.describe()
+    known = recorded.get("recorded", {})
+    needed = Path(name).is_dir() and "sha256" not in known
+    return recorded_vae(recorded, load_vae(name) if needed else None)
+
+
+def _given_names(options: ConvertOptions, config: DiTConfig) -> dict[str, list[str]]:
+    if options.class_names is None:
+        return {}
+    names = _read_names(options.class_names)
+    if len(names) != config.num_classes or not all(names):
+        raise UserError(
+            f"--class-names {options.class_names} has {len(names)} lines, but one name per line is needed for each "
+            f"of the {config.num_classes} classes"
+        )
+    return {"classes": names, "class_ids": names}
+
+
+def _read_names(path: str) -> list[str]:
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-names {path} cannot be read as text: {error}") from error
+
+
+@contextmanager
+def _work_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, gone when the block ends."""
+    make_folder(target.absolute().parent)
+    work = target.absolute().with_name(f".{target.name}.{os.getpid()}.partial")
+    remove_folder(work)
+    make_folder(work)
+    try:
+        yield work
+    finally:
+        remove_folder(work)
+
+
+def _put_in_place(finished: Path, target: Path) -> None:
+    """Rename what is finished to its final name; what stood there goes once the new one is whole."""
+    if not finished.is_dir():
+        with explained_writes(target):
+            flush_file(finished)
+            finished.replace(target)
+            flush_folder(target.absolute().parent)
+        return
+    replaced = finished.with_name(f"{target.name}.replaced") if target.exists() else None
+    with explained_writes(target):
+        if replaced:
+            target.rename(replaced)
+        try:
+            publish_folder(finished, target)
+        except BaseException:
+            if replaced:
+                replaced.rename(target)
+            raise

@@ -1,0 +1,68 @@
+"""Where a conversion may write: a new place, or what an earlier conversion left, and never what it reads."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.folder import FORMAT, weight_files
+from pipeline.checkpoint.tensor_files import holds_tensors
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json
+
+_PIPELINE = {"model_index.json", "scheduler", "transformer", "vae"}
+
+
+def check_target(target: Path, form: str, *, overwrite: bool) -> None:
+    """Nothing, if the target is free, or holds what an earlier conversion left and that may be replaced.
+
+    Raises:
+        UserError: it holds something else, or may not be replaced.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists; choose another --to, or pass --overwrite to replace it")
+    if form == "facebook":
+        if target.is_dir():
+            raise UserError(f"{target} is a folder, but --format facebook writes one file; choose another --to")
+        if not holds_tensors(target):
+            raise UserError(f"{target} is no file of weights, so it is not replaced; choose another --to")
+        return
+    foreign_files = _foreign_files(target) if target.is_dir() else ["a file"]
+    if foreign_files:
+        raise UserError(
+            f"{target} is not what a conversion leaves (there is {', '.join(foreign_files[:3])}), so it is not "
+            f"replaced; choose another --to"
+        )
+
+
+def check_sources(target: Path, sources: Iterable[Path], given: str) -> None:
+    """Nothing, if replacing the target leaves what is read alone.
+
+    Raises:
+        UserError: the target is, or holds, one of the sources.
+    """
+    place = target.resolve()
+    for source in sources:
+        if place.exists() and (place == source.resolve() or place in source.resolve().parents):
+            raise UserError(f"--to {target} is, or holds, what --from {given} reads; choose another --to")
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """What stands in the folder that no conversion puts there; all of it, if its settings are none of ours."""
+    names = {path.name for path in folder.iterdir()}
+    if "model_index.json" in names:
+        known, is_ours = _PIPELINE, "_dit" in _settings(folder / "model_index.json")
+    else:
+        weights = {file.name for file in weight_files(folder).values()}
+        known = {"config.json", *weights}
+        is_ours = bool(weights) or _settings(folder / "config.json").get("format") == FORMAT
+    return sorted(names - known if is_ours else names) or ([] if is_ours else ["nothing"])
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}

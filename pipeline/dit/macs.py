@@ -1,0 +1,107 @@
+"""Parameters and floating-point operations of a network, counted on tensors that hold no numbers."""
+
+import dataclasses
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.dit.config import Conditioning, DiTConfig
+from pipeline.dit.model import DiT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRow:
+    """One row of the paper's table 4, counted and as printed there."""
+
+    model: str
+    """The preset's name."""
+    conditioning: Conditioning
+    """The design of the blocks."""
+    input: str
+    """Shape of the latent."""
+    parameters: int
+    """Trainable parameters; the position table is fixed and left out."""
+    gflops: float
+    """10⁹ multiply-adds of one forward pass of one sample."""
+    paper_gflops: float
+    """The paper's "Flops (G)"."""
+    paper_parameters_millions: int
+    """The paper's "Params (M)"."""
+
+
+# Peebles & Xie 2023, table 4: (GFLOPs, millions of parameters).
+_PAPER: dict[tuple[str, Conditioning, int], tuple[float, int]] = {
+    ("DiT-S/8", "adaln-zero", 32): (0.36, 33),
+    ("DiT-S/4", "adaln-zero", 32): (1.41, 33),
+    ("DiT-S/2", "adaln-zero", 32): (6.06, 33),
+    ("DiT-B/8", "adaln-zero", 32): (1.42, 131),
+    ("DiT-B/4", "adaln-zero", 32): (5.56, 130),
+    ("DiT-B/2", "adaln-zero", 32): (23.01, 130),
+    ("DiT-L/8", "adaln-zero", 32): (5.01, 459),
+    ("DiT-L/4", "adaln-zero", 32): (19.70, 458),
+    ("DiT-L/2", "adaln-zero", 32): (80.71, 458),
+    ("DiT-XL/8", "adaln-zero", 32): (7.39, 676),
+    ("DiT-XL/4", "adaln-zero", 32): (29.05, 675),
+    ("DiT-XL/2", "in-context", 32): (119.37, 449),
+    ("DiT-XL/2", "cross-attention", 32): (137.62, 598),
+    ("DiT-XL/2", "adaln", 32): (118.56, 600),
+    ("DiT-XL/2", "adaln-zero", 32): (118.64, 675),
+    ("DiT-XL/2", "adaln-zero", 64): (524.60, 675),
+}
+
+
+def on_meta(config: DiTConfig) -> DiT:
+    """The network with its shapes but without memory for its weights."""
+    with torch.device("meta"):
+        return DiT(config, seed=None)
+
+
+def count_parameters(config: DiTConfig) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in on_meta(config).parameters())
+
+
+def count_macs(config: DiTConfig) -> int:
+    """Multiply-adds of one forward pass of one sample, as torch's own counter finds them (it counts each as two).
+
+    Every block costs the same, so that networks of one and of two blocks tell the cost of any depth.
+    """
+    one, two = (_counted_flops(dataclasses.replace(config, depth=depth)) for depth in (1, 2))
+    return one + (config.depth - 1) * (two - one)
+
+
+def _counted_flops(config: DiTConfig) -> int:
+    x = torch.empty(1, config.in_channels, config.height, config.width, device="meta")
+    t, y = torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    model = on_meta(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, t, y)
+    return counter.get_total_flops() // 2
+
+
+def models_table() -> list[ModelRow]:
+    """Every network of the paper's table 4 with our counts beside the paper's."""
+    rows = []
+    for (model, conditioning, size), (paper_gflops, paper_parameters) in _PAPER.items():
+        config = DiTConfig.from_preset(model, input_size=size, conditioning=conditioning)
+        row = ModelRow(
+            model=model,
+            conditioning=conditioning,
+            input=f"{config.in_channels}×{size}×{size}",
+            parameters=count_parameters(config),
+            gflops=count_macs(config) / 1e9,
+            paper_gflops=paper_gflops,
+            paper_parameters_millions=paper_parameters,
+        )
+        rows.append(row)
+    return rows
+
+
+def models_markdown(rows: list[ModelRow]) -> str:
+    """The rows as a Markdown table, one line each under two lines of heading."""
+    heading = ["model", "conditioning", "input", "parameters", "paper", "GFLOPs", "paper"]
+    lines = [heading, ["---"] * 3 + ["---:"] * 4]
+    for row in rows:
+        counted = [f"{row.parameters:,}", f"{row.paper_parameters_millions} M"]
+        lines.append([row.model, row.conditioning, row.input, *counted, f"{row.gflops:.6f}", f"{row.paper_gflops:.2f}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

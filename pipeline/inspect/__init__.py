@@ -1,0 +1,1 @@
+"""`dit-inspect`: what a store or a checkpoint holds."""

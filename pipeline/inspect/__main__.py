@@ -1,0 +1,53 @@
+"""`dit-inspect`: what a latent store or a checkpoint holds, whether it is whole, and what it looks like."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.inspect.options import InspectOptions
+from pipeline.latents.manifest import is_store
+from pipeline.runtime.console import run_command
+from pipeline.runtime.errors import UserError
+
+
+def run(options: InspectOptions) -> None:
+    """Print what is asked for to standard output."""
+    if options.models:
+        from pipeline.inspect.models import describe_models
+
+        _write(describe_models())
+    if options.path is None:
+        return
+    if is_store(options.path):
+        from pipeline.inspect.store import describe_store, draw_store, verify_store
+
+        _write(describe_store(options.path))
+        if options.verify:
+            _write(verify_store(options.path))
+        if options.grid is not None:
+            _write(draw_store(options.path, Path(options.grid), options))
+        return
+    if options.grid is not None:
+        raise UserError(f"--grid draws a store, and {options.path} is none; draw a checkpoint's images with dit-sample")
+    from pipeline.inspect.checkpoint import describe_checkpoint
+
+    _write(describe_checkpoint(options.path, verify=options.verify, num_heads=options.num_heads))
+
+
+def _write(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+
+
+def main() -> int:
+    """The command's exit status."""
+    return run_command(
+        InspectOptions,
+        run,
+        prog="dit-inspect",
+        description="Show what a latent store or a checkpoint holds, and check it.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

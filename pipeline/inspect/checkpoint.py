@@ -1,0 +1,140 @@
+"""A checkpoint or a run in words: network, step, objective, classes, VAE, weights and their checksums."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint.folder import Stored, build_model, checkpoint_folders, read_stored, weight_files
+from pipeline.checkpoint.tensor_files import not_finite
+from pipeline.dit import PRESETS, DiTConfig
+from pipeline.dit.macs import count_macs, count_parameters
+from pipeline.inspect.tables import facts, shortened
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json, sha256_of
+from pipeline.runtime.units import size
+
+
+def describe_checkpoint(path: str, *, verify: bool, num_heads: int | None = None) -> list[str]:
+    """What a checkpoint of any form is; of a run also which steps it has kept.
+
+    Raises:
+        UserError: it cannot be read, or, if it is to be verified, its tensors do not fit or are not finite.
+    """
+    lines = []
+    run = Path(path)
+    steps = checkpoint_folders(run)
+    if steps:
+        kept = "  ".join(f"{step:,}" for step, _ in steps)
+        lines += [*facts({"run": path, "checkpoints": f"at step {kept}"}), ""]
+    stored = _any_weights(path, num_heads)
+    files = _files_of(stored.folder) if stored.folder is not None else {}
+    lines += facts({**_facts_of(path, stored), **files})
+    if verify:
+        lines += _verified(path, stored, num_heads)
+    return lines
+
+
+def _any_weights(path: str, num_heads: int | None) -> Stored:
+    """The EMA weights, or the raw ones where there is no average (a damaged one is an error)."""
+    try:
+        return read_stored(path, num_heads=num_heads)
+    except UserError as error:
+        try:
+            raw = read_stored(path, weights="raw", num_heads=num_heads)
+        except UserError:
+            raise error from None
+        if raw.folder is not None and "ema" in weight_files(raw.folder):
+            raise
+        return raw
+
+
+def _facts_of(path: str, stored: Stored) -> dict[str, object]:
+    config, info = stored.config, stored.info
+    where = stored.folder or path
+    training = ", ".join(
+        f"{key} {value}" for key, value in info["training"].items() if not isinstance(value, dict | list)
+    )
+    return {
+        "checkpoint": where,
+        "step": f"{info['step']:,}" if stored.folder is not None or info["step"] else "not recorded",
+        "model": f"{_preset_name(config)}, {config.conditioning}",
+        "parameters": f"{count_parameters(config):,}",
+        "operations": f"{count_macs(config) / 1e9:.3f} GFLOPs (10⁹ multiply-adds of one forward pass)",
+        "network": (
+            f"width {config.hidden_size}, depth {config.depth}, {config.num_heads} heads, patch {config.patch_size}, "
+            f"MLP ×{config.mlp_ratio:g}{', normalised queries and keys' * config.qk_norm}"
+        ),
+        "latent": f"{config.in_channels}×{config.height}×{config.width} ({info['latent']['kind']})",
+        "image": f"{info['image']['size']} px, {info['image']['crop']}",
+        "objective": _objective(info["diffusion"]),
+        "classes": shortened([str(name) for name in info["classes"]]) if config.num_classes else "none (unconditional)",
+        "guidance": "possible" if config.has_null_class and config.num_classes else "not possible (no null class)",
+        "VAE": _vae(info["vae"]),
+        "training": training,
+    }
+
+
+def _preset_name(config: DiTConfig) -> str:
+    sizes = {key: getattr(config, key) for key in ("hidden_size", "depth", "num_heads", "patch_size")}
+    names = [name for name, preset in PRESETS.items() if preset == sizes]
+    return names[0] if names else "of no published size"
+
+
+def _objective(diffusion: dict[str, Any]) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in diffusion.items() if key != "objective")
+    return f"{diffusion['objective']} ({settings})"
+
+
+def _vae(vae: dict[str, Any]) -> str:
+    mark = vae.get("sha256")
+    return (
+        f"{vae.get('name') or 'not recorded'} ({vae.get('class', 'class not recorded')}), "
+        f"scale {vae.get('scaling_factor')}, shift {vae.get('shift_factor')}, "
+        f"{f'sha256 {mark}' if mark else 'fingerprint not recorded'}"
+    )
+
+
+def _files_of(folder: Path) -> dict[str, str]:
+    files = {
+        name: f"{file.name}, {size(file.stat().st_size)}, sha256 {sha256_of(file)}"
+        for name, file in weight_files(folder).items()
+    }
+    state = folder / "state"
+    kept = [file for file in state.rglob("*") if file.is_file()]
+    total = size(sum(file.stat().st_size for file in kept))
+    return files | {"resuming": f"possible, state/ takes {total}" if kept else "not possible, there is no state/"}
+
+
+def _verified(path: str, stored: Stored, num_heads: int | None) -> list[str]:
+    """Every kind of weights loaded strictly and searched for values that are no numbers."""
+    damage = _damaged_files(stored.folder) if stored.folder is not None else []
+    if damage:
+        raise UserError(f"{stored.folder} is damaged: {'; '.join(damage)}; restore it or take an earlier checkpoint")
+    if stored.folder is None:
+        kinds = [stored]
+    else:
+        kinds = [read_stored(stored.folder, weights=name, num_heads=num_heads) for name in weight_files(stored.folder)]
+    for each in kinds:
+        build_model(each, origin=path)
+        wrong = not_finite(each.state)
+        if wrong:
+            raise UserError(
+                f"the {each.weights} weights of {path} hold values that are not finite: {', '.join(wrong)}; "
+                f"take an earlier checkpoint"
+            )
+    names = " and ".join(each.weights for each in kinds)
+    return ["", f"verified: {names} fit the network exactly, every value is finite"]
+
+
+def _damaged_files(folder: Path) -> list[str]:
+    """What differs from the checksums that training wrote beside its state; nothing where there are none."""
+    listing = folder / "state" / "files.json"
+    if not listing.is_file():
+        return []
+    damage = []
+    for name, known in read_json(listing)["files"].items():
+        file = folder / name
+        if not file.is_file():
+            damage.append(f"{name} is missing")
+        elif sha256_of(file) != known["sha256"]:
+            damage.append(f"{name} has other contents than were written")
+    return damage

@@ -1,0 +1,42 @@
+"""The options of `dit-inspect`. No torch: `--help` must be quick."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from pipeline.runtime.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectOptions:
+    """What to look at."""
+
+    path: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = None
+    """A latent store (folder or URL), a run, a checkpoint in any form, or a Hub name of a diffusers DiT pipeline."""
+    verify: bool = False
+    """Read everything and check it: every shard's checksum, or every tensor of the weights."""
+    grid: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
+    """Decode some of a store's latents and write them as a labelled contact sheet."""
+    classes: str | None = None
+    """Classes for --grid, separated by commas: labels, folder names or readable names. Default: the first ten."""
+    per_class: int = 8
+    """Images of each class in --grid (of all together where there are no classes: eight times as many)."""
+    vae: str | None = None
+    """The VAE for --grid, where the recorded name is not enough to find it: demo, a Hub name or a folder."""
+    num_heads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Attention heads of a bare state dict whose width is none of the published ones."""
+    models: bool = False
+    """Print the paper's table of models, our parameters and operations beside the paper's."""
+
+    def __post_init__(self) -> None:
+        if self.path is None and not self.models:
+            raise UserError("give the PATH of a store or a checkpoint, or --models")
+        if self.path is None and (self.verify or self.grid):
+            raise UserError("--verify and --grid need the PATH of a store or a checkpoint")
+        if self.classes is not None and self.grid is None:
+            raise UserError("--classes chooses what --grid draws; give --grid PNG too")
+        if self.grid is not None and not self.grid.lower().endswith(".png"):
+            raise UserError(f"--grid {self.grid} must end in .png")
+        if self.per_class < 1:
+            raise UserError(f"--per-class {self.per_class} must be at least 1")

@@ -1,0 +1,208 @@
+"""Where a store's files are: in a local folder, or behind a URL with copies of its shards in a local cache.
+
+Copies are named by their SHA-256, so they are checked once, when they arrive, and never out of date; stores and
+processes share them. A copy arrives under another name and is renamed, so half a copy is never read.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from pipeline.latents.manifest import MANIFEST_FILE, ShardEntry, read_manifest_bytes
+from pipeline.latents.shards import size_fault
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import explained_writes, make_folder, replacing, sha256_of
+
+CACHE_VARIABLE = "DIT_LATENTS_CACHE"
+_ATTEMPTS = 3
+_PIECE = 1 << 20
+_STAT_THREADS = 16
+
+
+@runtime_checkable
+class Folder(Protocol):
+    """The files of a store."""
+
+    is_remote: bool
+
+    def describe(self, name: str) -> str:
+        """The place of a file, for people."""
+
+    def manifest_bytes(self) -> bytes:
+        """The manifest as it is now."""
+
+    def small_file(self, name: str) -> bytes | None:
+        """The contents of a record or list, or None if there is none."""
+
+    def fetch(self, shard: ShardEntry) -> Path:
+        """A local file with the shard's bytes."""
+
+    def size_faults(self, shards: Sequence[ShardEntry]) -> list[str]:
+        """A sentence for every shard that is missing or not of its size, as far as that is known at once."""
+
+
+def open_folder(path: str | Path, cache: str | Path | None = None) -> Folder:
+    """The folder or URL of a store.
+
+    Raises:
+        UserError: fsspec does not know such a URL, or misses a library for it.
+    """
+    text = str(path)
+    if "://" not in text or text.startswith("file://"):
+        return LocalFolder(Path(text.removeprefix("file://")).expanduser())
+    return RemoteFolder(text.rstrip("/"), cache_folder(cache))
+
+
+def cache_folder(given: str | Path | None) -> Path:
+    """Where copies go: what is given, else DIT_LATENTS_CACHE, else `dit-pipeline/latents` in the user's cache."""
+    if given is None:
+        given = os.environ.get(CACHE_VARIABLE) or None
+    if given is not None:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dit-pipeline" / "latents"
+
+
+class LocalFolder:
+    """A store on a disk of this machine, or one that looks like it."""
+
+    is_remote = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def describe(self, name: str) -> str:
+        return str(self.path / name)
+
+    def manifest_bytes(self) -> bytes:
+        return read_manifest_bytes(self.path)
+
+    def small_file(self, name: str) -> bytes | None:
+        path = self.path / name
+        return path.read_bytes() if path.is_file() else None
+
+    def fetch(self, shard: ShardEntry) -> Path:
+        return self.path / shard.file
+
+    def size_faults(self, shards: Sequence[ShardEntry]) -> list[str]:
+        if len(shards) < 2 * _STAT_THREADS:
+            return [fault for fault in map(self._size_fault, shards) if fault]
+        with ThreadPoolExecutor(_STAT_THREADS) as threads:  # a network file system takes a while for each
+            return [fault for fault in threads.map(self._size_fault, shards) if fault]
+
+    def _size_fault(self, shard: ShardEntry) -> str | None:
+        path = self.path / shard.file
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            return f"{path} is missing, but the manifest lists it; restore it, or extract again"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror}); check its rights"
+        return None if found == shard.bytes else size_fault(path, found, shard.bytes)
+
+
+class RemoteFolder:
+    """A store behind a URL. Whole shards are copied, because not every server can give a part of a file."""
+
+    is_remote = True
+
+    def __init__(self, url: str, cache: Path) -> None:
+        import fsspec
+
+        self.url, self.cache = url, cache
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{url} cannot be opened: {error}") from error
+
+    def describe(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def manifest_bytes(self) -> bytes:
+        data = self.small_file(MANIFEST_FILE)
+        if data is None:
+            raise UserError(
+                f"there is no finished latent store at {self.url}: it has no {MANIFEST_FILE}; "
+                "check the URL, or wait until the extraction is done"
+            )
+        return data
+
+    def small_file(self, name: str) -> bytes | None:
+        try:
+            return bytes(self._retry(lambda: self._files.cat_file(f"{self._root}/{name}"), name))
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, shard: ShardEntry) -> Path:
+        copy = self.cache / f"{shard.sha256}{Path(shard.file).suffix}"
+        if _has_size(copy, shard.bytes):
+            return copy
+        make_folder(self.cache)
+        with _alone(copy.with_name(f".{copy.name}.lock")):
+            if not _has_size(copy, shard.bytes):
+                self._retry(lambda: self._download(shard, copy), shard.file)
+        return copy
+
+    def size_faults(self, _shards: Sequence[ShardEntry]) -> list[str]:
+        return []  # a shard is checked when it arrives
+
+    def _download(self, shard: ShardEntry, copy: Path) -> None:
+        with replacing(copy) as temporary:
+            try:
+                self._files.get_file(f"{self._root}/{shard.file}", str(temporary))
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"{self.describe(shard.file)} is missing, but the manifest lists it; copy the store there anew"
+                ) from error
+            size = temporary.stat().st_size
+            if size != shard.bytes:
+                raise _DamagedCopyError(size_fault(self.describe(shard.file), size, shard.bytes))
+            if sha256_of(temporary) != shard.sha256:
+                raise _DamagedCopyError(
+                    f"{self.describe(shard.file)} has not the SHA-256 that the manifest gives; it is damaged there "
+                    "or on the way: copy the store anew"
+                )
+
+    def _retry(self, action: Any, name: str) -> Any:
+        """What the action gives; tried again after failures that may pass."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return action()
+            except (FileNotFoundError, UserError):
+                raise
+            except Exception as error:  # every file system of fsspec has errors of its own
+                if attempt + 1 < _ATTEMPTS:
+                    time.sleep(0.2 * 4**attempt)
+                    continue
+                if isinstance(error, _DamagedCopyError):
+                    raise UserError(str(error)) from error
+                raise UserError(f"{self.describe(name)} cannot be read ({type(error).__name__}: {error})") from error
+        raise AssertionError
+
+
+class _DamagedCopyError(Exception):
+    """What arrived is not what the manifest promises."""
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock between processes, so that a shard is copied once; the kernel frees it if its holder dies."""
+    with explained_writes(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with suppress(OSError):  # a file system without locks: the worst is a second copy, renamed over the first
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""How a command runs: options, messages, files that appear whole, processes, threads."""

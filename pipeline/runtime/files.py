@@ -1,0 +1,165 @@
+"""Files that appear whole or not at all: write under another name, flush to disk, rename.
+
+A rename is atomic only within one file system, so temporary names always stand beside the final one
+(or in a work folder that the caller keeps on the same file system).
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.errors import UserError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EFBIG: "the file would be larger than this system allows; use smaller shards or another disk",
+    errno.EROFS: "the disk is read-only; choose another output folder",
+    errno.EACCES: "there is no permission to write there; choose another output folder or change its rights",
+    errno.EPERM: "there is no permission to write there; choose another output folder or change its rights",
+    errno.ENOTDIR: "a part of that path is a file, not a folder; choose another output path",
+    errno.ENAMETOOLONG: "that name is too long for this file system; choose a shorter one",
+    errno.EISDIR: "that is a folder, and a file is to be written; choose another output path",
+}
+
+
+class WriteError(UserError):
+    """A file that cannot be written, and why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot write {path}: {reason}")
+        self.reason = reason
+
+
+def explain_write_error(path: Path, error: OSError) -> Exception:
+    """The error to raise for a failed write: a `UserError` where the user can mend it, else itself."""
+    reason = _REASONS.get(error.errno or 0)
+    return error if reason is None else WriteError(path, reason)
+
+
+@contextmanager
+def explained_writes(path: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only target or a missing permission inside the block into a `UserError`.
+
+    Of several around one another the outermost names the file: what a user asked for, not the temporary one.
+    """
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(path, error.reason) from error
+    except OSError as error:
+        raise explain_write_error(path, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; a failure the user can mend becomes a `UserError`."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, but a folder is needed there; choose another output path")
+    with explained_writes(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"{path} is a link that leads nowhere; remove it, or choose another path") from error
+        except FileNotFoundError as error:  # file systems such as /proc answer so
+            raise UserError(f"the folder {path} cannot be made there; choose another output path") from error
+
+
+def flush_folder(path: Path) -> None:
+    """Make renames inside the folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_file(path: Path) -> None:
+    """Make the file's contents survive a power cut."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path, *, work_folder: Path | None = None) -> Iterator[Path]:
+    """A temporary path that becomes `path`, flushed and renamed, when the block ends without an exception.
+
+    The temporary stands in `work_folder` (same file system) or, hidden, beside `path`. On an exception it is
+    removed, and whatever was at `path` before stays.
+
+    Raises:
+        UserError: the disk is full or read-only, or there is no permission.
+    """
+    name = f"{path.name}.{os.getpid()}.partial"
+    temporary = (work_folder / name) if work_folder else path.with_name(f".{name}")
+    with explained_writes(path):
+        try:
+            yield temporary
+            flush_file(temporary)
+            temporary.replace(path)
+            flush_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: Path, data: bytes, *, work_folder: Path | None = None) -> None:
+    """Write a whole file under its final name, or nothing."""
+    with replacing(path, work_folder=work_folder) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any, *, work_folder: Path | None = None) -> None:
+    """Write JSON with keys in the given order, so that equal values give equal bytes. NaN is refused."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode(), work_folder=work_folder)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it is damaged, restore or remake it") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its rights") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Flush every file of a finished folder and rename it, so that it appears whole or not at all.
+
+    Raises:
+        UserError: the disk is full or read-only, or there is no permission.
+    """
+    with explained_writes(final):
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                flush_file(Path(folder, name))
+            flush_folder(Path(folder))
+        temporary.rename(final)
+        flush_folder(final.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder of ours; one that is already gone is no error."""
+    shutil.rmtree(path, ignore_errors=True)

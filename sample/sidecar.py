@@ -1,0 +1,170 @@
+"""What a set of samples was made of: enough to make the same again, and nothing about the machine's folders."""
+
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json, remove_folder, write_json
+from sample.options import SampleOptions
+from sample.outputs import is_intact
+from sample.work_folder import differences, is_plan, work_folder_of
+
+FORMAT = "dit-samples"
+VERSION = 1
+PACKAGES = ("dit-pipeline", "torch", "diffusers", "numpy", "pillow")
+
+
+def sidecar_of(out: Path) -> Path:
+    """Where the description of `out` stands: beside it, `.json` added to its whole name."""
+    return out.with_name(f"{out.name}.json")
+
+
+def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in the names' order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the pixels depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            found[package] = "not installed"
+    return {**found, "torch": str(torch.__version__)}  # with its build, which the package's version may leave out
+
+
+def same_recipe(first: Any, second: Mapping[str, Any]) -> bool:
+    """Whether two recipes make the same images: all but the libraries' versions is equal."""
+    return isinstance(first, dict) and _without_versions(first) == _without_versions(second)
+
+
+def _without_versions(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name != "versions"}
+
+
+def write(out: Path, recipe: Mapping[str, Any], output: Mapping[str, Any]) -> None:
+    """Write the sidecar; it comes after the output, so that it never describes one that is not whole."""
+    content = {"format": FORMAT, "version": VERSION, "recipe": dict(recipe), "output": dict(output)}
+    write_json(sidecar_of(out), content)
+
+
+def read_sidecar(out: Path) -> dict[str, Any] | None:
+    """The JSON beside an output of ours; None where there is none or it is not ours.
+
+    Raises:
+        UserError: it was written by a newer version.
+    """
+    path = sidecar_of(out)
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+    except UserError:  # no JSON: none of ours
+        return None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path} is of version {content.get('version')}, but this program knows version {VERSION}; upgrade it"
+        )
+    return content
+
+
+_IMAGE = re.compile(r"\d{6,}\.png")
+
+
+def strip_of(out: Path) -> Path:
+    """Where the denoising strip of an output goes."""
+    return out.with_name(f"{out.stem}.trajectory.png")
+
+
+def is_finished(options: SampleOptions, recipe: dict[str, Any], *, thorough: bool) -> bool:
+    """Whether the output is there already, made by this very recipe; if not, whether it may be made.
+
+    Args:
+        thorough: compare every byte with the sidecar, so that --overwrite makes an output again that was changed since.
+
+    Raises:
+        UserError: something else is in the way that may not, or not without --overwrite, be replaced.
+    """
+    out = options.path
+    sidecar = read_sidecar(out)
+    ours = is_plan(work_folder_of(out), recipe)  # a kill may have come between the output and its sidecar
+    if sidecar is not None and same_recipe(sidecar.get("recipe"), recipe) and out.exists():
+        strip_there = options.trajectory is None or strip_of(out).is_file()
+        if strip_there and is_intact(out, sidecar.get("output", {}), thorough=thorough):
+            return True
+        if not strip_there and not options.overwrite and not ours:
+            raise UserError(f"{strip_of(out)} is gone, though {out} is there; pass --overwrite to make both again")
+        if not options.overwrite and not ours:
+            raise UserError(f"{out} is not what {sidecar_of(out)} says it is; pass --overwrite to make it again")
+        _check_kind(out, options.kind, ours=True)
+        return False
+    _check_kind(out, options.kind, ours=sidecar is not None)
+    if not ours and not options.overwrite:
+        _check_free(options, sidecar, recipe)
+    return False
+
+
+def sweep(out: Path, recipe: dict[str, Any]) -> None:
+    """Remove the work folder that a kill left behind after its output was finished."""
+    folder = work_folder_of(out)
+    if is_plan(folder, recipe):
+        remove_folder(folder)
+
+
+def _check_kind(out: Path, kind: str, *, ours: bool) -> None:
+    """A folder never gives way to a file or the other way round, and a folder of other things is never replaced."""
+    if kind != "folder":
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder; for single PNGs write --out {out}/, or name another file")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, but a folder of PNGs is to go there; name another folder")
+    elif out.is_dir() and (foreign_files := _foreign_files(out) if ours else sorted(out.iterdir())):
+        raise UserError(
+            f"--out {out}/ holds other things ({foreign_files[0].relative_to(out)}); move them away, or name a folder "
+            f"that is empty or not there yet"
+        )
+
+
+def _foreign_files(folder: Path) -> list[Path]:
+    """The files in a folder of ours that are no images of ours."""
+    files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    return sorted(path for path in files if not _IMAGE.fullmatch(path.name) or len(path.relative_to(folder).parts) > 2)
+
+
+def _check_free(options: SampleOptions, sidecar: dict[str, Any] | None, recipe: dict[str, Any]) -> None:
+    out = options.path
+    if out.exists() and not (out.is_dir() and sidecar is None):
+        how = f", made another way ({differences(sidecar.get('recipe'), recipe)})" if sidecar else ""
+        raise UserError(f"{out} is there already{how}; pass --overwrite to replace it, or name another --out")
+    others = [sidecar_of(out)] if sidecar is None else []
+    if options.trajectory is not None:
+        others.append(strip_of(out))
+    for path in others:
+        if path.exists():
+            raise UserError(f"{path} is in the way; pass --overwrite to replace it, or name another --out")
+
+
+def clear(out: Path) -> None:
+    """Remove a folder of ours that is to be replaced; the sidecar goes first, so that nothing claims it is whole."""
+    if out.is_dir():
+        ours = read_sidecar(out) is not None
+        sidecar_of(out).unlink(missing_ok=True)
+        if ours:
+            remove_folder(out)

@@ -1,0 +1,71 @@
+"""Whole runs in the less usual settings."""
+
+import json
+
+import pytest
+
+from pipeline.checkpoint import read_checkpoint
+from pipeline.dit import compile_blocks
+from tests.train.runs import VAE, assert_close_histories, history, lines, make_store, tensors, train
+
+
+def test_unlabelled_images_train_an_unconditional_network(tmp_path):
+    folder = make_store(tmp_path / "latents", classes=0)
+    assert train(folder, tmp_path / "run", steps=2) == 0
+    info = json.loads((tmp_path / "run" / "checkpoints" / "step-0000002" / "config.json").read_text())
+    assert info["model"]["num_classes"] == 0 and info["classes"] == []
+
+
+@pytest.mark.parametrize(
+    "flags", [["--conditioning", "in-context", "--qk-norm"], ["--class-dropout", "0", "--no-flip"]]
+)
+def test_other_networks_train_too(store, tmp_path, flags):
+    assert train(store, tmp_path / "run", *flags, steps=2) == 0
+
+
+def test_points_that_are_not_square_train_too(tmp_path):
+    folder = make_store(tmp_path / "latents", shape=(3, 4, 8), kind="point", views=("center",))
+    assert train(folder, tmp_path / "run", "--variance", "fixed-small", steps=2) == 0
+
+
+# The tracer itself looks at gradients of intermediate tensors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+def test_a_compiled_network_trains_as_it_does_plainly_and_saves_plain_names(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.run.compile_blocks", lambda network: compile_blocks(network, backend="aot_eager"))
+    assert train(store, tmp_path / "plain", steps=3) == 0
+    assert train(store, tmp_path / "compiled", "--compile", steps=3) == 0
+    assert_close_histories(history(tmp_path / "plain"), history(tmp_path / "compiled"))
+    assert tensors(tmp_path / "plain", 3).keys() == tensors(tmp_path / "compiled", 3).keys()
+
+
+def test_a_held_out_store_gives_the_validation_loss(store, tmp_path):
+    held_out = make_store(tmp_path / "held-out", samples=40, seed=5)
+    flags = ["--validation", str(held_out), "--validate-every", "2", "--validation-samples", "35"]
+    assert train(store, tmp_path / "run", *flags, steps=2) == 0
+    assert lines(tmp_path / "run")[1]["validation_loss"] == pytest.approx(1.0, abs=0.15)  # an untrained network's
+    assert "validation_loss" not in lines(tmp_path / "run")[0]
+
+
+def test_a_remote_store_is_read_through_the_cache_and_is_the_same_data(store, tmp_path):
+    assert train(store, tmp_path / "run", steps=2) == 0
+    assert train(f"file://{store}", tmp_path / "run", "--cache", str(tmp_path / "cache"), steps=4) == 0
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_the_newest_checkpoint_is_what_sampling_reads(store, tmp_path):
+    assert train(store, tmp_path / "run", "--objective", "flow", steps=2) == 0
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert checkpoint.info["step"] == 2 and checkpoint.process.to_json()["objective"] == "flow"
+    assert checkpoint.config.num_classes == 4 and checkpoint.weights == "ema"
+
+
+def test_a_vae_with_a_factor_per_channel_trains_too(tmp_path):
+    factors = {"scaling_factor": [0.5, 1.0, 2.0, 1.0], "shift_factor": [0.0, 0.1, 0.2, 0.3]}
+    folder = make_store(tmp_path / "latents", vae=VAE | factors)
+    assert train(folder, tmp_path / "run", steps=2) == 0
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert {name: checkpoint.info["vae"][name] for name in factors} == factors
+
+
+def test_an_order_for_slow_disks_trains_too(store, tmp_path):
+    assert train(store, tmp_path / "run", "--order", "runs", steps=3) == 0

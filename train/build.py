@@ -1,0 +1,195 @@
+"""The parts of a run from its options: the store, checked, the network for it, the process, and the first weights."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.folder import read_stored
+from pipeline.diffusion import Process, make_process
+from pipeline.dit import PRESETS, DiT, DiTConfig
+from pipeline.latents import LatentStore, Manifest
+from pipeline.runtime.console import nearest, say
+from pipeline.runtime.errors import UserError
+from train.data import check_labels
+from train.init_from import fit_weights
+from train.losses import Latents
+from train.options import DataOptions, ModelOptions, ObjectiveOptions, TrainOptions
+
+PRESETS_FOLDER = Path(__file__).parent / "presets"
+
+
+def open_store(path: str, options: DataOptions) -> LatentStore:
+    """The store, its labels (and with --verify-data its every byte) checked.
+
+    Raises:
+        UserError: it is not finished or damaged, or holds labels that are no classes of it.
+    """
+    store = LatentStore(path, cache=options.cache)
+    if options.verify_data:
+        say(f"comparing {len(store.manifest.shards)} shards of {path} with their checksums")
+        store.verify()
+    if (
+        "://" not in path
+    ):  # a remote store's labels are checked batch by batch: all of them at once is all of its shards
+        check_labels(store.labels().numpy(), len(store.manifest["classes"]), path)
+    return store
+
+
+def data_identity(manifest: Manifest) -> str:
+    """A fingerprint of a store's contents, wherever it lies."""
+    return hashlib.sha256(json.dumps(dict(manifest), sort_keys=True).encode()).hexdigest()
+
+
+def network_config(options: ModelOptions, manifest: Manifest, process: Process) -> DiTConfig:
+    """The network for this store and objective.
+
+    Raises:
+        UserError: there is no such model, or the store's grid does not divide by its patch.
+    """
+    if options.model not in PRESETS:
+        close = nearest(options.model, PRESETS)
+        raise UserError(
+            f"--model {options.model} does not exist; {f'did you mean {close[0]}? ' if close else ''}"
+            f"there are {', '.join(PRESETS)}"
+        )
+    latent = manifest.latent
+    return DiTConfig.from_preset(
+        options.model,
+        input_size=latent.height if latent.height == latent.width else (latent.height, latent.width),
+        in_channels=latent.channels,
+        num_classes=len(manifest["classes"]),
+        class_dropout_prob=options.class_dropout,
+        learn_sigma=process.learns_variance,
+        conditioning=options.conditioning,
+        qk_norm=options.qk_norm,
+    )
+
+
+def process_of(options: ObjectiveOptions) -> Process:
+    """The process to learn."""
+    if options.objective == "flow":
+        return make_process({"objective": "flow", "timestep_law": options.timestep_law})
+    return make_process(
+        {
+            "objective": "ddpm",
+            "schedule": options.noise_schedule,
+            "prediction": options.prediction,
+            "variance": options.variance,
+            "loss": options.loss,
+        }
+    )
+
+
+def latents_of(manifest: Manifest, config: DiTConfig, device: torch.device) -> Latents:
+    """What the loss needs to know of the store and the network."""
+
+    def on_device(factor: Any) -> Any:
+        return torch.tensor(factor, device=device) if isinstance(factor, list) else factor
+
+    return Latents(
+        kind=manifest.latent.kind,
+        channels=manifest.latent.channels,
+        scaling_factor=on_device(manifest["vae"]["scaling_factor"]),
+        shift_factor=on_device(manifest["vae"]["shift_factor"]),
+        null_class=config.null_class,
+        class_dropout=config.class_dropout_prob if config.num_classes else 0.0,
+    )
+
+
+def start_weights(network: DiT, options: ModelOptions, manifest: Manifest) -> None:
+    """Fill the network from --init-from, as far as it fits, and print what became of each tensor.
+
+    Raises:
+        UserError: the checkpoint cannot be read or does not fit, or was made with other latents than the store's.
+    """
+    if options.init_from is None:
+        return
+    stored = read_stored(options.init_from, weights=options.init_weights)
+    if not options.allow_other_vae:
+        _check_vae(options.init_from, stored.info.get("vae") or {}, manifest["vae"])
+    report = fit_weights(
+        stored.state,
+        network,
+        source_config=stored.config,
+        source_names=(stored.info["classes"], stored.info["class_ids"]),
+        target_names=(manifest["classes"], manifest["class_ids"]),
+        origin=options.init_from,
+    )
+    say(f"weights from {options.init_from}: {report}")
+
+
+def _check_vae(origin: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    known = [key for key in ("sha256", "scaling_factor") if theirs.get(key) is not None and ours.get(key) is not None]
+    known += ["shift_factor"] if "scaling_factor" in known else []  # None is a shift of 0, not an unknown one
+    differing = [
+        f"its {key} is {theirs.get(key)} and the store's is {ours.get(key)}"
+        for key in known
+        if (theirs.get(key) or 0) != (ours.get(key) or 0)
+    ]
+    if differing:
+        raise UserError(
+            f"--init-from {origin} was trained on latents of the VAE {theirs.get('name')}, the store's are of "
+            f"{ours.get('name')}: {'; '.join(differing)}; extract with its VAE, or pass --allow-other-vae"
+        )
+
+
+def checkpoint_info(options: TrainOptions, manifest: Manifest, config: DiTConfig, process: Process) -> dict[str, Any]:
+    """What a checkpoint says about itself, all but the step."""
+    latent = manifest.latent
+    return {
+        "step": 0,
+        "model": config.to_json(),
+        "diffusion": process.to_json(),
+        "classes": list(manifest["classes"]),
+        "class_ids": list(manifest["class_ids"]),
+        "latent": {
+            "kind": latent.kind,
+            "channels": latent.channels,
+            "height": latent.height,
+            "width": latent.width,
+            "downsample": latent.downsample,
+        },
+        "vae": dict(manifest["vae"]),
+        "image": dict(manifest["image"]),
+        "training": {
+            "model": options.model.model,
+            "seed": options.data.seed,
+            "batch_size": options.optimizer.batch_size,
+            "lr": options.optimizer.lr,
+            "lr_schedule": options.optimizer.lr_schedule,
+            "ema_decay": options.average.ema_decay,
+            "ema_warmup": options.average.ema_warmup,
+            "class_dropout": options.model.class_dropout,
+            "mixed_precision": options.hardware.mixed_precision,
+            "samples": manifest.samples,
+            "views": list(manifest["views"]),
+            "data_identity": data_identity(manifest),
+        },
+    }
+
+
+def check_same_kind(ours: Manifest, theirs: Manifest, path: str) -> None:
+    """Nothing, if a validation store holds the same kind of latents and classes as the training store.
+
+    Raises:
+        UserError: VAE, grid or classes differ; all differences are named.
+    """
+    pairs = {
+        "the VAE's sha256": (ours["vae"]["sha256"], theirs["vae"]["sha256"]),
+        "the latent's kind": (ours.latent.kind, theirs.latent.kind),
+        "the latent's shape": (_shape(ours), _shape(theirs)),
+        "the classes": (list(ours["class_ids"]), list(theirs["class_ids"])),
+    }
+    differing = [name for name, (here, there) in pairs.items() if here != there]
+    if differing:
+        raise UserError(
+            f"--validation {path} does not fit --latents: they differ in {', '.join(differing)}; extract both with the "
+            f"same VAE, --image-size and classes"
+        )
+
+
+def _shape(manifest: Manifest) -> tuple[int, int, int]:
+    return manifest.latent.channels, manifest.latent.height, manifest.latent.width

@@ -1,0 +1,356 @@
+"""Everything a run is at one step: taken in memory, written as plain safetensors and JSON, and put back exactly.
+
+A checkpoint's state/ folder holds optimizer.safetensors (NAME.exp_avg, NAME.exp_avg_sq), trainer.json (counters) and
+files.json (size and SHA-256 of every other file, checked before resuming). Tensors are whole, so a run goes on
+with any number of processes, sharded or not. There are no random-number states: draws depend on the step alone.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.averages import MovingAverage
+from pipeline.checkpoint.folder import checkpoint_folders, write_model_files
+from pipeline.checkpoint.tensor_files import save_safetensors
+from pipeline.runtime.console import say, warn
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import (
+    explained_writes,
+    make_folder,
+    publish_folder,
+    read_json,
+    remove_folder,
+    sha256_of,
+    write_json,
+)
+from train.distributed import Hardware
+from train.optimizer import Optimizer
+from train.options import RunOptions
+from train.parallel import Copied, Placement
+
+FORMAT, VERSION = "dit-train-state", 1
+Tensors = dict[str, Tensor]
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainState:
+    """What a step changes."""
+
+    placement: Placement
+    optimizer: Optimizer
+    averages: dict[str, MovingAverage]
+    """By the stems of their files: "ema", "ema-NAME"."""
+    step: int = 0
+    """Optimizer steps done, skipped ones too."""
+    jump: int = 0
+    """Batches of the data order that going back has passed over: step n trains on batch n + jump."""
+    rollbacks: int = 0
+    seconds: float = 0.0
+    """Time spent training, over all sittings."""
+
+    @property
+    def batch_number(self) -> int:
+        """Which global batch, and which draws, the next step takes."""
+        return self.step + self.jump
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A copy of the state in main memory, which a thread can write while training goes on."""
+
+    step: int
+    files: dict[str, Tensors] = field(default_factory=dict)
+    """Tensors by the stem of their file; "optimizer" goes under state/."""
+    counters: dict[str, Any] = field(default_factory=dict)
+
+
+def take_snapshot(state: TrainState, *, keep: bool) -> Snapshot:
+    """A copy of everything at this step; every process must call it, only those with `keep` hold the result."""
+    files: dict[str, Tensors] = {}
+    if keep or not isinstance(state.placement, Copied):
+        for stem, tensors in _parts(state):
+            copies = {}
+            for name, tensor in zip(state.placement.names, state.placement.whole(tensors), strict=True):
+                if keep:
+                    copies[name] = _copy_to_host(tensor)
+            target, suffix = ("optimizer", f".{stem}") if stem.startswith("exp_avg") else (stem, "")
+            files.setdefault(target, {}).update({name + suffix: tensor for name, tensor in copies.items()})
+    if state.placement.weights[0].is_cuda:
+        torch.cuda.synchronize()
+    return Snapshot(step=state.step, files=files if keep else {}, counters=_counters(state))
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    source = tensor.detach()
+    if not source.is_cuda:
+        return source.clone(memory_format=torch.contiguous_format)
+    host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    return host.copy_(source, non_blocking=True)
+
+
+def _parts(state: TrainState) -> Iterator[tuple[str, list[Tensor]]]:
+    yield "model", state.placement.weights
+    for name, average in state.averages.items():
+        yield name, average.tensors
+    yield from state.optimizer.moments().items()
+
+
+def _counters(state: TrainState) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": state.step,
+        "jump": state.jump,
+        "rollbacks": state.rollbacks,
+        "seconds": state.seconds,
+        "optimizer": f"AdamW ({state.optimizer.kernel})",
+        "averages": {name: average.decay for name, average in state.averages.items()},
+        **state.optimizer.counters(),
+    }
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot, info: Mapping[str, Any]) -> None:
+    """Write a checkpoint's files into a folder that the caller publishes."""
+    averages = {stem: tensors for stem, tensors in snapshot.files.items() if stem.startswith("ema")}
+    write_model_files(folder, info={**info, "step": snapshot.step}, model=snapshot.files["model"], averages=averages)
+    inner = folder / "state"
+    inner.mkdir()
+    save_safetensors(inner / "optimizer.safetensors", snapshot.files["optimizer"])
+    write_json(inner / "trainer.json", snapshot.counters)
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in written
+    }
+    write_json(inner / "files.json", {"format": FORMAT, "version": VERSION, "files": listing})
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if every one is as it was written.
+
+    Raises:
+        OSError: a file is there and cannot be read, which says nothing about its contents.
+    """
+    try:
+        listing = read_json(folder / "state" / "files.json")["files"]
+        for name, known in listing.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != known["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}"
+            if sha256_of(path) != known["sha256"]:
+                return f"{name} has other contents than were written (SHA-256)"
+    except PermissionError:
+        raise
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise error.__cause__ from None
+        return f"state/files.json: {error}"
+    return None
+
+
+def restore(folder: Path, state: TrainState) -> None:
+    """Make the state what it was when the checkpoint was taken.
+
+    Raises:
+        UserError: the checkpoint's state is of another version, or lacks tensors of this network.
+    """
+    counters = read_json(folder / "state" / "trainer.json")
+    if counters.get("format") != FORMAT or counters.get("version") != VERSION:
+        raise UserError(
+            f"{folder}/state has format {counters.get('format')!r} version {counters.get('version')!r}, but this "
+            f"program resumes {FORMAT!r} version {VERSION}; sample from it, or start anew with --init-from {folder}"
+        )
+    before, now = counters["optimizer"], f"AdamW ({state.optimizer.kernel})"
+    if before != now:
+        warn(f"the checkpoint was made with {before}, this is {now}: the run goes on, but not to the last bit")
+    for stem, tensors in _parts(state):
+        if stem.startswith("exp_avg"):
+            file, suffix = folder / "state" / "optimizer.safetensors", f".{stem}"
+        else:
+            file, suffix = folder / f"{stem}.safetensors", ""
+        names = [name + suffix for name in state.placement.names]
+        state.placement.put(_read(file, names), tensors)
+    state.optimizer.restore_counters(counters)
+    state.step, state.jump = int(counters["step"]), int(counters["jump"])
+    state.rollbacks, state.seconds = int(counters["rollbacks"]), float(counters["seconds"])
+
+
+def _read(file: Path, names: list[str]) -> Iterator[Tensor]:
+    """The named tensors one after the other, so that a whole file never lies in memory."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as content:
+        missing = sorted(set(names) - set(content.keys()))
+        if missing:
+            raise UserError(f"{file} lacks {', '.join(missing)}; it belongs to another network")
+        for name in names:
+            yield content.get_tensor(name)
+
+
+def is_amid_skips(folder: Path) -> bool:
+    """Whether steps had just been skipped when the checkpoint was taken, or it does not tell."""
+    try:
+        return float(read_json(folder / "state" / "trainer.json")["skipped_in_a_row"]) > 0
+    except (UserError, KeyError, TypeError, ValueError):
+        return True
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
+class Saver:
+    """Takes a snapshot, which is all that training waits for, and writes it in the background.
+
+    One checkpoint is written at a time; the next one waits for it. An error while writing is raised at the next call.
+    """
+
+    def __init__(self, options: RunOptions, hardware: Hardware, info: Mapping[str, Any]) -> None:
+        self._paused_seconds = 0.0
+        self.saved_step: int | None = None
+        self._options, self._hardware, self._info = options, hardware, info
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: TrainState, *, wait: bool = False) -> None:
+        """Save this step, once; every process calls it.
+
+        Args:
+            wait: until the checkpoint is in place, as before leaving.
+        """
+        if self.saved_step != state.step:
+            started = time.perf_counter()
+            self.finish()
+            snapshot = take_snapshot(state, keep=self._hardware.is_main)
+            paused = time.perf_counter() - started
+            self._paused_seconds += paused
+            self.saved_step = state.step
+            if self._hardware.is_main:
+                self._thread = threading.Thread(target=self._write, args=(snapshot, paused), name="checkpoint writer")
+                self._thread.start()
+        if wait:
+            self.finish()
+            self._hardware.wait()
+
+    def take_pause(self) -> float:
+        """How long training stood still for checkpoints since this was last asked, in seconds."""
+        paused, self._paused_seconds = self._paused_seconds, 0.0
+        return paused
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_if_failed()
+
+    def raise_if_failed(self) -> None:
+        """Nothing, if every checkpoint so far could be written; does not wait for one.
+
+        Raises:
+            UserError: one could not.
+        """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, snapshot: Snapshot, paused: float) -> None:
+        started = time.perf_counter()
+        final = checkpoint_path(self._options.out, snapshot.step)
+        temporary = final.with_name(f".{final.name}.partial")
+        try:
+            remove_folder(temporary)
+            with explained_writes(final):
+                make_folder(temporary)
+                write_snapshot(temporary, snapshot, self._info)
+            remove_folder(final)  # only a checkpoint that this run has gone back behind can be there
+            publish_folder(temporary, final)
+            prune(self._options)
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that trains
+            remove_folder(temporary)
+            self._error = error
+            return
+        written = time.perf_counter() - started
+        say(f"checkpoint {final.name}: training paused {paused:.2f} s, written in {written:.1f} s")
+
+
+def prune(options: RunOptions) -> None:
+    """Remove checkpoints beyond the newest `keep_last`, but none at a multiple of `keep_every`.
+
+    While steps are being skipped, the newest one from before that stays too: it is what the run goes back to.
+    """
+    folders = checkpoint_folders(options.out)
+    if not options.keep_last or len(folders) <= options.keep_last:
+        return
+    doomed = [folder for step, folder in folders if not (options.keep_every and step % options.keep_every == 0)]
+    doomed = [folder for folder in doomed if folder not in {kept for _, kept in folders[-options.keep_last :]}]
+    if all(is_amid_skips(folder) for _, folder in folders if folder not in doomed):
+        spared = next((folder for folder in reversed(doomed) if not is_amid_skips(folder)), None)
+        doomed = [folder for folder in doomed if folder != spared]
+    for folder in doomed:
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; under another name first, since a half-removed folder must not pass for one."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    remove_folder(doomed)
+    folder.rename(doomed)
+    remove_folder(doomed)
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed processes left behind."""
+    for folder in (run / "checkpoints").glob(".step-*.partial"):
+        remove_folder(folder)
+
+
+def newest_sound(run: Path) -> Path | None:
+    """The newest checkpoint whose every byte is as written, or None in a run that has none yet.
+
+    Damaged ones that are newer are set aside with a clear line.
+
+    Raises:
+        UserError: there are checkpoints and none is whole; all stay as they are.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for _, folder in reversed(all_checkpoints(run)):
+        damage = find_damage(folder)
+        if damage is None:
+            _set_aside(damaged)
+            return folder
+        damaged.append((folder, damage))
+    if damaged:
+        folder, damage = damaged[0]
+        raise UserError(
+            f"{folder} is damaged: {damage}; and {run} holds no other checkpoint that is whole: restore one, or begin "
+            f"anew with --overwrite"
+        )
+    return None
+
+
+def all_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that is named like a checkpoint, whole or not, oldest first."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted((int(path.name[5:]), path) for path in folders)
+
+
+def _set_aside(damaged: list[tuple[Path, str]]) -> None:
+    for folder, damage in damaged:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        remove_folder(aside)
+        folder.rename(aside)
+        warn(f"{folder} is damaged: {damage}; set aside as {aside.name}, going back to the checkpoint before it")

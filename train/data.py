@@ -1,0 +1,274 @@
+"""Which samples make which batch: a pure function of (seed, position), so that resuming costs nothing.
+
+The stream of positions is endless: epoch e covers positions [e·N, (e+1)·N) and is its own permutation of all N
+samples. Batch b covers positions [b·G, (b+1)·G), across an epoch's edge if it falls there, so every batch is full
+and every sample comes exactly once per epoch, whatever the processes, the accumulation, or the point of resuming.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Shaped
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.randomness import Permutation, generator
+from pipeline.runtime.errors import UserError
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Which part of every global batch this process computes, in how many micro-batches."""
+
+    batch_size: int
+    """Samples of the global batch."""
+    rank: int = 0
+    processes: int = 1
+    accumulation: int = 1
+    """Micro-batches per process."""
+
+    def __post_init__(self) -> None:
+        parts = self.processes * self.accumulation
+        if self.batch_size % parts:
+            lower = self.batch_size // parts * parts
+            raise UserError(
+                f"--batch-size {self.batch_size} does not divide among {self.processes} processes × "
+                f"--grad-accumulation {self.accumulation}; use {f'{lower} or ' if lower else ''}{lower + parts}"
+            )
+
+    @property
+    def local_size(self) -> int:
+        """Samples per process and step."""
+        return self.batch_size // self.processes
+
+    @property
+    def micro_size(self) -> int:
+        """Samples per process and micro-batch."""
+        return self.local_size // self.accumulation
+
+    @property
+    def rows(self) -> slice:
+        """This process's rows of the global batch."""
+        return slice(self.rank * self.local_size, (self.rank + 1) * self.local_size)
+
+    def micro_rows(self, part: int) -> slice:
+        """The rows of one micro-batch within this process's share."""
+        return slice(part * self.micro_size, (part + 1) * self.micro_size)
+
+
+RUN_ROWS, WINDOW_RUNS = 16, 64
+
+
+class DataOrder:
+    """The endless stream of sample indices: a fresh keyed permutation of the training samples per epoch.
+
+    "scattered" permutes all of them. "runs" cuts the store into runs of 16 neighbours, permutes the runs, and then the
+    samples within each window of 64 runs (1,024 samples): a disk reads 16 samples in one place within a few batches.
+    The store's own order is random, so its batches are nearly as mixed.
+    """
+
+    def __init__(
+        self, samples: int, seed: int, *, held_out: int = 0, order: Literal["scattered", "runs"] = "scattered"
+    ) -> None:
+        """Order `samples` of a store, without the `held_out` that the same seed always sets aside."""
+        self.samples = samples - held_out
+        self._in_runs = order == "runs"
+        self._seed = seed
+        self._held_out = held_out
+        self._split = Permutation(samples, seed, "held-out split") if held_out else None
+        self._kept: dict[tuple[str | int, ...], Permutation] = {}
+        if self.samples < 1:
+            raise UserError(
+                f"of {samples} samples {held_out} are held out and none is left to train on; lower --validation-share"
+            )
+
+    def indices(self, positions: Indices) -> Indices:
+        """The store's indices at the given positions of the endless stream."""
+        epochs, within = np.divmod(positions, self.samples)
+        result = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            arranged = self._arranged_in_runs if self._in_runs else self._scattered
+            result[chosen] = arranged(int(epoch), within[chosen])
+        return result if self._split is None else self._split[result + self._held_out]
+
+    def batch(self, number: int, share: Share) -> Indices:
+        """The indices of one process's rows of global batch `number`."""
+        first = number * share.batch_size
+        return self.indices(np.arange(first + share.rows.start, first + share.rows.stop, dtype=np.int64))
+
+    def held_out(self, count: int) -> Indices:
+        """The first `count` of the samples that training never sees."""
+        if self._split is None:
+            return np.empty(0, dtype=np.int64)
+        return self._split[np.arange(min(count, self._held_out), dtype=np.int64)]
+
+    def _scattered(self, epoch: int, within: Indices) -> Indices:
+        return self._permutation("data order", self.samples, epoch)[within]
+
+    def _arranged_in_runs(self, epoch: int, within: Indices) -> Indices:
+        """Position → its window → a place in the window → a run and a row of it; what fills no run comes last."""
+        whole, window = self.samples // RUN_ROWS * RUN_ROWS, RUN_ROWS * WINDOW_RUNS
+        result = np.empty_like(within)
+        for first in np.unique(np.where(within < whole, within // window * window, whole)).tolist():
+            last = min(first + window, whole) if first < whole else self.samples
+            chosen = (within >= first) & (within < last)
+            place = self._permutation("window", last - first, epoch, first)[within[chosen] - first]
+            if first < whole:
+                runs = self._permutation("runs", whole // RUN_ROWS, epoch)[(first + place) // RUN_ROWS]
+                result[chosen] = runs * RUN_ROWS + place % RUN_ROWS
+            else:
+                result[chosen] = whole + place
+        return result
+
+    def _permutation(self, purpose: str, length: int, *numbers: int) -> Permutation:
+        key: tuple[str | int, ...] = (purpose, *numbers)
+        if key not in self._kept:
+            if len(self._kept) > 8:
+                self._kept.clear()
+            self._kept[key] = Permutation(length, self._seed, purpose, *numbers)
+        return self._kept[key]
+
+
+def draw_views(candidates: Indices, number: int, share: Share, seed: int) -> Indices:
+    """Which of the store's views each of this process's samples is seen in, uniform over the candidates."""
+    import torch
+
+    drawn = torch.randint(len(candidates), (share.batch_size,), generator=generator(seed, "view", number))
+    return candidates[drawn.numpy()[share.rows]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """This process's rows of one global batch."""
+
+    number: int
+    moments: Shaped[Tensor, "batch values height width"]
+    """Of the view that was drawn, in the store's dtype."""
+    labels: Int64[Tensor, " batch"]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A buffer that is filled, used and filled again; `copied` tells when the device has read it."""
+
+    moments: Tensor
+    labels: Tensor
+    copied: Any = None
+
+
+class BatchReader:
+    """Iterates over this process's rows of global batches `first`, `first` + 1, …, without end.
+
+    A batch's tensors are valid until the next one is asked for. Close it, or use it in a `with` block.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        order: DataOrder,
+        share: Share,
+        *,
+        views: Indices,
+        seed: int,
+        first: int,
+        prefetch: int,
+        device: torch.device,
+    ) -> None:
+        self.waited_seconds = 0.0
+        self._store, self._order, self._share = store, order, share
+        self._views, self._seed, self._first, self._device = views, seed, first, device
+        self._filled: queue.Queue[tuple[int, _Slot] | BaseException] = queue.Queue()
+        self._free: queue.Queue[_Slot | None] = queue.Queue()
+        latent = store.manifest.latent
+        channels = latent.channels * (2 if latent.kind == "moments" else 1)
+        shape = (share.local_size, channels, latent.height, latent.width)
+        pinned = device.type == "cuda"
+        for _ in range(prefetch + 1):  # one more than are read ahead: the batch in use
+            moments = torch.empty(shape, dtype=_torch_dtype(latent.dtype), pin_memory=pinned)
+            labels = torch.empty(share.local_size, dtype=torch.int64, pin_memory=pinned)
+            self._free.put(_Slot(moments, labels))
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, name="batch reader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            started = time.perf_counter()
+            item = self._filled.get()
+            self.waited_seconds += time.perf_counter() - started
+            if isinstance(item, BaseException):
+                raise item
+            number, slot = item
+            yield self._on_device(number, slot)
+            self._free.put(slot)
+
+    def __enter__(self) -> "BatchReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the thread; it ends with the read in flight."""
+        self._closing.set()
+        self._free.put(None)
+        self._thread.join()
+
+    def _on_device(self, number: int, slot: _Slot) -> Batch:
+        if self._device.type == "cpu":
+            return Batch(number=number, moments=slot.moments, labels=slot.labels)
+        moments = slot.moments.to(self._device, non_blocking=True)
+        labels = slot.labels.to(self._device, non_blocking=True)
+        if self._device.type == "cuda":
+            slot.copied = torch.cuda.Event()
+            slot.copied.record()
+        return Batch(number=number, moments=moments, labels=labels)
+
+    def _read_ahead(self) -> None:
+        try:
+            number = self._first
+            while (slot := self._free.get()) is not None and not self._closing.is_set():
+                if slot.copied is not None:
+                    slot.copied.synchronize()
+                indices = self._order.batch(number, self._share)
+                views = draw_views(self._views, number, self._share, self._seed)
+                _, labels = self._store.gather(indices, views, out=slot.moments)
+                check_labels(labels.numpy(), len(self._store.manifest["classes"]), self._store.path)
+                slot.labels.copy_(labels)
+                self._filled.put((number, slot))
+                number += 1
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that trains
+            self._filled.put(error)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def check_labels(labels: Indices, classes: int, path: str) -> None:
+    """Nothing, if every label is a class (a store without classes may hold any).
+
+    Raises:
+        UserError: a label outside the list.
+    """
+    low, high = int(labels.min(initial=0)), int(labels.max(initial=-1))
+    if classes and (low < 0 or high >= classes):
+        raise UserError(
+            f"{path} holds a sample with label {low if low < 0 else high}, but its manifest lists {classes} classes, "
+            f"0 … {classes - 1}; extract the store again"
+        )
+
+
+def view_candidates(views: list[str], *, flip: bool) -> Indices:
+    """The views that training draws from: all of the store's, or those that are not mirrored."""
+    chosen = [number for number, view in enumerate(views) if flip or not view.endswith("-hflip")]
+    return np.array(chosen, dtype=np.int64)

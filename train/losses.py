@@ -1,0 +1,126 @@
+"""From stored moments to a loss per sample: every draw of a step, keyed so that it depends on the step alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64, Shaped
+from torch import Tensor
+
+from pipeline.randomness import generator
+from pipeline.vae import draw_posterior, normalize
+from train.data import Share
+
+NetworkFn = Callable[[Tensor, Tensor], Tensor]
+QUARTERS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latents:
+    """What the loss needs to know of the store and the network."""
+
+    kind: str
+    """Either "moments" or "point"."""
+    channels: int
+    scaling_factor: Any
+    shift_factor: Any
+    null_class: int
+    class_dropout: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """Everything random about one step, for one process's rows of the global batch."""
+
+    t: Shaped[Tensor, " batch"]
+    """In the process's own units: whole steps, or real times."""
+    noise: Float[Tensor, "batch channel height width"]
+    """What the process adds."""
+    posterior: Float[Tensor, "batch channel height width"]
+    """What makes a latent of the stored mean and spread."""
+    dropped: Bool[Tensor, " batch"]
+    """Whether a sample's label is replaced by the null class."""
+
+    def rows(self, rows: slice) -> "Draws":
+        """The same draws for some of the rows."""
+        return Draws(t=self.t[rows], noise=self.noise[rows], posterior=self.posterior[rows], dropped=self.dropped[rows])
+
+
+def draw(
+    process: Any, number: int, share: Share, shape: tuple[int, ...], *, seed: int, dropout: float, device: str
+) -> Draws:
+    """The draws of batch `number`: made for the whole global batch on every process, then cut to its own rows.
+
+    So they are the same for any number of processes and any accumulation. A CPU and a GPU draw different streams.
+    """
+    rows = share.rows
+
+    def normal(purpose: str) -> Tensor:
+        draws = generator(seed, purpose, number, device=device)
+        return torch.randn((share.batch_size, *shape), generator=draws, device=device)[rows]
+
+    uniform = torch.rand(
+        share.batch_size, generator=generator(seed, "label drop", number, device=device), device=device
+    )
+    return Draws(
+        t=process.draw_timesteps(share.batch_size, generator(seed, "timestep", number, device=device))[rows],
+        noise=normal("diffusion noise"),
+        posterior=normal("posterior noise"),
+        dropped=uniform[rows] < dropout,
+    )
+
+
+def clean_latents(
+    moments: Float[Tensor, "batch values height width"],
+    latents: Latents,
+    noise: Float[Tensor, "batch channel height width"],
+) -> Float[Tensor, "batch channel height width"]:
+    """The network's x_0: a fresh draw of the stored posterior, then (z − shift) · scale, in float32."""
+    z = draw_posterior(moments.float(), noise) if latents.kind == "moments" else moments.float()
+    return normalize(z, latents.scaling_factor, latents.shift_factor)
+
+
+def sample_losses(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    process: Any,
+    latents: Latents,
+    moments: Float[Tensor, "batch values height width"],
+    labels: Int64[Tensor, " batch"],
+    draws: Draws,
+) -> dict[str, Float[Tensor, " batch"]]:
+    """{"loss", "mse", "vb"}, each [batch], of stored moments under the given draws."""
+    x_start = clean_latents(moments, latents, draws.posterior)
+    y = torch.where(draws.dropped | (labels < 0), latents.null_class, labels)
+    return process.training_losses(lambda x_t, t: model(x_t, t, y), x_start, draws.t, draws.noise)
+
+
+class LossSums:
+    """Sums of one step's losses on the device, whole and by quarter of the timesteps."""
+
+    def __init__(self, device: torch.device) -> None:
+        precision = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(4 + 2 * QUARTERS, device=device, dtype=precision)
+
+    @torch.no_grad()
+    def add(self, losses: dict[str, Float[Tensor, " batch"]], time: Float[Tensor, " batch"]) -> None:
+        """Add one micro-batch; `time` runs from 0 (data) to 1 (noise)."""
+        values = torch.stack([losses["loss"], losses["mse"], losses["vb"], torch.ones_like(losses["loss"])])
+        values = values.to(self._sums.dtype)
+        quarter = (time * QUARTERS).long().clamp_(0, QUARTERS - 1)
+        parts = torch.zeros(2, QUARTERS, device=values.device, dtype=values.dtype)
+        parts.index_add_(1, quarter, values[[0, 3]])
+        self._sums += torch.cat([values.sum(1), parts.flatten()])
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float | None]:
+        """Means over the global batch; `reduce` adds the sums of all processes. Waits for the device.
+
+        A quarter that no sample fell into is None.
+        """
+        values = reduce(self._sums).tolist()
+        loss, mse, vb, count = values[:4]
+        result: dict[str, float | None] = {"loss": loss / count, "mse": mse / count, "vb": vb / count}
+        for quarter in range(QUARTERS):
+            total, samples = values[4 + quarter], values[4 + QUARTERS + quarter]
+            result[f"loss_q{quarter}"] = total / samples if samples else None
+        return result
