@@ -1,1 +1,0 @@
-"""What `dit-inspect` prints, one module per kind of thing; each gives lines of text."""
