@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow lint install clean-demo
+.PHONY: demo test slow mutants lint install clean-demo
 
 demo: $(VENV)/.installed
 	python examples/digits/make_images.py --out demo/images
@@ -18,6 +18,10 @@ test: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	python -m pytest -n 2 --dist loadscope -m "slow and not gpu" -q --durations=10
+
+mutants: $(VENV)/.installed-test
+	$(PIP_INSTALL) -e '.[test,mutants]'
+	python tests/mutants.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	ruff format --check .

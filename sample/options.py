@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.diffusion.samplers import samplers_help
 from pipeline.runtime.errors import UserError
 
 SUFFIXES = {".png": "grid", ".npz": "npz", ".safetensors": "latents"}
@@ -42,10 +43,9 @@ class ImageOptions:
 class ReverseOptions:
     """How noise becomes a latent."""
 
-    sampler: str | None = None
-    """Sampler: ddpm (ancestral, learned variance), ddim, dpm++ or unipc; heun or euler for flow checkpoints. Default ddpm, for flow heun."""
+    sampler: Annotated[str | None, tyro.conf.arg(help=samplers_help())] = None
     steps: int = 250
-    """Steps of the reverse process (dpm++ and unipc are good from 20)."""
+    """Steps of the reverse process."""
     eta: float = 0.0
     """Noise of ddim: 0 is deterministic, 1 adds as much as ddpm."""
     guidance: float | None = None

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.checkpoint.folder import Checkpoint, read_checkpoint
 from pipeline.classes import short_name
-from pipeline.diffusion import GaussianDiffusion, default_sampler, samplers_for
+from pipeline.diffusion.samplers import SAMPLERS, check_request, default_sampler, samplers_for
 from pipeline.dit import compile_blocks
 from pipeline.image_grid import can_be_drawn
 from pipeline.runtime.cli import nearest
@@ -163,12 +163,7 @@ def settle_plan(
         close = nearest(sampler, names, count=1)
         hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}"
         raise UserError(f"--sampler {sampler} does not fit this checkpoint's process; {hint}")
-    if reverse.eta and sampler != "ddim":
-        raise UserError(f"--eta {reverse.eta} is for --sampler ddim, not {sampler}; drop one of the two")
-    if isinstance(checkpoint.process, GaussianDiffusion):
-        most = checkpoint.process.num_timesteps - (sampler in {"dpm++", "unipc"})
-        if reverse.steps > most:
-            raise UserError(f"--steps {reverse.steps} is more than --sampler {sampler} can take here: at most {most}")
+    check_request(SAMPLERS[sampler], checkpoint.process, steps=reverse.steps, eta=reverse.eta)
     kind = device.partition(":")[0]
     precision = compute.mixed_precision
     if precision == "auto":

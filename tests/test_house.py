@@ -1,6 +1,9 @@
 """The rules of the house, kept by a machine."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -79,3 +82,167 @@ def test_files_and_functions_keep_to_their_subject():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno <= 80, f"{path.relative_to(ROOT)} {node.name} is long"
+
+
+# ---- the graph of imports: what a file takes from the project when it is loaded, or later inside a function
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def taken_from(path):
+    """The project's modules that a file names in imports, wherever they stand; those for the type checker are left out."""
+    tree = ast.parse(path.read_text())
+    for_types = {id(inner) for node in ast.walk(tree) if is_type_checking(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{name.name}" for name in node.names} & MODULES.keys()
+            yield from inner or ({node.module} & MODULES.keys())
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.fixture(scope="module")
+def graph():
+    found = {name: set(taken_from(path)) - {name} for name, path in MODULES.items()}
+    assert len(found) > 100 and sum(map(len, found.values())) > 400
+    return found
+
+
+def reached(graph, start):
+    seen, todo = set(), [start]
+    while todo:
+        for module in graph[todo.pop()] - seen:
+            seen.add(module)
+            todo.append(module)
+    return seen
+
+
+def test_no_files_import_each_other_in_a_circle(graph):
+    circles = {module for module in graph if module in reached(graph, module)}
+    assert circles == set(), f"each of these is reached from itself: {sorted(circles)}"
+
+
+def test_rooms_of_pipeline_do_not_import_each_other_in_a_circle(graph):
+    def room(module):
+        return ".".join(module.split(".")[:2])
+
+    rooms = defaultdict(set)
+    for module, others in graph.items():
+        if module.startswith("pipeline."):
+            rooms[room(module)] |= {room(other) for other in others} - {room(module), "pipeline"}
+    circles = {name for name in rooms if name in reached(rooms, name)}
+    assert circles == set(), f"each of these rooms is reached from itself: {sorted(circles)}"
+
+
+def test_the_training_loop_pulls_in_few_files(graph):
+    assert len(reached(graph, "train.loop")) <= 45
+
+
+def test_folders_are_small_enough_to_be_read_at_a_glance():
+    folders = {path.parent for path in SOURCES}
+    assert len(folders) > 10
+    for folder in folders:
+        entries = [path for path in folder.iterdir() if path.name not in {"__pycache__", "__init__.py"}]
+        assert len(entries) <= 21, f"{folder.relative_to(ROOT)} has {len(entries)} entries"
+
+
+def test_few_files_are_too_short_to_be_read_alone():
+    counted = [path for path in SOURCES if path.name not in {"__init__.py", "__main__.py"}]
+    short = [path for path in counted if path.read_text().count("\n") < 60]
+    assert len(short) <= 0.12 * len(counted), [str(path.relative_to(ROOT)) for path in short]
+
+
+# ---- what is declared
+
+
+INSTALLED_AS = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn"}
+WITH_ANOTHER = {"tensorboard"}  # torch.utils.tensorboard is torch's module, and needs this package
+
+
+def test_what_the_packages_import_is_what_pyproject_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=~ ;]", line)[0].lower() for line in project["dependencies"]}
+    ours = {*PACKAGES, *sys.stdlib_module_names}
+    names = {module.split(".")[0] for path in SOURCES for module in imported(path)} - ours
+    optional = {"wandb", "pillow_heif", "pillow_jxl", "PIL"} - {"PIL"}
+    used = {INSTALLED_AS.get(name, name).lower() for name in names - optional}
+    assert len(used) > 10
+    assert used - declared == set(), "imported and not declared"
+    assert declared - used - WITH_ANOTHER == set(), "declared and not imported"
+
+
+# ---- words
+
+
+BRITISH = re.compile(
+    r"(?:^|_)(?:\w*(?:optimis|normalis|discretis|initialis|serialis|quantis|randomis)\w*|centre\w*|colour\w*)"
+)
+
+
+def names_defined(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def test_identifiers_are_spelled_as_torch_spells_them():
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for path in WRITTEN
+        for name in names_defined(path)
+        if BRITISH.search(name.lower())
+    }
+    assert found == set()
+
+
+def test_docstrings_say_what_is_raised_not_that_nothing_comes_back():
+    for path in WRITTEN:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert not (ast.get_docstring(node) or "").startswith("Nothing, if"), (
+                    f"{path.relative_to(ROOT)} {node.name}"
+                )
+
+
+# ---- types
+
+
+def test_what_the_project_has_a_type_for_is_not_any():
+    ours = {
+        "process",
+        "store",
+        "accelerator",
+        "manifest",
+        "config",
+        "model",
+        "network",
+        "optimizer",
+        "state",
+        "trainer",
+    }
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.arg) and node.arg in ours and node.annotation
+            field = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in ours
+            if (named or field) and ast.unparse(node.annotation) == "Any":
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []

@@ -1,5 +1,6 @@
 """The parts of a run from its options: the store, checked, the network for it, the process, and the first weights."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint.folder import read_stored
-from pipeline.diffusion import Process, make_process
+from pipeline.diffusion.process import Process, process_from_flags
 from pipeline.dit import PRESETS, DiT, DiTConfig
+from pipeline.dit.config import BlockOptions
 from pipeline.latents import LatentStore, Manifest
 from pipeline.runtime.console import nearest, say
 from pipeline.runtime.errors import UserError
@@ -63,24 +65,13 @@ def network_config(options: ModelOptions, manifest: Manifest, process: Process) 
         num_classes=len(manifest["classes"]),
         class_dropout_prob=options.class_dropout,
         learn_sigma=process.learns_variance,
-        conditioning=options.conditioning,
-        qk_norm=options.qk_norm,
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(BlockOptions)},
     )
 
 
 def process_of(options: ObjectiveOptions) -> Process:
     """The process to learn."""
-    if options.objective == "flow":
-        return make_process({"objective": "flow", "timestep_law": options.timestep_law})
-    return make_process(
-        {
-            "objective": "ddpm",
-            "schedule": options.noise_schedule,
-            "prediction": options.prediction,
-            "variance": options.variance,
-            "loss": options.loss,
-        }
-    )
+    return process_from_flags(options.objective, options)
 
 
 def latents_of(manifest: Manifest, config: DiTConfig, device: torch.device) -> Latents:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pipeline.diffusion.process import OBJECTIVES_HELP, Loss, Objective, Prediction, Schedule, TimestepLaw, Variance
+from pipeline.dit.config import BlockOptions
 from pipeline.runtime.cli import flag_values
 from pipeline.runtime.errors import UserError
 
@@ -65,15 +67,11 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelOptions:
+class ModelOptions(BlockOptions):
     """Which network, and where its weights start."""
 
     model: str = "DiT-XL/2"
     """Network: DiT-{S,B,L,XL}/{2,4,8}, or DiT-Ti/2, a tiny one for trying things out."""
-    conditioning: Literal["adaln-zero", "adaln", "cross-attention", "in-context"] = "adaln-zero"
-    """How a block is told the timestep and the class."""
-    qk_norm: bool = False
-    """Normalise queries and keys per head (steadier in bf16, costs some quality)."""
     class_dropout: float = 0.1
     """Share of labels replaced by the null class; guidance needs some. 0 for none."""
     init_from: str | None = None
@@ -95,17 +93,16 @@ class ModelOptions:
 class ObjectiveOptions:
     """What the network learns to predict, and how wrong it is told to be."""
 
-    objective: Literal["ddpm", "flow"] = "ddpm"
-    """ddpm is the paper's Gaussian diffusion, flow is rectified flow."""
-    noise_schedule: Literal["linear", "cosine"] = "linear"
+    objective: Annotated[Objective, tyro.conf.arg(help=OBJECTIVES_HELP)] = "ddpm"
+    noise_schedule: Schedule = "linear"
     """Noise schedule of ddpm over 1000 timesteps."""
-    prediction: Literal["epsilon", "x0", "v"] = "epsilon"
+    prediction: Prediction = "epsilon"
     """What ddpm predicts: the noise, the clean latent, or their velocity."""
-    variance: Literal["learned-range", "fixed-small", "fixed-large"] = "learned-range"
+    variance: Variance = "learned-range"
     """Reverse variance of ddpm; the learned one doubles the output channels."""
-    loss: Literal["mse", "rescaled-mse", "kl", "rescaled-kl"] = "mse"
+    loss: Loss = "mse"
     """Loss of ddpm. mse with a learned variance is the paper's hybrid loss."""
-    timestep_law: Literal["logit-normal", "uniform"] = "logit-normal"
+    timestep_law: TimestepLaw = "logit-normal"
     """How flow draws its times."""
 
 

@@ -102,8 +102,7 @@ class Previews:
         denoise = classifier_free_guidance(
             model, y, scale=scale, null_class=config.null_class, time_scale=self._process.time_scale
         )
-        sampler = "ddim" if "ddim" in SAMPLERS and self._process.to_json()["objective"] == "ddpm" else "euler"
-        made = SAMPLERS[sampler](
+        made = SAMPLERS[self._process.preview_sampler](
             self._process,
             denoise,
             noise("preview"),

@@ -8,17 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
 from pipeline.checkpoint.tensor_files import SUFFIXES, join_names, load_tensors, read_safetensors, save_safetensors
+from pipeline.diffusion.process import Process, make_process
 from pipeline.dit import DiT, DiTConfig
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json, write_json
-
-if TYPE_CHECKING:
-    from pipeline.diffusion import GaussianDiffusion, RectifiedFlow
 
 FORMAT: Final = "dit-checkpoint"
 VERSION: Final = 1
@@ -61,7 +59,7 @@ class Checkpoint:
     model: DiT
     config: DiTConfig
     info: dict[str, Any]
-    process: "GaussianDiffusion | RectifiedFlow"
+    process: Process
     weights: str
     folder: Path | None
 
@@ -137,8 +135,6 @@ def read_checkpoint(path: str | Path, *, weights: str = "ema", num_heads: int | 
         UserError: nothing is there, it is damaged or of an unknown version, the weights are not in it, or its tensors
             are not exactly those of its configuration.
     """
-    from pipeline.diffusion import make_process
-
     stored = read_stored(path, weights=weights, num_heads=num_heads)
     return Checkpoint(
         model=build_model(stored, origin=path),
@@ -238,8 +234,6 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def _check_info(info: Mapping[str, Any], path: Path) -> None:
-    from pipeline.diffusion import make_process
-
     missing = [key for key in _NEEDED if key not in info]
     wrong = [
         f"{key} is {type(info[key]).__name__}, not {kind.__name__}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.tensor_files import join_names
 from pipeline.convert.features import STABLE_DIFFUSION
-from pipeline.dit.config import PRESETS, Conditioning, ConfigError, DiTConfig
+from pipeline.dit.config import DESIGNS, PRESETS, Conditioning, ConfigError, DiTConfig
 from pipeline.dit.embeddings import position_table
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
@@ -147,11 +147,11 @@ def _conditioning(state: Mapping[str, Tensor], hidden_size: int) -> Conditioning
         for name, tensor in state.items()
         if re.fullmatch(r"blocks\.\d+\.adaLN_modulation\.1\.weight", name)
     ]
-    if modulations:
-        return "adaln" if modulations[0] == 4 else "adaln-zero"
-    if any(".cross_attn." in name for name in state):
-        return "cross-attention"
-    return "in-context" if "final_layer.norm_final.weight" in state else "adaln-zero"
+    seen = (modulations[0] if modulations else 0, any(".cross_attn." in name for name in state))
+    if seen == (0, False) and "final_layer.norm_final.weight" not in state:
+        return "adaln-zero"
+    known = {(design.modulation_vectors, design.crosses): name for name, design in reversed(DESIGNS.items())}
+    return known.get(seen, "adaln-zero")
 
 
 def _grid(state: Mapping[str, Tensor], hidden_size: int, patch_size: int, origin: object) -> int | tuple[int, int]:

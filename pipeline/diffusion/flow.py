@@ -7,7 +7,7 @@ features span what they span in diffusion.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,7 @@ from pipeline.diffusion.denoiser import (
     mean_over_sample,
     split_output,
 )
-
-TimestepLaw = Literal["logit-normal", "uniform"]
+from pipeline.diffusion.process import TimestepLaw
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +35,10 @@ class RectifiedFlow:
 
     def __post_init__(self) -> None:
         check_settings(type(self), dataclasses.asdict(self))
+
+    objective: ClassVar[str] = "flow"
+    num_timesteps: ClassVar[None] = None  # time is a real number
+    preview_sampler: ClassVar[str] = "euler"
 
     @property
     def time_scale(self) -> float:
@@ -49,7 +52,11 @@ class RectifiedFlow:
 
     def to_json(self) -> dict[str, Any]:
         """Every setting; `make_process` is the inverse."""
-        return {"objective": "flow", **dataclasses.asdict(self)}
+        return {"objective": self.objective, **dataclasses.asdict(self)}
+
+    def start(self, noise: Latents) -> Latents:
+        """Where a sampler starts: the noise, in full precision."""
+        return at_least_float32(noise)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> PerSample:
         """Times in [0, 1] by the timestep law, on the generator's device."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,8 @@ from pipeline.diffusion.denoiser import (
     mean_over_sample,
     split_output,
 )
-from pipeline.diffusion.schedules import PerStep, Schedule, Tables, kept_timesteps, tables_of
+from pipeline.diffusion.process import Loss, Prediction, Schedule, Variance
+from pipeline.diffusion.schedules import PerStep, Tables, kept_timesteps, tables_of
 from pipeline.runtime.errors import UserError
 
 BITS_PER_NAT = 1 / math.log(2)
@@ -50,9 +51,6 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-Prediction = Literal["epsilon", "x0", "v"]
-Variance = Literal["learned-range", "fixed-small", "fixed-large"]
-Loss = Literal["mse", "rescaled-mse", "kl", "rescaled-kl"]
 Timesteps = Int[Tensor, " batch"]
 
 
@@ -92,6 +90,9 @@ class GaussianDiffusion:
         if self.kept is not None and not _rises_within(self.kept, self.steps):
             raise UserError(f"this process cannot be made: kept must rise within 0 … {self.steps - 1}, not {self.kept}")
 
+    objective: ClassVar[str] = "ddpm"
+    preview_sampler: ClassVar[str] = "ddim"
+
     @property
     def tables(self) -> Tables:
         """All tables of the process, on the CPU."""
@@ -111,6 +112,14 @@ class GaussianDiffusion:
     def learns_variance(self) -> bool:
         """Whether the network gives C variance channels after the C predicted ones."""
         return self.variance == "learned-range"
+
+    def start(self, noise: Latents) -> Latents:
+        """Where a sampler starts: the noise, in full precision."""
+        return at_least_float32(noise)
+
+    def timesteps(self, step: int, x: Latents) -> Timesteps:
+        """One of this process's steps as an entry per sample of x."""
+        return torch.full((len(x),), step, device=x.device)
 
     @property
     def timestep_map(self) -> Int[Tensor, " step"]:
@@ -139,7 +148,7 @@ class GaussianDiffusion:
 
     def to_json(self) -> dict[str, Any]:
         """Every setting; `make_process` is the inverse."""
-        values = {"objective": "ddpm", **dataclasses.asdict(self)}
+        values = {"objective": self.objective, **dataclasses.asdict(self)}
         kept = values.pop("kept")
         return values if kept is None else {**values, "kept": list(kept)}
 

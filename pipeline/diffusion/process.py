@@ -1,18 +1,64 @@
-"""The two objectives behind one interface, and how a checkpoint names them."""
+"""The objectives by name, each one row of OBJECTIVES, and the choices among words that their settings offer.
 
+An objective is a frozen dataclass in a file of its own, with the methods of `RectifiedFlow`. This file loads without
+torch, so that options can ask it.
+"""
+
+import dataclasses
+import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pipeline.diffusion.denoiser import check_settings
-from pipeline.diffusion.flow import RectifiedFlow
-from pipeline.diffusion.gaussian import GaussianDiffusion
 from pipeline.runtime.errors import UserError
 
-Process = GaussianDiffusion | RectifiedFlow
-OBJECTIVES: dict[str, type[GaussianDiffusion] | type[RectifiedFlow]] = {
-    "ddpm": GaussianDiffusion,
-    "flow": RectifiedFlow,
+if TYPE_CHECKING:
+    from pipeline.diffusion.flow import RectifiedFlow
+    from pipeline.diffusion.gaussian import GaussianDiffusion
+
+Process: TypeAlias = "GaussianDiffusion | RectifiedFlow"
+
+Schedule = Literal["linear", "cosine"]
+Prediction = Literal["epsilon", "x0", "v"]
+Variance = Literal["learned-range", "fixed-small", "fixed-large"]
+Loss = Literal["mse", "rescaled-mse", "kl", "rescaled-kl"]
+TimestepLaw = Literal["logit-normal", "uniform"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveSpec:
+    """Where an objective is, and how it is told what to be."""
+
+    module: str
+    """Its file in this folder."""
+    kind: str
+    """Its class there."""
+    help: str
+    """What it is, for the command's help."""
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Its settings, each with the field of training's options that gives it."""
+
+    def load(self) -> Any:
+        """The class."""
+        return getattr(importlib.import_module(f"pipeline.diffusion.{self.module}"), self.kind)
+
+
+OBJECTIVES: dict[str, ObjectiveSpec] = {
+    "ddpm": ObjectiveSpec(
+        module="gaussian",
+        kind="GaussianDiffusion",
+        help="the paper's Gaussian diffusion",
+        flags={"schedule": "noise_schedule", "prediction": "prediction", "variance": "variance", "loss": "loss"},
+    ),
+    "flow": ObjectiveSpec(
+        module="flow", kind="RectifiedFlow", help="rectified flow", flags={"timestep_law": "timestep_law"}
+    ),
 }
+
+if TYPE_CHECKING:
+    Objective = str
+else:
+    Objective = Literal[tuple(OBJECTIVES)]
+OBJECTIVES_HELP = f"{', '.join(f'{name} is {spec.help}' for name, spec in OBJECTIVES.items())}."
 
 
 def make_process(settings: Mapping[str, Any]) -> Process:
@@ -25,8 +71,16 @@ def make_process(settings: Mapping[str, Any]) -> Process:
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }
     objective = values.pop("objective", None)
-    if objective not in OBJECTIVES:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise UserError(f"the objective is {objective!r}, but only {' and '.join(OBJECTIVES)} exist")
-    kind = OBJECTIVES[objective]
+    from pipeline.diffusion.denoiser import check_settings
+
+    kind = OBJECTIVES[objective].load()
     check_settings(kind, values)
     return kind(**values)
+
+
+def process_from_flags(objective: str, options: object) -> Process:
+    """The process that training's options describe, each setting from the flag that its objective names."""
+    flags = OBJECTIVES[objective].flags
+    return make_process({"objective": objective, **{name: getattr(options, flag) for name, flag in flags.items()}})

@@ -1,17 +1,25 @@
-"""The one signature that all samplers share."""
+"""Every sampler, one function and one row of SAMPLERS: all that help, checks, defaults and previews know of it.
 
+All functions share one signature, that of `SamplerSpec.__call__`. This file loads without torch, so that a command's
+options can ask the table; the shapes of what goes in and out are checked by the process's own methods.
+"""
+
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from pipeline.diffusion.denoiser import Latents, NetworkFn, at_least_float32, split_output
-from pipeline.diffusion.flow import RectifiedFlow
-from pipeline.diffusion.gaussian import GaussianDiffusion
-from pipeline.diffusion.process import Process
 from pipeline.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.diffusion.denoiser import Latents, NetworkFn
+    from pipeline.diffusion.flow import RectifiedFlow
+    from pipeline.diffusion.gaussian import GaussianDiffusion
+    from pipeline.diffusion.process import Process
+else:
+    Tensor = Latents = NetworkFn = RectifiedFlow = GaussianDiffusion = Process = object
 
 Draw = Callable[[int], Latents]
 """k → standard normals [N, C, H, W] for the k-th step, counted from 0 at the noisy end."""
@@ -20,12 +28,27 @@ OnStep = Callable[[int, int, Latents], None]
 """Told (k, number of steps, the x_0 predicted at step k) as every step is made."""
 
 
-class Sampler(Protocol):
-    """Latents x_0 from noise, by running a process backwards."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSpec:
+    """A way of running a process backwards: latents x_0 from noise."""
+
+    function: Callable[..., Latents]
+    objective: str
+    """The objective whose networks it samples from."""
+    help: str
+    """What it is, in a few words for the command's help."""
+    takes_eta: bool = False
+    """Whether --eta says how much noise it adds."""
+    spares_steps: int = 0
+    """How many fewer steps than the process has it can make at most."""
+
+    def most_steps(self, process: Process) -> int | None:
+        """The most steps it can make of the process; None if there is no limit."""
+        return None if process.num_timesteps is None else process.num_timesteps - self.spares_steps
 
     def __call__(
         self,
-        process: Any,
+        process: Process,
         denoise: NetworkFn,
         noise: Latents,
         draw: Draw,
@@ -34,7 +57,7 @@ class Sampler(Protocol):
         eta: float = 0.0,
         on_step: OnStep | None = None,
     ) -> Latents:
-        """The x_0 [N, C, H, W] that the starting noise leads to.
+        """The x_0 [N, C, H, W] that the starting noise leads to, without gradients.
 
         Args:
             process: the whole process of the checkpoint; the sampler respaces it by itself.
@@ -42,32 +65,37 @@ class Sampler(Protocol):
             noise: standard normals, the noisy end of time.
             draw: further noise, for the samplers that use any.
             steps: how many steps back are made.
-            eta: how much of that noise DDIM adds; other samplers refuse any.
+            eta: how much of that noise is added, by the samplers that take it.
             on_step: told the progress, and what the result looks like so far.
+
+        Raises:
+            UserError: the steps are out of range, or eta is given to a sampler that has none.
         """
-        ...
+        import torch
+
+        check_request(self, process, steps=steps, eta=eta)
+        options = {"eta": eta} if self.takes_eta else {}
+        with torch.no_grad():
+            return self.function(process, denoise, noise, draw, steps=steps, on_step=on_step, **options)
 
 
-def check_request(sampler: str, *, steps: int, most: int | None = None, eta: float = 0.0) -> None:
-    """Nothing, if the sampler can make that many steps and no eta is asked of it.
-
-    Args:
-        sampler: its name, for the message.
-        steps: the steps asked for.
-        most: the most steps it can make; None if there is no limit.
-        eta: what was given to a sampler that has no eta.
-
-    Raises:
-        UserError: the steps are out of range, or eta is not 0.
-    """
-    if steps < 1 or (most is not None and steps > most):
-        limit = "at least 1" if most is None else f"1 to {most}"
-        raise UserError(f"--steps is {steps}, but the sampler {sampler} takes {limit}")
-    if eta != 0:
-        raise UserError(f"the sampler {sampler} has no eta, but {eta} was given; leave --eta out or use --sampler ddim")
+def check_request(spec: SamplerSpec, process: Process, *, steps: int, eta: float = 0.0) -> None:
+    """Raise UserError unless the sampler can make that many steps of the process, and takes eta if any is given."""
+    name, most = name_of(spec), spec.most_steps(process)
+    if steps < 1:
+        raise UserError(f"--steps {steps} must be at least 1")
+    if most is not None and steps > most:
+        raise UserError(f"--steps {steps} is more than --sampler {name} can take here: at most {most}")
+    if eta != 0 and not spec.takes_eta:
+        takers = " or ".join(other for other, known in SAMPLERS.items() if known.takes_eta)
+        raise UserError(f"--eta {eta} is for --sampler {takers}, not {name}; drop one of the two")
 
 
-@torch.no_grad()
+def name_of(spec: SamplerSpec) -> str:
+    """The sampler's name in the table."""
+    return next(name for name, known in SAMPLERS.items() if known is spec)
+
+
 def ddpm(
     process: GaussianDiffusion,
     denoise: NetworkFn,
@@ -75,14 +103,12 @@ def ddpm(
     draw: Draw,
     *,
     steps: int,
-    eta: float = 0.0,
     on_step: OnStep | None = None,
     clip: bool = False,
 ) -> Latents:
     """x_0 by drawing from every p(x_(t-1) | x_t) in turn (Ho et al. 2020, algorithm 2); the last step draws nothing."""
-    check_request("ddpm", steps=steps, most=process.num_timesteps, eta=eta)
     process = process.respaced(str(steps))
-    x = at_least_float32(noise)
+    x = process.start(noise)
     for k, t in enumerate(_backwards(process, x)):
         step = process.p_mean_variance(denoise(x, process.network_timesteps(t)), x, t, clip=clip)
         if on_step is not None:
@@ -91,7 +117,6 @@ def ddpm(
     return x
 
 
-@torch.no_grad()
 def ddim(
     process: GaussianDiffusion,
     denoise: NetworkFn,
@@ -109,9 +134,8 @@ def ddim(
     sigma = eta · sqrt(posterior variance): nothing is drawn at eta 0, as much as in DDPM at 1. Here t - 1 is the
     respaced process's previous step, so the last step ends at x_0 itself.
     """
-    check_request("ddim", steps=steps, most=process.num_timesteps)
     process = process.respaced(str(steps))
-    x = at_least_float32(noise)
+    x = process.start(noise)
     for k, t in enumerate(_backwards(process, x)):
         x_start = process.p_mean_variance(denoise(x, process.network_timesteps(t)), x, t, clip=clip).x_start
         if on_step is not None:
@@ -128,46 +152,40 @@ def ddim(
 def _backwards(process: GaussianDiffusion, x: Latents) -> Iterator[Tensor]:
     """The process's steps from noise to data, each as one entry per sample."""
     for i in reversed(range(process.num_timesteps)):
-        yield torch.full((len(x),), i, device=x.device)
+        yield process.timesteps(i, x)
 
 
 _PREDICTION_TYPES = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-@torch.no_grad()
 def dpm_solver(
     process: GaussianDiffusion,
     denoise: NetworkFn,
     noise: Latents,
-    draw: Draw,  # noqa: ARG001 - every sampler has the same signature
+    draw: Draw,
     *,
     steps: int,
-    eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Latents:
     """x_0 by DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, second order."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    check_request("dpm++", steps=steps, most=process.num_timesteps - 1, eta=eta)
     scheduler = DPMSolverMultistepScheduler(**_settings(process), algorithm_type="dpmsolver++", solver_order=2)
     return _solve(scheduler, process, denoise, noise, steps, on_step)
 
 
-@torch.no_grad()
 def unipc(
     process: GaussianDiffusion,
     denoise: NetworkFn,
     noise: Latents,
-    draw: Draw,  # noqa: ARG001 - every sampler has the same signature
+    draw: Draw,
     *,
     steps: int,
-    eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Latents:
     """x_0 by UniPC (Zhao et al. 2023, arXiv 2302.04867), second order, with its corrector."""
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-    check_request("unipc", steps=steps, most=process.num_timesteps - 1, eta=eta)
     scheduler = UniPCMultistepScheduler(**_settings(process), solver_order=2)
     return _solve(scheduler, process, denoise, noise, steps, on_step)
 
@@ -184,12 +202,14 @@ def _settings(process: GaussianDiffusion) -> dict[str, Any]:
 def _solve(
     scheduler: Any, process: GaussianDiffusion, denoise: NetworkFn, noise: Latents, steps: int, on_step: OnStep | None
 ) -> Latents:
+    from pipeline.diffusion.denoiser import split_output
+
     with warnings.catch_warnings():  # NumPy 2 asks torch's tensors for a `copy` keyword that they do not have yet
         warnings.filterwarnings("ignore", message="__array__ implementation", category=DeprecationWarning)
         scheduler.set_timesteps(steps)
-    x = at_least_float32(noise)
+    x = process.start(noise)
     for k, step in enumerate(scheduler.timesteps):
-        t = torch.full((len(x),), int(step), device=x.device)
+        t = process.timesteps(int(step), x)
         output = denoise(x, process.network_timesteps(t))
         prediction, _ = split_output(output, x, learns_variance=process.learns_variance)
         if on_step is not None:
@@ -198,20 +218,17 @@ def _solve(
     return x
 
 
-@torch.no_grad()
 def euler(
     process: RectifiedFlow,
     denoise: NetworkFn,
     noise: Latents,
-    draw: Draw,  # noqa: ARG001 - every sampler has the same signature
+    draw: Draw,
     *,
     steps: int,
-    eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Latents:
     """x_0 by equal steps along the velocity; one evaluation each, error of first order in the step."""
-    check_request("euler", steps=steps, eta=eta)
-    x = at_least_float32(noise)
+    x = process.start(noise)
     for k in range(steps):
         t = x.new_full((len(x),), 1 - k / steps)
         velocity = process.velocity(denoise, x, t)
@@ -221,23 +238,20 @@ def euler(
     return x
 
 
-@torch.no_grad()
 def heun(
     process: RectifiedFlow,
     denoise: NetworkFn,
     noise: Latents,
-    draw: Draw,  # noqa: ARG001 - every sampler has the same signature
+    draw: Draw,
     *,
     steps: int,
-    eta: float = 0.0,
     on_step: OnStep | None = None,
 ) -> Latents:
     """x_0 by equal steps along the mean of the velocities at both ends; two evaluations each, error of second order.
 
     The last step takes one evaluation: at t = 0 itself training has hardly been.
     """
-    check_request("heun", steps=steps, eta=eta)
-    x = at_least_float32(noise)
+    x = process.start(noise)
     for k in range(steps):
         t = x.new_full((len(x),), 1 - k / steps)
         velocity = process.velocity(denoise, x, t)
@@ -249,21 +263,31 @@ def heun(
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm++": dpm_solver,
-    "unipc": unipc,
-    "euler": euler,
-    "heun": heun,
+SAMPLERS: dict[str, SamplerSpec] = {
+    "ddpm": SamplerSpec(function=ddpm, objective="ddpm", help="ancestral, learned variance"),
+    "ddim": SamplerSpec(function=ddim, objective="ddpm", help="deterministic unless --eta", takes_eta=True),
+    "dpm++": SamplerSpec(function=dpm_solver, objective="ddpm", help="good from 20 steps", spares_steps=1),
+    "unipc": SamplerSpec(function=unipc, objective="ddpm", help="good from 20 steps", spares_steps=1),
+    "heun": SamplerSpec(function=heun, objective="flow", help="second order, two passes a step"),
+    "euler": SamplerSpec(function=euler, objective="flow", help="first order"),
 }
+"""By name; the first one of an objective is its default."""
 
 
 def samplers_for(process: Process) -> tuple[str, ...]:
     """The names of the samplers that suit the process, its default first."""
-    return ("heun", "euler") if isinstance(process, RectifiedFlow) else ("ddpm", "ddim", "dpm++", "unipc")
+    return tuple(name for name, spec in SAMPLERS.items() if spec.objective == process.objective)
 
 
 def default_sampler(process: Process) -> str:
     """The sampler to take when none is named: the paper's for diffusion, Heun's for a flow."""
     return samplers_for(process)[0]
+
+
+def samplers_help() -> str:
+    """All samplers in a sentence for the help of --sampler."""
+    by_objective: dict[str, list[str]] = {}
+    for name, spec in SAMPLERS.items():
+        by_objective.setdefault(spec.objective, []).append(f"{name} ({spec.help})")
+    lists = [f"for {objective} checkpoints {', '.join(names)}" for objective, names in by_objective.items()]
+    return f"Sampler: {'; '.join(lists)}. Default: the first of its checkpoint's."

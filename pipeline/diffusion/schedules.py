@@ -7,15 +7,14 @@ import dataclasses
 import math
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.diffusion.process import Schedule
 from pipeline.runtime.errors import UserError
 
-Schedule = Literal["linear", "cosine"]
 PerStep = Float[Tensor, " step"]
 
 

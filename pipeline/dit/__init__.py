@@ -1,19 +1,29 @@
-"""The network: its configuration and presets, the model in four conditioning designs, and its costs counted."""
+"""The network: its configuration and presets, the model in four conditioning designs, and its costs counted.
 
-from pipeline.dit.config import PRESETS, Conditioning, ConfigError, DiTConfig
-from pipeline.dit.macs import ModelRow, count_macs, count_parameters, models_markdown, models_table
-from pipeline.dit.model import DiT, compile_blocks
+`config` loads without torch; the rest is imported when asked for.
+"""
+
+from typing import TYPE_CHECKING
+
+from pipeline import loaded_late
+from pipeline.dit.config import DESIGNS, PRESETS, BlockOptions, Conditioning, ConfigError, DiTConfig
+
+if TYPE_CHECKING:
+    from pipeline.dit.macs import count_macs, count_parameters
+    from pipeline.dit.model import DiT, compile_blocks
 
 __all__ = [
+    "DESIGNS",
     "PRESETS",
+    "BlockOptions",
     "Conditioning",
     "ConfigError",
     "DiT",
     "DiTConfig",
-    "ModelRow",
     "compile_blocks",
     "count_macs",
     "count_parameters",
-    "models_markdown",
-    "models_table",
 ]
+__getattr__ = loaded_late(
+    __name__, {"DiT": "model", "compile_blocks": "model", "count_macs": "macs", "count_parameters": "macs"}
+)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.dit.config import DiTConfig
+from pipeline.dit.config import Design, DiTConfig
 
 Tokens = Float[Tensor, "batch token hidden"]
 NORM_EPSILON = 1e-6
@@ -31,13 +31,13 @@ class Modulation(NamedTuple):
     gate: Tensor | None = None
 
 
-# How many vectors a block's modulation layer gives for its two branches.
-_MODULATION_PARTS = {"adaln-zero": 6, "adaln": 4}
-
-
-def is_modulated(config: DiTConfig) -> bool:
-    """Whether the condition enters through the norms (the two adaLN designs)."""
-    return config.conditioning in _MODULATION_PARTS
+def introduce(design: Design, tokens: Tokens, t: Tensor, y: Tensor) -> tuple[Tokens, Tensor | None]:
+    """The tokens and what every block is given besides, from the timestep's and the label's vectors [batch, hidden]."""
+    if design.added_tokens:
+        return torch.cat([tokens, t[:, None], y[:, None]], dim=1), None
+    if design.crosses:
+        return tokens, torch.stack([t, y], dim=1)
+    return tokens, t + y
 
 
 def modulation_layer(hidden_size: int, parts: int) -> nn.Sequential:
@@ -61,7 +61,7 @@ def add_branch(x: Tokens, modulation: Modulation, branch: Tokens) -> Tokens:
 
 def _norm(config: DiTConfig) -> nn.LayerNorm:
     """The norm before a branch; it has weights of its own only where the condition does not give them."""
-    return nn.LayerNorm(config.hidden_size, eps=NORM_EPSILON, elementwise_affine=not is_modulated(config))
+    return nn.LayerNorm(config.hidden_size, eps=NORM_EPSILON, elementwise_affine=not config.design.modulation_vectors)
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -133,11 +133,11 @@ class Block(nn.Module):
         self.attn = SelfAttention(config)
         self.norm2 = _norm(config)
         self.mlp = Mlp(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
-        if config.conditioning == "cross-attention":
+        self.crosses = config.design.crosses
+        if self.crosses:
             self.norm_cross = _norm(config)
             self.cross_attn = CrossAttention(config)
-        self.crosses = config.conditioning == "cross-attention"
-        self.parts = _MODULATION_PARTS.get(config.conditioning, 0)
+        self.parts = config.design.modulation_vectors
         if self.parts:
             self.adaLN_modulation = modulation_layer(config.hidden_size, self.parts)
 
@@ -163,7 +163,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = _norm(config)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
-        self.modulated = is_modulated(config)
+        self.modulated = config.design.modulation_vectors > 0
         if self.modulated:
             self.adaLN_modulation = modulation_layer(config.hidden_size, 2)
 

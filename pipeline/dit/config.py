@@ -3,11 +3,37 @@
 import dataclasses
 import numbers
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.runtime.errors import UserError
 
-Conditioning = Literal["adaln-zero", "adaln", "cross-attention", "in-context"]
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Design:
+    """One way of telling a block the timestep and the class (section 3.2 of the paper); `blocks.py` builds it."""
+
+    modulation_vectors: int = 0
+    """Vectors that a block's modulation layer regresses from the condition, for its two branches together."""
+    crosses: bool = False
+    """Whether a third branch looks at the condition's two vectors."""
+    added_tokens: int = 0
+    """Vectors of the condition that join the tokens."""
+    zero_start: bool = False
+    """Whether the modulation layers begin at 0, so that every block begins as the identity."""
+
+
+DESIGNS: dict[str, Design] = {
+    "adaln-zero": Design(modulation_vectors=6, zero_start=True),
+    "adaln": Design(modulation_vectors=4),
+    "cross-attention": Design(crosses=True),
+    "in-context": Design(added_tokens=2),
+}
+"""By name; a state dict is recognised by the first one that has its modulation vectors and third branch."""
+
+if TYPE_CHECKING:
+    Conditioning = str
+else:
+    Conditioning = Literal[tuple(DESIGNS)]
 
 
 class ConfigError(UserError, ValueError):
@@ -31,7 +57,22 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DiTConfig:
+class BlockOptions:
+    """How a block is built: fields of a network's configuration that are flags of training, too."""
+
+    conditioning: Conditioning = "adaln-zero"
+    """How a block is told the timestep and the class."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (steadier in bf16, costs some quality); the release does not."""
+
+    @property
+    def design(self) -> Design:
+        """The conditioning design."""
+        return DESIGNS[self.conditioning]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DiTConfig(BlockOptions):
     """One network, complete: equal configurations have equal parameter names and shapes. Defaults are DiT-XL/2."""
 
     input_size: int | tuple[int, int] = 32
@@ -54,10 +95,6 @@ class DiTConfig:
     """Classes, labels 0 … num_classes - 1; 0 makes an unconditional network."""
     learn_sigma: bool = True
     """Whether C variance channels follow the C predicted ones."""
-    conditioning: Conditioning = "adaln-zero"
-    """How a block is told the timestep and the class (section 3.2 of the paper)."""
-    qk_norm: bool = False
-    """Whether queries and keys are normalised per head, which the release does not do."""
 
     def __post_init__(self) -> None:
         size: Any = self.input_size
@@ -124,8 +161,9 @@ class DiTConfig:
         return cls.from_json({**PRESETS[name], **overrides})
 
     def to_json(self) -> dict[str, Any]:
-        """Every field by name, in plain JSON types."""
+        """Every field by name, in plain JSON types; those of the blocks last."""
         values = dataclasses.asdict(self)
+        values |= {field.name: values.pop(field.name) for field in dataclasses.fields(BlockOptions)}
         if not isinstance(self.input_size, int):
             values["input_size"] = list(self.input_size)
         return values
@@ -137,7 +175,7 @@ class DiTConfig:
         Raises:
             ConfigError: a key that is no field, or fields that do not fit together.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = list(cls().to_json())
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ConfigError(f"a network has no setting {', '.join(unknown)}; it has {', '.join(names)}")
@@ -181,9 +219,8 @@ def _out_of_range(config: DiTConfig) -> list[str]:
         wrong.append(f"num_classes is {config.num_classes} but must be at least 0")
     if not 0 <= config.class_dropout_prob <= 1:
         wrong.append(f"class_dropout_prob is {config.class_dropout_prob} but must lie between 0 and 1")
-    if config.conditioning not in get_args(Conditioning):
-        designs = ", ".join(get_args(Conditioning))
-        wrong.append(f"conditioning is {config.conditioning!r} but must be one of {designs}")
+    if config.conditioning not in DESIGNS:
+        wrong.append(f"conditioning is {config.conditioning!r} but must be one of {', '.join(DESIGNS)}")
     return wrong
 
 

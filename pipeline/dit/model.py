@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import randomness
-from pipeline.dit.blocks import Block, FinalLayer
+from pipeline.dit.blocks import Block, FinalLayer, introduce
 from pipeline.dit.config import DiTConfig
 from pipeline.dit.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder, position_table
 
@@ -45,7 +45,7 @@ class DiT(nn.Module):
         self.to_empty(device=device)
         self.register_buffer("pos_embed", position_table(*config.grid, config.hidden_size), persistent=False)
         if seed is not None and device.type != "meta":
-            initialise(self, seed)
+            initialize(self, seed)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DiT":
@@ -74,7 +74,7 @@ class DiT(nn.Module):
         """
         y = self._checked(x, t, y)
         tokens = self.x_embedder(x) + self.pos_embed
-        tokens, condition = self._introduce(tokens, self.t_embedder(t), self.y_embedder(y))
+        tokens, condition = introduce(self.config.design, tokens, self.t_embedder(t), self.y_embedder(y))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)
@@ -82,14 +82,6 @@ class DiT(nn.Module):
                 tokens = block(tokens, condition)
         tokens = tokens[:, : self.config.tokens]
         return self._unpatchify(self.final_layer(tokens, condition))
-
-    def _introduce(self, tokens: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens and what every block is given besides, by the conditioning design."""
-        if self.config.conditioning == "in-context":
-            return torch.cat([tokens, t[:, None], y[:, None]], dim=1), None
-        if self.config.conditioning == "cross-attention":
-            return tokens, torch.stack([t, y], dim=1)
-        return tokens, t + y
 
     def _unpatchify(self, patches: Float[Tensor, "batch token patch"]) -> Tensor:
         rows, columns = self.config.grid
@@ -125,7 +117,7 @@ class DiT(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def initialise(model: DiT, seed: int) -> None:
+def initialize(model: DiT, seed: int) -> None:
     """Set every weight as the release does, as a function of the seed alone.
 
     Weight matrices are Xavier uniform (the patch embedding as a matrix too), biases 0, norms the identity; the
@@ -148,7 +140,7 @@ def initialise(model: DiT, seed: int) -> None:
 
 
 def _starts_at_zero(name: str, config: DiTConfig) -> bool:
-    is_modulation = "adaLN_modulation" in name and config.conditioning == "adaln-zero"
+    is_modulation = "adaLN_modulation" in name and config.design.zero_start
     return is_modulation or name.startswith("final_layer.linear") or name.endswith("bias")
 
 

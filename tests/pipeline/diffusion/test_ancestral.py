@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pipeline.diffusion import GaussianDiffusion, classifier_free_guidance
-from pipeline.diffusion.samplers import ddim, ddpm
+from pipeline.diffusion.samplers import SAMPLERS, ddim, ddpm
 
 
 @pytest.fixture
@@ -51,7 +51,9 @@ def test_ddim_on_every_40th_timestep_is_the_references(golden, reference, relati
     assert relative_error(found, golden["sample.ddim25_ddimspacing.final"][:2]) < 1e-5
 
 
-@pytest.mark.parametrize(("sampler", "eta", "drawn"), [(ddpm, 0.0, [0, 1, 2]), (ddim, 0.5, [0, 1, 2]), (ddim, 0.0, [])])
+@pytest.mark.parametrize(
+    ("sampler", "eta", "drawn"), [("ddpm", 0.0, [0, 1, 2]), ("ddim", 0.5, [0, 1, 2]), ("ddim", 0.0, [])]
+)
 def test_steps_draw_in_order_and_the_last_draws_nothing(sampler, eta, drawn):
     asked = []
 
@@ -59,7 +61,9 @@ def test_steps_draw_in_order_and_the_last_draws_nothing(sampler, eta, drawn):
         asked.append(k)
         return torch.zeros(1, 1, 2, 2)
 
-    sampler(GaussianDiffusion(variance="fixed-small"), lambda x, _: x, torch.ones(1, 1, 2, 2), draw, steps=4, eta=eta)
+    SAMPLERS[sampler](
+        GaussianDiffusion(variance="fixed-small"), lambda x, _: x, torch.ones(1, 1, 2, 2), draw, steps=4, eta=eta
+    )
     assert asked == drawn
 
 

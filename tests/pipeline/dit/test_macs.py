@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.dit import DiT, DiTConfig, count_macs, count_parameters, models_markdown, models_table
+from pipeline.dit import DiT, DiTConfig, count_macs, count_parameters
+from pipeline.dit.macs import models_markdown, models_table
 
 # The release's networks at 4×32×32: trainable parameters, and 10⁹ multiply-adds as torch's own counter gives them.
 RELEASE = {
