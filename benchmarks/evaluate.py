@@ -22,8 +22,8 @@ from sample.evaluate.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_and_recall,
 )
+from sample.evaluate.neighbours import precision_and_recall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

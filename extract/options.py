@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from extract.sources.selection import data_help
+from pipeline.latents.shards import ShardFormat
 from pipeline.runtime.errors import UserError
 
 
@@ -14,8 +16,7 @@ from pipeline.runtime.errors import UserError
 class SourceOptions:
     """Which images."""
 
-    data: str
-    """Folder of class folders, flat folder of images, WebDataset tars (/data/train-{000000..000146}.tar, also as https://, s3://, gs:// or hf:// URLs), ImageNet's own tars or Kaggle's layout, hf:OWNER/NAME[:CONFIG], or a folder of parquet or arrow files."""
+    data: Annotated[str, tyro.conf.arg(help=data_help())]
     split: str = "train"
     """Sub-folder of DATA to read if there is one of that name, and the split of a Hugging Face data set; shard files are named after it."""
     limit: int | None = None
@@ -84,7 +85,7 @@ class PixelOptions:
 class ShardOptions:
     """How the store is cut into files."""
 
-    format: Literal["safetensors", "webdataset"] = "safetensors"
+    format: ShardFormat = "safetensors"
     """Format of the shards."""
     samples_per_shard: int = 4096
     """Inputs in one shard, which is the unit of work: what an interruption loses, and what processes share out."""

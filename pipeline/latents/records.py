@@ -18,8 +18,8 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.latents.formats import record_name
 from pipeline.latents.manifest import is_intact, is_plain_name
+from pipeline.latents.shards import record_name
 from pipeline.runtime.errors import UserError
 
 _LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp

@@ -15,10 +15,9 @@ from jaxtyping import Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.latents.formats import FORMATS, row_type
 from pipeline.latents.manifest import parse_manifest
 from pipeline.latents.remote import Folder, open_folder
-from pipeline.latents.shards import Column, Layout, Range, Run, ShardFile, read_runs, runs_of
+from pipeline.latents.shards import Column, Layout, Range, Run, ShardFile, format_of, read_runs, row_type, runs_of
 from pipeline.latents.writer import DTYPES
 from pipeline.runtime.errors import UserError
 
@@ -61,7 +60,7 @@ class LatentStore:
         self.path = str(path)
         self.manifest = parse_manifest(self._folder.manifest_bytes(), self._folder.describe("manifest.json"))
         self._shards = self.manifest.shards
-        self._module = FORMATS[self.manifest.shard_format]
+        self._module = format_of(self.manifest.shard_format)
         self._row = row_type(self.manifest.latent, len(self.manifest.views))
         self._dtype = DTYPES[self.manifest.latent.dtype]
         self._ends = np.cumsum([0, *(shard.samples for shard in self._shards)], dtype=np.int64)[1:]

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.latents.formats import FORMATS, row_type
 from pipeline.latents.manifest import MANIFEST_FILE, Manifest, ShardEntry, is_intact, parse_manifest
 from pipeline.latents.records import SKIPPED_FILE, ShardRecord, combine, parse_record, row_checksums, skipped_lines
 from pipeline.latents.remote import Folder, open_folder
-from pipeline.latents.shards import ShardFile
+from pipeline.latents.shards import ShardFile, format_of, row_type
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
@@ -80,7 +79,7 @@ def _where(file: ShardFile, manifest: Manifest, shard: ShardEntry, record: Shard
     """Which sample is damaged, if the record tells, as a half sentence."""
     if record is None or len(record.crc32) != shard.samples:
         return ""
-    module = FORMATS[manifest.shard_format]
+    module = format_of(manifest.shard_format)
     try:
         layout = module.read_layout(file, shard.samples, row_type(manifest.latent, len(manifest.views)))
     except UserError as error:

@@ -19,7 +19,6 @@ from jaxtyping import Shaped
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pipeline.latents.formats import FORMATS, record_name, row_type_of, shard_name
 from pipeline.latents.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -43,6 +42,7 @@ from pipeline.latents.records import (
     skipped_lines,
     sums_of,
 )
+from pipeline.latents.shards import format_of, record_name, row_type_of, shard_name
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, make_folder, read_json, replacing, write_bytes
 
@@ -129,7 +129,7 @@ def write_shard(
     work = folder / WORK_FOLDER
     make_folder(work)
     name = shard_name(split, shard, shard_format)
-    size, sha256 = _publish(folder / name, FORMATS[shard_format].pieces(rows, labels, indices, row), work)
+    size, sha256 = _publish(folder / name, format_of(shard_format).pieces(rows, labels, indices, row), work)
     record = ShardRecord(
         file=name,
         samples=len(rows),

@@ -1,22 +1,23 @@
 """One `dit-evaluate` from its options to its numbers: open the inputs, make features, score, write."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pipeline.runtime.cli import flag_values
 from pipeline.runtime.console import say, warn
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, write_json
 from pipeline.runtime.processes import Launch, launch
 from sample.evaluate import report
-from sample.evaluate.digests import pixels_fingerprint
 from sample.evaluate.features import DIGESTS, Blocks, make_features
+from sample.evaluate.image_set import pixels_fingerprint
 from sample.evaluate.inception import FIDInception
 from sample.evaluate.inception_weights import load_inception
-from sample.evaluate.meeting import meeting
+from sample.evaluate.metrics import FEWEST_FOR_FID
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import write_statistics
-from sample.evaluate.scoring import FEWEST_FOR_FID, Side, compute_scores, warn_of_few
+from sample.evaluate.scoring import Comparison, Side, compute_scores, warn_of_few
 from sample.evaluate.task import Task, settle_task
 from sample.run import explained_memory
 from sample.sidecar import sidecar_of
@@ -46,10 +47,10 @@ def _begin(
     options: EvaluateOptions, place: Launch, at_the_end: ExitStack
 ) -> tuple[Task, FIDInception | None, dict[Path, WorkFolder]]:
     """The task, its network if it needs one, and its work folders, which every process has opened when this returns."""
-    with meeting(place) as meet:
+    with _barriers(place) as barrier:
         if place.is_main:
             task = settle_task(options)
-        meet()  # the main process alone downloads weights and VAEs; the others find them in the cache
+        barrier()  # the main process alone downloads weights and VAEs; the others find them in the cache
         if not place.is_main:
             task = settle_task(options)
         for side in task.sides.values():
@@ -58,11 +59,11 @@ def _begin(
         if place.is_main:
             for folder, extraction in task.extractions.items():
                 begin(folder, extraction.plan, overwrite=True)
-        meet()
+        barrier()
         work = {folder: WorkFolder(folder, chunks=extraction.parts) for folder, extraction in task.extractions.items()}
         for made in work.values():
             at_the_end.callback(made.close)
-        meet()  # nobody comes late to a folder that the main process has finished and removed
+        barrier()  # nobody comes late to a folder that the main process has finished and removed
     return task, network, work
 
 
@@ -145,12 +146,14 @@ def _score(task: Task) -> None:
         warn_of_few(task.metrics, samples, reference)
     scores = compute_scores(
         task.metrics,
-        samples,
-        reference,
-        seed=options.reverse.seed,
-        kid_subsets=options.kid_subsets,
-        kid_subset_size=options.kid_subset_size,
-        device=task.device,
+        Comparison(
+            samples=samples,
+            reference=reference or samples,
+            seed=options.reverse.seed,
+            kid_subsets=options.kid_subsets,
+            kid_subset_size=options.kid_subset_size,
+            device=task.device,
+        ),
     )
     result = report.build(
         scores,
@@ -174,3 +177,38 @@ def _score(task: Task) -> None:
 def _fingerprint(side: Side) -> str | None:
     """The digest of all pixels that were looked at; None where only a file of statistics was read."""
     return pixels_fingerprint(side.blocks[DIGESTS]) if DIGESTS in side.blocks else None
+
+
+@contextmanager
+def _barriers(place: Launch) -> Iterator[Callable[[], None]]:
+    """Give a function that returns when every process has called it as often; with one process, at once.
+
+    A process group is needed only here: afterwards the processes share their work through files, so that none
+    waits in a collective for one that has died or is long done.
+
+    Raises:
+        UserError: the variables of a launcher are incomplete, or the processes do not find each other.
+    """
+    if place.world_size == 1:
+        yield lambda: None
+        return
+    import torch.distributed
+
+    try:
+        torch.distributed.init_process_group("gloo", rank=place.rank, world_size=place.world_size)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the {place.world_size} processes do not find each other ({error}); "
+            f"start them with torchrun or accelerate launch, or unset RANK and WORLD_SIZE for one process"
+        ) from error
+
+    def barrier() -> None:
+        try:
+            torch.distributed.barrier()
+        except RuntimeError as error:  # another process has ended, and has said why
+            raise SystemExit(2) from error
+
+    try:
+        yield barrier
+    finally:
+        torch.distributed.destroy_process_group()

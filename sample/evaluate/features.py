@@ -18,9 +18,9 @@ from pipeline.runtime.console import progress
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import Launch
 from pipeline.runtime.threads import CPU_LANE, one_thread_each
-from sample.evaluate.digests import image_digests
-from sample.evaluate.inception import FeatureName, FIDInception
-from sample.evaluate.inputs import ImageSet, names_of
+from sample.evaluate.image_set import ImageSet, image_digests, names_of
+from sample.evaluate.inception import FIDInception
+from sample.evaluate.metrics import FeatureName
 from sample.work_folder import WorkFolder
 
 DIGESTS = "pixels_sha256"

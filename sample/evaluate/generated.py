@@ -11,8 +11,7 @@ from pipeline.latents import LatentStore
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.threads import CPU_LANE, GPU_DECODE_BATCH, decode_in_lanes, finite_rows, one_thread_each
 from pipeline.vae import Vae, check_latents, find_vae
-from sample.evaluate.digests import digest_of
-from sample.evaluate.inputs import names_of
+from sample.evaluate.image_set import digest_of, names_of
 from sample.evaluate.options import PART_IMAGES, EvaluateOptions
 from sample.generate import NotFiniteError
 from sample.options import ImageOptions, SampleOptions

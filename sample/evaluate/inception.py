@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sample.evaluate.metrics import FeatureName
+
 
 def _taps(length: int, wanted: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return, per output position, the two input positions it lies between and the weight of the second."""
@@ -31,7 +33,6 @@ def resize_bilinear(images: Tensor, *, height: int, width: int) -> Tensor:
     return torch.lerp(images[..., top, :], images[..., bottom, :], down[:, None])
 
 
-FeatureName = Literal["features_768", "features_2048", "spatial", "logits_unbiased", "logits"]
 FEATURE_WIDTHS: dict[str, int] = {
     "features_768": 768,
     "features_2048": 2048,

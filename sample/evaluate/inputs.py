@@ -1,17 +1,15 @@
 """What --samples and --reference may be, told apart by what lies there: images to look at, statistics to take."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from pipeline.checkpoint.folder import HUB_NAME
 from pipeline.latents.manifest import is_store
 from pipeline.runtime.errors import UserError
 from sample.evaluate.folder import FolderImages
+from sample.evaluate.image_set import ImageSet
 from sample.evaluate.npz import NpzImages, list_arrays
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import StatisticsFile
@@ -19,41 +17,6 @@ from sample.sidecar import read_sidecar
 
 _OF_CHECKPOINTS = ("checkpoints", "config.yaml", "config.json", "model_index.json")
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
-
-
-class ImageSet(Protocol):
-    """Images in a fixed order, made or read when they are asked for."""
-
-    kind: str
-    """What they are, for people."""
-    count: int
-    part_size: int
-    """Images in one unit of work."""
-    size: tuple[int, int]
-    """Width and height in pixels."""
-    sorted_by_name: bool
-    """Whether neighbours are alike because the order is that of class folders."""
-
-    def name_of(self, index: int) -> str:
-        """What a message calls the image."""
-
-    def key(self) -> str:
-        """A digest that changes when the images do."""
-
-    def describe(self) -> dict[str, Any]:
-        """What the result file says of them beside their kind, count and size."""
-
-    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[NDArray[np.uint8]]:
-        """Give images start … stop − 1 as uint8 [n, H, W, 3], n at most `batch_size`."""
-
-    def close(self) -> None:
-        """Close what is open."""
-
-
-def names_of(images: ImageSet, first: int, rows: Sequence[int]) -> str:
-    """What a message calls some rows of a batch that begins at image `first`: four of them, and how many more."""
-    names = ", ".join(images.name_of(first + row) for row in rows[:4])
-    return names + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

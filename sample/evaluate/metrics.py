@@ -1,96 +1,28 @@
-"""Improved precision and recall: is a feature vector inside the other set's manifold of nearest-neighbour balls?
+"""The metrics, one row of METRICS each, and their arithmetic on features; all sums are float64.
 
-Kynkäänniemi et al. 2019, arXiv 1904.06991, as ADM computes it: 3 neighbours, every vector of both sets used.
-Distances are float64 and made in tiles, so memory does not grow with the number of images.
+The table loads without torch, so that the command's options can ask it.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import scipy.linalg
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pipeline.randomness import generator
+if TYPE_CHECKING:
+    from sample.evaluate.scoring import Comparison
+else:
+    Comparison = object
 
-NEIGHBOURS = 3
-TILE_ROWS = 4096
-# Squared distances below this share of the vectors' squared lengths are what rounding leaves of equal vectors.
-RESOLUTION = 1e-12
-
-
-def precision_and_recall(
-    reference: NDArray[np.floating],
-    samples: NDArray[np.floating],
-    *,
-    neighbours: int = NEIGHBOURS,
-    tile_rows: int = TILE_ROWS,
-    device: str = "cpu",
-) -> tuple[float, float]:
-    """(share of samples inside the reference's manifold, share of references inside the samples' manifold).
-
-    A set's manifold is the union of balls around its vectors, each reaching to its vector's k-th nearest
-    neighbour in the set.
-
-    Raises:
-        ValueError: a set has no more vectors than neighbours.
-    """
-    ours, theirs = (torch.from_numpy(np.ascontiguousarray(rows)) for rows in (samples, reference))
-    for rows in (ours, theirs):
-        if len(rows) <= neighbours:
-            raise ValueError(f"{neighbours} nearest neighbours need more than {len(rows)} vectors")
-    reach_of_ours = _squared_reach(ours, neighbours, tile_rows, device)
-    reach_of_theirs = _squared_reach(theirs, neighbours, tile_rows, device)
-    precision = _share_inside(ours, theirs, reach_of_theirs, tile_rows, device)
-    recall = _share_inside(theirs, ours, reach_of_ours, tile_rows, device)
-    return precision, recall
-
-
-def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """‖r‖² + ‖c‖² − 2 r·c for every pair, equal vectors at exactly zero."""
-    scale = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)[None, :]
-    distances = torch.addmm(scale, rows, columns.T, alpha=-2)
-    return distances.masked_fill_(distances < RESOLUTION * scale, 0.0)
-
-
-def _squared_reach(rows: Tensor, neighbours: int, tile_rows: int, device: str) -> Tensor:
-    """Each row's squared distance to its k-th nearest other row [n], float64 on the device."""
-    reaches = []
-    for at, tile in _tiles(rows, tile_rows, device):
-        nearest = torch.full((len(tile), neighbours), torch.inf, dtype=torch.float64, device=device)
-        for other_at, other in _tiles(rows, tile_rows, device):
-            distances = _squared_distances(tile, other)
-            if at == other_at:
-                distances.fill_diagonal_(torch.inf)
-            candidates = torch.cat([nearest, distances], dim=1)
-            nearest = candidates.topk(neighbours, dim=1, largest=False).values
-        reaches.append(nearest.max(dim=1).values)
-    return torch.cat(reaches)
-
-
-def _share_inside(rows: Tensor, centres: Tensor, squared_reach: Tensor, tile_rows: int, device: str) -> float:
-    """The share of rows that lie in at least one centre's ball."""
-    inside = 0
-    for _, tile in _tiles(rows, tile_rows, device):
-        found = torch.zeros(len(tile), dtype=torch.bool, device=device)
-        for at, centre_tile in _tiles(centres, tile_rows, device):
-            reach = squared_reach[at : at + len(centre_tile)]
-            found |= (_squared_distances(tile, centre_tile) <= reach).any(dim=1)
-        inside += int(found.sum())
-    return inside / len(rows)
-
-
-def _tiles(rows: Tensor, size: int, device: str) -> Iterator[tuple[int, Tensor]]:
-    """Give (position of the first row, rows in float64 on the device), tile after tile."""
-    for at in range(0, len(rows), size):
-        yield at, rows[at : at + size].to(device, torch.float64)
-
+FeatureName = Literal["features_768", "features_2048", "spatial", "logits_unbiased", "logits"]
+"""What the FID network gives of an image: pooled features, a map's first channels, class scores."""
 
 Rows = NDArray[np.floating]
 """Features [n, width]."""
 
+NEIGHBOURS = 3
+FEWEST_FOR_FID = 2048
 INCEPTION_SCORE_SPLIT = 5_000
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1_000
@@ -152,7 +84,9 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
 def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """F [width, rank] with F Fᵀ = S to rounding, by Cholesky's method with pivots, which ends at the rank."""
-    triangle, pivots, rank, info = scipy.linalg.lapack.dpstrf(covariance, lower=1)
+    from scipy import linalg
+
+    triangle, pivots, rank, info = linalg.lapack.dpstrf(covariance, lower=1)
     assert info >= 0, f"LAPACK's dpstrf refuses its argument {-info}"
     factor = np.empty((len(covariance), rank))
     factor[pivots - 1] = np.tril(triangle)[:, :rank]
@@ -207,6 +141,8 @@ def kernel_distance(
     """
     import torch
 
+    from pipeline.randomness import generator
+
     size = min(subset_size, len(first), len(second))
     if size == len(first) == len(second):
         subsets = 1  # every subset would be the same
@@ -235,3 +171,98 @@ def _cubic_kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.
 def _mean_off_diagonal(kernel: NDArray[np.float64]) -> np.float64:
     n = len(kernel)
     return np.float64((kernel.sum() - np.trace(kernel)) / (n * (n - 1)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a metric gives."""
+
+    value: float
+    std: float | None = None
+    """Standard deviation over splits or subsets, where the metric has them."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else its definition depends on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricSpec:
+    """A metric: all that help, checks, plans and results know of it."""
+
+    title: str
+    """Its name in results; the number of images is added to it."""
+    function: Callable[[Comparison], Outcome]
+    features: FeatureName
+    """What it needs of every image."""
+    compares: bool = True
+    """Whether it needs a reference."""
+    of_gaussian: bool = False
+    """Whether mean and covariance of the features are enough; they mean something from thousands of images on."""
+    arrays: str = "images or the features of --reference-features"
+    """What a file of statistics has to hold for it, as words."""
+    fewest: int = 1
+    """The fewest images on either side."""
+    standard: bool = True
+    """Whether ADM's protocol has it: what is computed when nothing is asked for."""
+
+
+def _frechet_of(feature: FeatureName) -> Callable[[Comparison], Outcome]:
+    def compute(compared: Comparison) -> Outcome:
+        value = frechet_distance(compared.samples.gaussian(feature), compared.reference.gaussian(feature))
+        return Outcome(value=value, details={"features": feature, "covariance": "unbiased"})
+
+    return compute
+
+
+def _inception(compared: Comparison) -> Outcome:
+    logits, shuffled = compared.logits
+    spread = inception_score(logits)
+    order = "shuffled" if shuffled else "as given"
+    details = {"splits": spread.parts, "split_size": spread.part_size, "order": order, "logits": "without bias"}
+    return Outcome(value=spread.mean, std=spread.std, details=details)
+
+
+def _kernel(compared: Comparison) -> Outcome:
+    ours, theirs, seed = compared.samples.features, compared.reference.features, compared.seed
+    spread = kernel_distance(
+        ours, theirs, seed=seed, subsets=compared.kid_subsets, subset_size=compared.kid_subset_size
+    )
+    sizes = {"subsets": spread.parts, "subset_size": spread.part_size}
+    return Outcome(value=spread.mean, std=spread.std, details={**sizes, "kernel": "(x·y / 2048 + 1)^3", "seed": seed})
+
+
+def _share(which: int) -> Callable[[Comparison], Outcome]:
+    def compute(compared: Comparison) -> Outcome:
+        return Outcome(value=compared.shares_inside[which], details={"neighbours": NEIGHBOURS})
+
+    return compute
+
+
+METRICS: dict[str, MetricSpec] = {
+    "fid": MetricSpec(
+        title="FID",
+        function=_frechet_of("features_2048"),
+        features="features_2048",
+        of_gaussian=True,
+        arrays="mu and sigma",
+        fewest=FEWEST_FOR_FID,
+    ),
+    "sfid": MetricSpec(
+        title="sFID",
+        function=_frechet_of("spatial"),
+        features="spatial",
+        of_gaussian=True,
+        arrays="mu_s and sigma_s",
+        fewest=FEWEST_FOR_FID,
+    ),
+    "is": MetricSpec(title="IS", function=_inception, features="logits_unbiased", compares=False, arrays="images"),
+    "precision": MetricSpec(title="Precision", function=_share(0), features="features_2048", fewest=NEIGHBOURS + 1),
+    "recall": MetricSpec(title="Recall", function=_share(1), features="features_2048", fewest=NEIGHBOURS + 1),
+    "kid": MetricSpec(title="KID", function=_kernel, features="features_2048", fewest=2, standard=False),
+}
+"""By name, in the order in which they are reported."""
+
+METRICS_HELP = (
+    f"Metrics, separated by commas: {', '.join(METRICS)}. Default "
+    f"{','.join(name for name, spec in METRICS.items() if spec.standard)}, as far as a reference of statistics alone "
+    "allows."
+)

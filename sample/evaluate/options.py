@@ -8,10 +8,9 @@ import tyro
 
 from pipeline.runtime.cli import nearest
 from pipeline.runtime.errors import UserError
+from sample.evaluate.metrics import METRICS, METRICS_HELP
 from sample.options import ComputeOptions, ReverseOptions
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
-ADM_METRICS = ("fid", "sfid", "is", "precision", "recall")
 PART_IMAGES = 512
 """Images in one unit of work, unless they are sampled: few enough to lose little by a kill, many enough to share out."""
 
@@ -24,8 +23,7 @@ class EvaluateOptions:
     """The images to judge: a folder of images, an .npz with arr_0, a latent store (decoded), a run or checkpoint (sampled), or an .npz with mu and sigma."""
     reference: str | None = None
     """The images to compare them with: any of the same, such as ADM's reference files or ours from --make-reference."""
-    metrics: str | None = None
-    """Metrics, separated by commas: fid, sfid, is, precision, recall, kid. Default fid,sfid,is,precision,recall, as far as a reference of statistics alone allows."""
+    metrics: Annotated[str | None, tyro.conf.arg(help=METRICS_HELP)] = None
     inception: Annotated[str | None, tyro.conf.arg(metavar="FILE|URL")] = None
     """Weights of the FID network, pt_inception-2015-12-05-6726825d.pth: a file, or a URL to download into the cache once. Default: the file in the cache."""
     make_reference: Annotated[str | None, tyro.conf.arg(metavar="FILE.npz")] = None
@@ -81,9 +79,12 @@ class EvaluateOptions:
         _ = self.wanted
 
     def _check_no_reference_needed(self) -> None:
-        if set(self.wanted) - {"is"}:
-            names = ", ".join(metric for metric in self.wanted if metric != "is")
-            raise UserError(f"--reference is missing: {names} compare with it; give it, or ask for --metrics is alone")
+        comparing = [metric for metric in self.wanted if METRICS[metric].compares]
+        if comparing:
+            names, alone = ", ".join(comparing), " or ".join(name for name in METRICS if not METRICS[name].compares)
+            raise UserError(
+                f"--reference is missing: {names} compare with it; give it, or ask for --metrics {alone} alone"
+            )
 
     @property
     def only_makes_reference(self) -> bool:
@@ -99,7 +100,7 @@ class EvaluateOptions:
             UserError: a name is unknown; every such name is given, with the nearest one.
         """
         if self.metrics is None:
-            return ADM_METRICS
+            return tuple(name for name, spec in METRICS.items() if spec.standard)
         names = [name.strip().lower() for name in self.metrics.split(",") if name.strip()]
         unknown = []
         for name in names:

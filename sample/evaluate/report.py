@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.files import read_json
-from sample.evaluate.inputs import ImageSet, Input
+from sample.evaluate.image_set import ImageSet
+from sample.evaluate.inputs import Input
 from sample.evaluate.scoring import Score
 from sample.sidecar import versions
 

@@ -10,10 +10,10 @@ from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json
 from sample.evaluate import report
-from sample.evaluate.digests import digest_of
-from sample.evaluate.inception import FeatureName
+from sample.evaluate.image_set import ImageSet, digest_of
 from sample.evaluate.inception_weights import InceptionWeights, cache_folder, find_inception
-from sample.evaluate.inputs import ImageSet, open_inputs
+from sample.evaluate.inputs import open_inputs
+from sample.evaluate.metrics import METRICS, FeatureName
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.scoring import Side, settle_metrics
 from sample.resolve import choose_device
@@ -137,7 +137,7 @@ class Task:
         """The features that have to be made of a side's images."""
         wanted: set[FeatureName] = set()
         for metric in self.metrics if self.scores else ():
-            if metric != "is" or side is self.sides["--samples"]:
+            if METRICS[metric].compares or side is self.sides["--samples"]:
                 wanted |= {name for name in [side.needs(metric)] if name is not None}
         if self.writes_reference and side is self.reference_source:
             wanted |= set(REFERENCE_FEATURES)
@@ -166,7 +166,7 @@ def settle_task(options: EvaluateOptions) -> Task:
         side.needs(metric)
         for metric in metrics
         for side in sides.values()
-        if metric != "is" or side is sides.get("--samples")
+        if METRICS[metric].compares or side is sides.get("--samples")
     )
     weights = find_inception(options.inception) if needs_network else None
     _check_same_network(sides, weights)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline.latents import LatentStore, shards
-from pipeline.latents.formats import FORMATS, row_type
+from pipeline.latents.shards import format_of, row_type
 from pipeline.latents.writer import finish_store, write_shard
 from pipeline.runtime.errors import UserError
 
@@ -148,7 +148,9 @@ def test_a_shard_cut_off_while_it_is_read_gives_an_error_with_shard_and_row(own_
     store[:]
     path = next(own_store.glob("train-00000.[st]*"))
     row = row_type(store.manifest.latent, 2)
-    layout = FORMATS[store.manifest.shard_format].read_layout(shards.ShardFile(path, size=path.stat().st_size), 7, row)
+    layout = format_of(store.manifest.shard_format).read_layout(
+        shards.ShardFile(path, size=path.stat().st_size), 7, row
+    )
     os.truncate(path, layout.latents.start + 4 * layout.latents.stride + 10)
     with pytest.raises(UserError, match=rf"{path.name}, row 4, is cut off"):
         store[[2, 4, 9]]

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline.latents import LatentStore
-from pipeline.latents.formats import FORMATS, row_type
 from pipeline.latents.manifest import is_intact, read_manifest, sealed
-from pipeline.latents.shards import ShardFile
+from pipeline.latents.shards import ShardFile, format_of, row_type
 from pipeline.latents.verify import verify
 from pipeline.runtime.errors import UserError
 
@@ -24,7 +23,7 @@ def layout_of(folder, number=0):
     manifest = read_manifest(folder)
     shard = manifest.shards[number]
     file = ShardFile(folder / shard.file, size=shard.bytes)
-    layout = FORMATS[manifest.shard_format].read_layout(file, shard.samples, row_type(manifest.latent, 2))
+    layout = format_of(manifest.shard_format).read_layout(file, shard.samples, row_type(manifest.latent, 2))
     return file.path, layout
 
 

@@ -12,8 +12,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.vae import load_vae
 from sample.__main__ import main as sample
 from sample.evaluate.__main__ import main
-from sample.evaluate.digests import image_digests, pixels_fingerprint
 from sample.evaluate.generated import StoreImages, open_store
+from sample.evaluate.image_set import image_digests, pixels_fingerprint
 from sample.evaluate.options import EvaluateOptions
 
 SETTINGS = ("--steps", "2", "--seed", "3", "--batch-size", "2")

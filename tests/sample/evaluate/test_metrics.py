@@ -10,9 +10,9 @@ from sample.evaluate.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_and_recall,
     unbiased_mmd,
 )
+from sample.evaluate.neighbours import precision_and_recall
 
 
 def draw(seed, *shape):
