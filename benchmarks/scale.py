@@ -22,7 +22,7 @@ from benchmarks.stores import simulate_store
 from benchmarks.timing import resident_bytes, seconds_of
 from extract.plan import Plan
 from pipeline.latents import LatentStore
-from train.data import DataOrder, Share
+from train.data import BatchShard, DataOrder
 
 SAMPLES = 100_000_000
 BATCH = 256
@@ -55,18 +55,18 @@ def measure(folder: Path, samples: int, batches: int) -> dict[str, Any]:
 
     started = time.perf_counter()
     store = LatentStore(folder)
-    order, share = DataOrder(len(store), seed=0), Share(batch_size=BATCH)
-    gather(store, order, share, 0)
+    order, shard = DataOrder(len(store), seed=0), BatchShard(batch_size=BATCH)
+    gather(store, order, shard, 0)
     start_seconds = time.perf_counter() - started
 
-    first = [seconds_of(partial(gather, store, order, share, n)) for n in range(1, batches + 1)]
+    first = [seconds_of(partial(gather, store, order, shard, n)) for n in range(1, batches + 1)]
     started = time.perf_counter()
     ends = np.cumsum([shard.samples for shard in store.manifest.shards]) - 1
     for part in np.array_split(ends, max(1, shards // 2000)):
         store.gather(part)
     touched = time.perf_counter() - started
-    steady = [seconds_of(partial(gather, store, order, share, n)) for n in range(10**6, 10**6 + batches)]
-    orders = [seconds_of(partial(order.batch, n, share)) for n in (1, 10**6, 10**9, 10**12)]
+    steady = [seconds_of(partial(gather, store, order, shard, n)) for n in range(10**6, 10**6 + batches)]
+    orders = [seconds_of(partial(order.batch, n, shard)) for n in (1, 10**6, 10**9, 10**12)]
     store.close()
     return {
         "samples": samples,
@@ -84,9 +84,9 @@ def measure(folder: Path, samples: int, batches: int) -> dict[str, Any]:
     }
 
 
-def gather(store: LatentStore, order: DataOrder, share: Share, number: int) -> None:
+def gather(store: LatentStore, order: DataOrder, shard: BatchShard, number: int) -> None:
     """One whole batch, as the trainer's reader makes it."""
-    store.gather(order.batch(number, share))
+    store.gather(order.batch(number, shard))
 
 
 def plan_cost(samples: int) -> dict[str, float]:

@@ -31,7 +31,7 @@ from benchmarks.timing import CPU
 from pipeline.diffusion import GaussianDiffusion
 from pipeline.dit import DiTConfig
 from train import distributed, options
-from train.data import DataOrder, Share
+from train.data import BatchShard, DataOrder
 from train.loop import reader_of, train_step
 from train.run import assemble
 
@@ -102,13 +102,13 @@ def our_step(
             ),
             preview=options.PreviewOptions(sample_every=0),
         )
-        parts = assemble(wanted, distributed.start(wanted.hardware), stack, time.monotonic())
-        reader = stack.enter_context(reader_of(parts))
+        trainer = assemble(wanted, distributed.start(wanted.hardware), stack, time.monotonic())
+        reader = stack.enter_context(reader_of(trainer))
         batches = iter(reader)
 
         def step() -> float:
-            train_step(parts, next(batches), with_losses=parts.state.step % 10 == 0)
-            parts.state.step += 1
+            train_step(trainer, next(batches), with_losses=trainer.state.step % 10 == 0)
+            trainer.state.step += 1
             return reader.waited_seconds
 
         yield step
@@ -248,13 +248,13 @@ def _print_memory(loop: str, name: str, data: Path, batch_size: int) -> int:
 
 def _compare_positions() -> bool:
     """Whether the batch a billion epochs away costs what the first one costs."""
-    share = Share(batch_size=256)
+    shard = BatchShard(batch_size=256)
     seconds = {}
     for number in (0, 10**9 * 5005):
         times = []
         for k in range(100):
             started = time.perf_counter()
-            DataOrder(1_281_167, seed=k).batch(number, share)
+            DataOrder(1_281_167, seed=k).batch(number, shard)
             times.append(time.perf_counter() - started)
         seconds[number] = statistics.median(times)
     first, far = seconds.values()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.checkpoint.folder import read_stored
 from pipeline.diffusion.process import Process, process_from_flags
@@ -17,7 +18,7 @@ from pipeline.runtime.console import nearest, say
 from pipeline.runtime.errors import UserError
 from train.data import check_labels
 from train.init_from import fit_weights
-from train.losses import Latents
+from train.losses import LatentNormalization
 from train.options import DataOptions, ModelOptions, ObjectiveOptions, TrainOptions
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
@@ -33,9 +34,7 @@ def open_store(path: str, options: DataOptions) -> LatentStore:
     if options.verify_data:
         say(f"comparing {len(store.manifest.shards)} shards of {path} with their checksums")
         store.verify()
-    if (
-        "://" not in path
-    ):  # a remote store's labels are checked batch by batch: all of them at once is all of its shards
+    if "://" not in path:  # a remote store's are checked batch by batch: all labels at once are all of its shards
         check_labels(store.labels().numpy(), len(store.manifest["classes"]), path)
     return store
 
@@ -74,19 +73,16 @@ def process_of(options: ObjectiveOptions) -> Process:
     return process_from_flags(options.objective, options)
 
 
-def latents_of(manifest: Manifest, config: DiTConfig, device: torch.device) -> Latents:
-    """What the loss needs to know of the store and the network."""
+def normalization_of(manifest: Manifest, device: torch.device) -> LatentNormalization:
+    """How the store's latents become the network's."""
 
-    def on_device(factor: Any) -> Any:
+    def on_device(factor: float | list[float] | None) -> float | Tensor | None:
         return torch.tensor(factor, device=device) if isinstance(factor, list) else factor
 
-    return Latents(
-        kind=manifest.latent.kind,
-        channels=manifest.latent.channels,
-        scaling_factor=on_device(manifest["vae"]["scaling_factor"]),
-        shift_factor=on_device(manifest["vae"]["shift_factor"]),
-        null_class=config.null_class,
-        class_dropout=config.class_dropout_prob if config.num_classes else 0.0,
+    scale = on_device(manifest["vae"]["scaling_factor"])
+    assert scale is not None, "a manifest is checked when it is read"
+    return LatentNormalization(
+        kind=manifest.latent.kind, scaling_factor=scale, shift_factor=on_device(manifest["vae"]["shift_factor"])
     )
 
 
@@ -163,11 +159,7 @@ def checkpoint_info(options: TrainOptions, manifest: Manifest, config: DiTConfig
 
 
 def check_same_kind(ours: Manifest, theirs: Manifest, path: str) -> None:
-    """Nothing, if a validation store holds the same kind of latents and classes as the training store.
-
-    Raises:
-        UserError: VAE, grid or classes differ; all differences are named.
-    """
+    """Raise UserError unless a validation store holds the same kind of latents and classes as the training store."""
     pairs = {
         "the VAE's sha256": (ours["vae"]["sha256"], theirs["vae"]["sha256"]),
         "the latent's kind": (ours.latent.kind, theirs.latent.kind),

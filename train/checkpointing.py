@@ -32,7 +32,7 @@ from pipeline.runtime.files import (
 from train.distributed import Hardware
 from train.optimizer import Optimizer
 from train.options import RunOptions
-from train.parallel import Copied, Placement
+from train.parallel import Placement, Replicated
 
 FORMAT, VERSION = "dit-train-state", 1
 Tensors = dict[str, Tensor]
@@ -48,16 +48,16 @@ class TrainState:
     """By the stems of their files: "ema", "ema-NAME"."""
     step: int = 0
     """Optimizer steps done, skipped ones too."""
-    jump: int = 0
-    """Batches of the data order that going back has passed over: step n trains on batch n + jump."""
+    batch_offset: int = 0
+    """Batches of the data order that rolling back has passed over: step n trains on batch n + batch_offset."""
     rollbacks: int = 0
     seconds: float = 0.0
-    """Time spent training, over all sittings."""
+    """Time spent training, over all commands."""
 
     @property
     def batch_number(self) -> int:
         """Which global batch, and which draws, the next step takes."""
-        return self.step + self.jump
+        return self.step + self.batch_offset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,14 +73,12 @@ class Snapshot:
 def take_snapshot(state: TrainState, *, keep: bool) -> Snapshot:
     """A copy of everything at this step; every process must call it, only those with `keep` hold the result."""
     files: dict[str, Tensors] = {}
-    if keep or not isinstance(state.placement, Copied):
-        for stem, tensors in _parts(state):
-            copies = {}
+    if keep or not isinstance(state.placement, Replicated):
+        for stem, tensors in _tensor_lists(state):
+            file, suffix = _place_in_files(stem)
             for name, tensor in zip(state.placement.names, state.placement.whole(tensors), strict=True):
                 if keep:
-                    copies[name] = _copy_to_host(tensor)
-            target, suffix = ("optimizer", f".{stem}") if stem.startswith("exp_avg") else (stem, "")
-            files.setdefault(target, {}).update({name + suffix: tensor for name, tensor in copies.items()})
+                    files.setdefault(file, {})[name + suffix] = _copy_to_host(tensor)
     if state.placement.weights[0].is_cuda:
         torch.cuda.synchronize()
     return Snapshot(step=state.step, files=files if keep else {}, counters=_counters(state))
@@ -94,11 +92,17 @@ def _copy_to_host(tensor: Tensor) -> Tensor:
     return host.copy_(source, non_blocking=True)
 
 
-def _parts(state: TrainState) -> Iterator[tuple[str, list[Tensor]]]:
+def _tensor_lists(state: TrainState) -> Iterator[tuple[str, list[Tensor]]]:
+    """(name, this process's tensors in the order of the network's) of the weights, each average, and AdamW's state."""
     yield "model", state.placement.weights
     for name, average in state.averages.items():
         yield name, average.tensors
-    yield from state.optimizer.moments().items()
+    yield from state.optimizer.adam_state().items()
+
+
+def _place_in_files(stem: str) -> tuple[str, str]:
+    """(stem of the file, what follows a tensor's name in it) of a list of tensors."""
+    return ("optimizer", f".{stem}") if stem.startswith("exp_avg") else (stem, "")
 
 
 def _counters(state: TrainState) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def _counters(state: TrainState) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "step": state.step,
-        "jump": state.jump,
+        "jump": state.batch_offset,
         "rollbacks": state.rollbacks,
         "seconds": state.seconds,
         "optimizer": f"AdamW ({state.optimizer.kernel})",
@@ -171,15 +175,12 @@ def restore(folder: Path, state: TrainState) -> None:
     before, now = counters["optimizer"], f"AdamW ({state.optimizer.kernel})"
     if before != now:
         warn(f"the checkpoint was made with {before}, this is {now}: the run goes on, but not to the last bit")
-    for stem, tensors in _parts(state):
-        if stem.startswith("exp_avg"):
-            file, suffix = folder / "state" / "optimizer.safetensors", f".{stem}"
-        else:
-            file, suffix = folder / f"{stem}.safetensors", ""
-        names = [name + suffix for name in state.placement.names]
-        state.placement.put(_read(file, names), tensors)
+    for stem, tensors in _tensor_lists(state):
+        file, suffix = _place_in_files(stem)
+        path = folder / ("state" if file == "optimizer" else "") / f"{file}.safetensors"
+        state.placement.put(_read(path, [name + suffix for name in state.placement.names]), tensors)
     state.optimizer.restore_counters(counters)
-    state.step, state.jump = int(counters["step"]), int(counters["jump"])
+    state.step, state.batch_offset = int(counters["step"]), int(counters["jump"])
     state.rollbacks, state.seconds = int(counters["rollbacks"]), float(counters["seconds"])
 
 
@@ -193,19 +194,6 @@ def _read(file: Path, names: list[str]) -> Iterator[Tensor]:
             raise UserError(f"{file} lacks {', '.join(missing)}; it belongs to another network")
         for name in names:
             yield content.get_tensor(name)
-
-
-def is_amid_skips(folder: Path) -> bool:
-    """Whether steps had just been skipped when the checkpoint was taken, or it does not tell."""
-    try:
-        return float(read_json(folder / "state" / "trainer.json")["skipped_in_a_row"]) > 0
-    except (UserError, KeyError, TypeError, ValueError):
-        return True
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step:07d}"
 
 
 class Saver:
@@ -258,11 +246,7 @@ class Saver:
         self.raise_if_failed()
 
     def raise_if_failed(self) -> None:
-        """Nothing, if every checkpoint so far could be written; does not wait for one.
-
-        Raises:
-            UserError: one could not.
-        """
+        """Raise UserError if a checkpoint could not be written so far; does not wait for one."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -276,7 +260,7 @@ class Saver:
             with explained_writes(final):
                 make_folder(temporary)
                 write_snapshot(temporary, snapshot, self._info)
-            remove_folder(final)  # only a checkpoint that this run has gone back behind can be there
+            remove_folder(final)  # only a checkpoint that this run has rolled back behind can be there
             publish_folder(temporary, final)
             prune(self._options)
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that trains
@@ -287,6 +271,11 @@ class Saver:
         say(f"checkpoint {final.name}: training paused {paused:.2f} s, written in {written:.1f} s")
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:07d}"
+
+
 def prune(options: RunOptions) -> None:
     """Remove checkpoints beyond the newest `keep_last`, but none at a multiple of `keep_every`.
 
@@ -295,21 +284,36 @@ def prune(options: RunOptions) -> None:
     folders = checkpoint_folders(options.out)
     if not options.keep_last or len(folders) <= options.keep_last:
         return
-    doomed = [folder for step, folder in folders if not (options.keep_every and step % options.keep_every == 0)]
-    doomed = [folder for folder in doomed if folder not in {kept for _, kept in folders[-options.keep_last :]}]
-    if all(is_amid_skips(folder) for _, folder in folders if folder not in doomed):
-        spared = next((folder for folder in reversed(doomed) if not is_amid_skips(folder)), None)
-        doomed = [folder for folder in doomed if folder != spared]
-    for folder in doomed:
+    older = folders[: -options.keep_last]
+    to_delete = [folder for step, folder in older if not (options.keep_every and step % options.keep_every == 0)]
+    if all(is_amid_skips(folder) for _, folder in folders if folder not in to_delete):
+        kept = next((folder for folder in reversed(to_delete) if not is_amid_skips(folder)), None)
+        to_delete = [folder for folder in to_delete if folder != kept]
+    for folder in to_delete:
         discard(folder)
 
 
 def discard(folder: Path) -> None:
     """Remove a checkpoint; under another name first, since a half-removed folder must not pass for one."""
-    doomed = folder.with_name(f".{folder.name}.partial")
-    remove_folder(doomed)
-    folder.rename(doomed)
-    remove_folder(doomed)
+    leaving = folder.with_name(f".{folder.name}.partial")
+    remove_folder(leaving)
+    folder.rename(leaving)
+    remove_folder(leaving)
+
+
+def discard_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of what was rolled back behind."""
+    for number, folder in all_checkpoints(run):
+        if number > step:
+            discard(folder)
+
+
+def is_amid_skips(folder: Path) -> bool:
+    """Whether steps had just been skipped when the checkpoint was taken, or it does not tell."""
+    try:
+        return float(read_json(folder / "state" / "trainer.json")["skipped_in_a_row"]) > 0
+    except (UserError, KeyError, TypeError, ValueError):
+        return True
 
 
 def sweep(run: Path) -> None:
@@ -340,6 +344,16 @@ def newest_sound(run: Path) -> Path | None:
             f"anew with --overwrite"
         )
     return None
+
+
+def newest_good(run: Path) -> Path | None:
+    """The newest whole checkpoint from before the skipped steps; if all were taken amid such, the newest whole one.
+
+    Skipped steps leave the weights alone, so that one is good too; it only may stand close before the trouble.
+    """
+    newest = newest_sound(run)
+    before = (folder for _, folder in reversed(all_checkpoints(run)) if not is_amid_skips(folder))
+    return next((folder for folder in before if find_damage(folder) is None), newest)
 
 
 def all_checkpoints(run: Path) -> list[tuple[int, Path]]:

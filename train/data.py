@@ -3,6 +3,7 @@
 The stream of positions is endless: epoch e covers positions [e·N, (e+1)·N) and is its own permutation of all N
 samples. Batch b covers positions [b·G, (b+1)·G), across an epoch's edge if it falls there, so every batch is full
 and every sample comes exactly once per epoch, whatever the processes, the accumulation, or the point of resuming.
+A thread reads the batches ahead of the loop.
 """
 
 import queue
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,12 +21,17 @@ from torch import Tensor
 
 from pipeline.randomness import Permutation, generator
 from pipeline.runtime.errors import UserError
+from train.options import Order
+
+if TYPE_CHECKING:  # the reader is handed an open store
+    from pipeline.latents import LatentStore
 
 Indices = NDArray[np.int64]
+RUN_ROWS, WINDOW_RUNS = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class BatchShard:
     """Which part of every global batch this process computes, in how many micro-batches."""
 
     batch_size: int
@@ -60,11 +66,8 @@ class Share:
         return slice(self.rank * self.local_size, (self.rank + 1) * self.local_size)
 
     def micro_rows(self, part: int) -> slice:
-        """The rows of one micro-batch within this process's share."""
+        """The rows of one micro-batch within this process's rows."""
         return slice(part * self.micro_size, (part + 1) * self.micro_size)
-
-
-RUN_ROWS, WINDOW_RUNS = 16, 64
 
 
 class DataOrder:
@@ -75,9 +78,7 @@ class DataOrder:
     The store's own order is random, so its batches are nearly as mixed.
     """
 
-    def __init__(
-        self, samples: int, seed: int, *, held_out: int = 0, order: Literal["scattered", "runs"] = "scattered"
-    ) -> None:
+    def __init__(self, samples: int, seed: int, *, held_out: int = 0, order: Order = "scattered") -> None:
         """Order `samples` of a store, without the `held_out` that the same seed always sets aside."""
         self.samples = samples - held_out
         self._in_runs = order == "runs"
@@ -100,10 +101,10 @@ class DataOrder:
             result[chosen] = arranged(int(epoch), within[chosen])
         return result if self._split is None else self._split[result + self._held_out]
 
-    def batch(self, number: int, share: Share) -> Indices:
+    def batch(self, number: int, shard: BatchShard) -> Indices:
         """The indices of one process's rows of global batch `number`."""
-        first = number * share.batch_size
-        return self.indices(np.arange(first + share.rows.start, first + share.rows.stop, dtype=np.int64))
+        first = number * shard.batch_size
+        return self.indices(np.arange(first + shard.rows.start, first + shard.rows.stop, dtype=np.int64))
 
     def held_out(self, count: int) -> Indices:
         """The first `count` of the samples that training never sees."""
@@ -138,12 +139,10 @@ class DataOrder:
         return self._kept[key]
 
 
-def draw_views(candidates: Indices, number: int, share: Share, seed: int) -> Indices:
+def draw_views(candidates: Indices, number: int, shard: BatchShard, seed: int) -> Indices:
     """Which of the store's views each of this process's samples is seen in, uniform over the candidates."""
-    import torch
-
-    drawn = torch.randint(len(candidates), (share.batch_size,), generator=generator(seed, "view", number))
-    return candidates[drawn.numpy()[share.rows]]
+    drawn = torch.randint(len(candidates), (shard.batch_size,), generator=generator(seed, "view", number))
+    return candidates[drawn.numpy()[shard.rows]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,8 +150,8 @@ class Batch:
     """This process's rows of one global batch."""
 
     number: int
-    moments: Shaped[Tensor, "batch values height width"]
-    """Of the view that was drawn, in the store's dtype."""
+    latents: Shaped[Tensor, "batch values height width"]
+    """As stored, of the view that was drawn: moments [N, 2C, H, W] or points [N, C, H, W], in the store's dtype."""
     labels: Int64[Tensor, " batch"]
 
 
@@ -160,9 +159,9 @@ class Batch:
 class _Slot:
     """A buffer that is filled, used and filled again; `copied` tells when the device has read it."""
 
-    moments: Tensor
+    latents: Tensor
     labels: Tensor
-    copied: Any = None
+    copied: torch.cuda.Event | None = None
 
 
 class BatchReader:
@@ -173,9 +172,9 @@ class BatchReader:
 
     def __init__(
         self,
-        store: Any,
+        store: "LatentStore",
         order: DataOrder,
-        share: Share,
+        shard: BatchShard,
         *,
         views: Indices,
         seed: int,
@@ -184,18 +183,21 @@ class BatchReader:
         device: torch.device,
     ) -> None:
         self.waited_seconds = 0.0
-        self._store, self._order, self._share = store, order, share
+        self._store, self._order, self._shard = store, order, shard
         self._views, self._seed, self._first, self._device = views, seed, first, device
         self._filled: queue.Queue[tuple[int, _Slot] | BaseException] = queue.Queue()
         self._free: queue.Queue[_Slot | None] = queue.Queue()
+
+        # Buffers that are filled in turn: one more than are read ahead, for the batch in use.
         latent = store.manifest.latent
         channels = latent.channels * (2 if latent.kind == "moments" else 1)
-        shape = (share.local_size, channels, latent.height, latent.width)
+        shape = (shard.local_size, channels, latent.height, latent.width)
         pinned = device.type == "cuda"
-        for _ in range(prefetch + 1):  # one more than are read ahead: the batch in use
-            moments = torch.empty(shape, dtype=_torch_dtype(latent.dtype), pin_memory=pinned)
-            labels = torch.empty(share.local_size, dtype=torch.int64, pin_memory=pinned)
-            self._free.put(_Slot(moments, labels))
+        for _ in range(prefetch + 1):
+            latents = torch.empty(shape, dtype=getattr(torch, latent.dtype), pin_memory=pinned)
+            labels = torch.empty(shard.local_size, dtype=torch.int64, pin_memory=pinned)
+            self._free.put(_Slot(latents, labels))
+
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="batch reader", daemon=True)
         self._thread.start()
@@ -225,23 +227,26 @@ class BatchReader:
 
     def _on_device(self, number: int, slot: _Slot) -> Batch:
         if self._device.type == "cpu":
-            return Batch(number=number, moments=slot.moments, labels=slot.labels)
-        moments = slot.moments.to(self._device, non_blocking=True)
-        labels = slot.labels.to(self._device, non_blocking=True)
-        if self._device.type == "cuda":
-            slot.copied = torch.cuda.Event()
+            return Batch(number=number, latents=slot.latents, labels=slot.labels)
+        pinned = self._device.type == "cuda"  # from other memory a copy that is not waited for may read too late
+        latents = slot.latents.to(self._device, non_blocking=pinned)
+        labels = slot.labels.to(self._device, non_blocking=pinned)
+        if pinned:
+            slot.copied = torch.cuda.Event(blocking=True)
             slot.copied.record()
-        return Batch(number=number, moments=moments, labels=labels)
+        return Batch(number=number, latents=latents, labels=labels)
 
     def _read_ahead(self) -> None:
         try:
+            if self._device.type == "cuda":  # else this thread would open a context on the first GPU
+                torch.cuda.set_device(self._device)
             number = self._first
             while (slot := self._free.get()) is not None and not self._closing.is_set():
                 if slot.copied is not None:
                     slot.copied.synchronize()
-                indices = self._order.batch(number, self._share)
-                views = draw_views(self._views, number, self._share, self._seed)
-                _, labels = self._store.gather(indices, views, out=slot.moments)
+                indices = self._order.batch(number, self._shard)
+                views = draw_views(self._views, number, self._shard, self._seed)
+                _, labels = self._store.gather(indices, views, out=slot.latents)
                 check_labels(labels.numpy(), len(self._store.manifest["classes"]), self._store.path)
                 slot.labels.copy_(labels)
                 self._filled.put((number, slot))
@@ -250,16 +255,8 @@ class BatchReader:
             self._filled.put(error)
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-
-
 def check_labels(labels: Indices, classes: int, path: str) -> None:
-    """Nothing, if every label is a class (a store without classes may hold any).
-
-    Raises:
-        UserError: a label outside the list.
-    """
+    """Raise UserError unless every label is a class; a store without classes may hold any."""
     low, high = int(labels.min(initial=0)), int(labels.max(initial=-1))
     if classes and (low < 0 or high >= classes):
         raise UserError(

@@ -1,64 +1,60 @@
 """The training loop: one step after the other, and what happens between them.
 
-Nothing in a step waits for the device, the data or the disk; only a logging step reads numbers back. A run's past
-depends on its options alone: the data order and every draw are functions of the step (`train.data`,
-`train.losses`), so stopping at any moment and going on gives the same bits.
+A step waits for its batch where that has not been read ahead, which is measured, and for nothing else: not for the
+device, not for the disk; only a logged step reads numbers back. A run's past depends on its options alone: the data
+order and every draw are functions of the step (`train.data`, `train.losses`), so stopping at any moment and going on
+gives the same bits.
 """
 
-import contextlib
+import enum
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pipeline.diffusion import Process
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.processes import StopRequest
-from train.checkpointing import (
-    Saver,
-    TrainState,
-    all_checkpoints,
-    checkpoint_path,
-    discard,
-    find_damage,
-    is_amid_skips,
-    newest_sound,
-    restore,
-)
-from train.data import Batch, BatchReader, DataOrder, Share, view_candidates
+from train.checkpointing import Saver, TrainState, checkpoint_path, discard_after, newest_good, restore
+from train.data import Batch, BatchReader, BatchShard, DataOrder, view_candidates
 from train.distributed import Hardware
-from train.losses import Latents, LossSums, draw, sample_losses
-from train.metrics import ESTIMATE_AFTER, Log, Pace, say_estimate
+from train.losses import LatentNormalization, LossSums, draw, sample_losses
+from train.metrics import ESTIMATE_AFTER, Log, Numbers, StepTimer, beside_bar, say_estimate
 from train.optimizer import learning_rate
 from train.options import TrainOptions
-from train.previews import Previews
-from train.validation import Validation
+
+if TYPE_CHECKING:  # the loop is handed an open store and finished pictures; it opens and draws none
+    from PIL import Image
+
+    from pipeline.latents import LatentStore
 
 TIME_IS_UP = int(signal.SIGALRM)  # a time limit ends like an alarm clock: status 128 + 14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
+class Trainer:
     """Everything the loop works with; none of it changes but the state."""
 
     options: TrainOptions
     hardware: Hardware
-    store: Any
+    store: "LatentStore"
     order: DataOrder
-    share: Share
+    shard: BatchShard
     process: Process
-    latents: Latents
+    normalization: LatentNormalization
     state: TrainState
     saver: Saver
-    pace: Pace
+    timer: StepTimer
     log: Log | None
     """On the main process only."""
-    validation: Validation | None
-    previews: Previews | None
+    validate: Callable[[TrainState], Numbers] | None
+    """The losses on held-out samples."""
+    preview: "Callable[[TrainState], Image.Image | None] | None"
+    """The picture of a step, on the main process; every process calls it."""
     flops_per_image: float
     """Floating-point operations of training on one image."""
     deadline: float | None
@@ -71,46 +67,63 @@ class StepResult:
 
     norm: Tensor
     sums: LossSums | None
-    """The losses, at logging steps."""
+    """The losses, at logged steps."""
     rate: float
 
 
-def run_steps(parts: Parts, stop: StopRequest) -> int:
+class Outcome(enum.Enum):
+    """Why the steps came to an end."""
+
+    DONE = enum.auto()
+    STOPPED = enum.auto()
+    """By a signal or the time limit."""
+    ROLL_BACK = enum.auto()
+    """Too many steps in a row were skipped."""
+
+
+class StopVote:
+    """Whether to stop, agreed between the processes, so that all of them stop after the same step."""
+
+    def __init__(self, hardware: Hardware, stop: StopRequest, deadline: float | None) -> None:
+        self._hardware, self._stop, self._deadline = hardware, stop, deadline
+        self.signal = 0
+        """The number of the signal to stop for; 0 until there is one."""
+
+    def agreed(self) -> bool:
+        """Whether any process wants to stop; all of them ask before each step."""
+        mine = int(self._stop.signal or 0)
+        if not mine and self._deadline is not None and time.monotonic() >= self._deadline:
+            mine = TIME_IS_UP
+        self.signal = self._hardware.largest(mine)
+        return self.signal != 0
+
+
+def run_steps(trainer: Trainer, stop: StopRequest) -> int:
     """Train until the last step or a request to stop; the exit status."""
-    while True:
-        ending = _sitting(parts, stop)
-        if ending != "go back":
-            break
-        if not _go_back(parts):
+    vote = StopVote(trainer.hardware, stop, trainer.deadline)
+    while (outcome := train_until(trainer, vote)) is Outcome.ROLL_BACK:
+        if not _roll_back(trainer):
             return 1
-    if ending == "done":
-        parts.saver.save(parts.state, wait=True)
-        streak = parts.state.optimizer.counters()["skipped_in_a_row"]
-        if streak:
-            warn(f"the last {streak:.0f} steps were skipped, because their loss or gradient was not finite")
-        say(f"done: step {parts.state.step:,}, {checkpoint_path(parts.options.run.out, parts.state.step)}")
-        return 0
-    return _leave(parts, int(ending))
+    return _finish(trainer) if outcome is Outcome.DONE else _leave(trainer, vote.signal)
 
 
-def _sitting(parts: Parts, stop: StopRequest) -> str:
-    """Steps until "done", "go back", or the number of the signal to stop for."""
-    state, options = parts.state, parts.options
-    with reader_of(parts) as reader:
+def train_until(trainer: Trainer, vote: StopVote) -> Outcome:
+    """Train until there is a reason to end, and give it."""
+    state, options = trainer.state, trainer.options
+    with reader_of(trainer) as reader:
         batches = iter(reader)
         while state.step < options.optimizer.steps:
-            asked = parts.hardware.largest(_asked_to_stop(parts, stop))
-            if asked:
-                return str(asked)
+            if vote.agreed():
+                return Outcome.STOPPED
             logged = logs_at(state.step + 1, options) or state.step + 1 == options.optimizer.steps
-            result = train_step(parts, next(batches), with_losses=logged)
+            result = train_step(trainer, next(batches), with_losses=logged)
             state.step += 1
-            parts.pace.step()
-            # The last step of a sitting is logged too, but decides nothing: a longer run would not have stopped there.
-            if logged and _log_step(parts, result, reader.waited_seconds) and logs_at(state.step, options):
-                return "go back"
-            _between_steps(parts)
-    return "done"
+            trainer.timer.step()
+            # The last step of a command is logged too, but decides nothing: a longer run would not have stopped there.
+            if logged and _log_step(trainer, result, reader.waited_seconds) and logs_at(state.step, options):
+                return Outcome.ROLL_BACK
+            _between_steps(trainer)
+    return Outcome.DONE
 
 
 def logs_at(step: int, options: TrainOptions) -> bool:
@@ -123,51 +136,56 @@ def _validates_at(step: int, options: TrainOptions) -> bool:
     return wanted and step % options.data.validate_every == 0
 
 
-def reader_of(parts: Parts) -> BatchReader:
+def reader_of(trainer: Trainer) -> BatchReader:
     """The batches from the state's own on."""
-    options = parts.options.data
+    options = trainer.options.data
     return BatchReader(
-        parts.store,
-        parts.order,
-        parts.share,
-        views=view_candidates(list(parts.store.manifest["views"]), flip=options.flip),
+        trainer.store,
+        trainer.order,
+        trainer.shard,
+        views=view_candidates(list(trainer.store.manifest["views"]), flip=options.flip),
         seed=options.seed,
-        first=parts.state.batch_number,
+        first=trainer.state.batch_number,
         prefetch=options.prefetch,
-        device=parts.hardware.device,
+        device=trainer.hardware.device,
     )
 
 
-def _asked_to_stop(parts: Parts, stop: StopRequest) -> int:
-    if stop.signal:
-        return int(stop.signal)
-    return TIME_IS_UP if parts.deadline is not None and time.monotonic() >= parts.deadline else 0
-
-
-def train_step(parts: Parts, batch: Batch, *, with_losses: bool) -> StepResult:
+def train_step(trainer: Trainer, batch: Batch, *, with_losses: bool) -> StepResult:
     """One optimizer step on one global batch; nothing waits for the device."""
-    state, share, device = parts.state, parts.share, parts.hardware.device
+    state, shard, device = trainer.state, trainer.shard, trainer.hardware.device
+    config = state.placement.network.config
     draws = draw(
-        parts.process,
+        trainer.process,
         batch.number,
-        share,
-        (parts.latents.channels, *batch.moments.shape[-2:]),
-        seed=parts.options.data.seed,
-        dropout=parts.latents.class_dropout,
+        shard,
+        (config.in_channels, config.height, config.width),
+        seed=trainer.options.data.seed,
+        dropout=config.class_dropout_prob,
         device=str(device),
     )
+
+    # Forward and backward, one micro-batch after the other.
     sums = LossSums(device) if with_losses else None
-    for part in range(share.accumulation):
-        rows = share.micro_rows(part)
+    for part in range(shard.accumulation):
+        rows = shard.micro_rows(part)
         some = draws.rows(rows)
-        with state.placement.accumulating(last=part == share.accumulation - 1):
+        with state.placement.accumulating(last=part == shard.accumulation - 1):
             losses = sample_losses(
-                state.placement.model, parts.process, parts.latents, batch.moments[rows], batch.labels[rows], some
+                state.placement.model,
+                trainer.process,
+                trainer.normalization,
+                batch.latents[rows],
+                batch.labels[rows],
+                some,
+                null_class=config.null_class,
             )
-            state.optimizer.backward(losses["loss"].mean(), share.accumulation)
+            state.optimizer.backward(losses["loss"].mean(), shard.accumulation)
         if sums is not None:
-            sums.add(losses, parts.process.network_timesteps(some.t) / parts.process.time_scale)
-    rate = learning_rate(state.step, parts.options.optimizer)
+            sums.add(losses, trainer.process.network_timesteps(some.t) / trainer.process.time_scale)
+
+    # Weights, then the averages of them; a skipped step leaves both alone.
+    rate = learning_rate(state.step, trainer.options.optimizer)
     norm, skip = state.optimizer.step(state.placement.gradients(), rate)
     for average in state.averages.values():
         average.update(state.placement.weights, step=state.step, skip=skip)
@@ -175,93 +193,68 @@ def train_step(parts: Parts, batch: Batch, *, with_losses: bool) -> StepResult:
     return StepResult(norm=norm, sums=sums, rate=rate)
 
 
-def _log_step(parts: Parts, result: StepResult, waited_seconds: float) -> bool:
-    """Read this step's numbers, which waits for the device, and write them; whether to go back to a checkpoint."""
-    state, options = parts.state, parts.options
+def _log_step(trainer: Trainer, result: StepResult, waited_seconds: float) -> bool:
+    """Read this step's numbers, which waits for the device, and write them; whether to roll back to a checkpoint."""
+    state, options = trainer.state, trainer.options
     assert result.sums is not None
-    means = result.sums.means(parts.hardware.add_up)
+    means = result.sums.means(trainer.hardware.add_up)
     counters = state.optimizer.counters()
-    elapsed, seconds, waiting = parts.pace.look(waited_seconds)
+    elapsed, seconds, waiting = trainer.timer.look(waited_seconds)
     state.seconds += elapsed
-    speed = parts.share.batch_size / seconds
-    values: dict[str, float | None] = {
+    speed = trainer.shard.batch_size / seconds
+    values: Numbers = {
         **means,
         "grad_norm": float(result.norm),
         "lr": result.rate,
         "images_per_second": speed,
         "data_wait_share": waiting,
         "skipped_steps": counters["skipped"],
-        "memory_bytes": parts.hardware.memory_bytes(),
-        "save_pause_seconds": parts.saver.take_pause(),
+        "memory_bytes": trainer.hardware.memory_bytes(),
+        "save_pause_seconds": trainer.saver.take_pause(),
     }
-    if parts.state.optimizer.scaled:
+
+    # What not every run has.
+    if state.optimizer.scaled:
         values["loss_scale"] = counters["scale"]
-    peak = parts.hardware.peak_flops()
+    peak = trainer.hardware.peak_flops()
     if peak is not None:
-        values["mfu"] = speed * parts.flops_per_image / (peak * parts.hardware.processes)
-    if parts.validation is not None and _validates_at(state.step, options):
-        values |= _validate(parts, parts.validation)
-    if parts.log is not None:
-        parts.log.write(state.step, values)
-        parts.log.show(_beside_bar(values))
+        values["mfu"] = speed * trainer.flops_per_image / (peak * trainer.hardware.processes)
+    if trainer.validate is not None and _validates_at(state.step, options):
+        with trainer.timer.paused():
+            values |= trainer.validate(state)
+
+    if trainer.log is not None:
+        trainer.log.write(state.step, values)
+        trainer.log.show(beside_bar(values))
     return counters["skipped_in_a_row"] >= options.optimizer.max_skipped_in_a_row
 
 
-def _beside_bar(values: dict[str, float | None]) -> dict[str, str]:
-    loss = values["loss"]
-    shown = {"loss": f"{loss:.4f}", "images/s": f"{values['images_per_second']:.1f}"}
-    shown["data wait"] = f"{values['data_wait_share']:.0%}"
-    if values.get("mfu") is not None:
-        shown["MFU"] = f"{values['mfu']:.0%}"
-    if values["skipped_steps"]:
-        shown["skipped"] = f"{values['skipped_steps']:.0f}"
-    return shown
-
-
-def _between_steps(parts: Parts) -> None:
+def _between_steps(trainer: Trainer) -> None:
     """What is due after a step: the bar, the estimate, previews, a checkpoint."""
-    state, options = parts.state, parts.options
-    parts.saver.raise_if_failed()
-    if parts.log is not None:
-        parts.log.bar.update(1)
-        if parts.pace.steps == ESTIMATE_AFTER and state.step < options.optimizer.steps:
-            say_estimate(parts.pace, options.optimizer.steps - state.step)
-    with parts.pace.paused():
-        if parts.previews is not None and state.step % options.preview.sample_every == 0:
-            _preview(parts, parts.previews)
+    state, options, log = trainer.state, trainer.options, trainer.log
+    trainer.saver.raise_if_failed()
+    if log is not None:
+        log.bar.update(1)
+        if trainer.timer.steps == ESTIMATE_AFTER and state.step < options.optimizer.steps:
+            say_estimate(trainer.timer, options.optimizer.steps - state.step)
+    with trainer.timer.paused():
+        if trainer.preview is not None and state.step % options.preview.sample_every == 0:
+            picture = trainer.preview(state)
+            if log is not None and picture is not None:
+                log.picture(state.step, "previews", picture)
         if state.step % options.run.save_every == 0 and state.step < options.optimizer.steps:
-            if parts.log is not None:
-                parts.log.flush()
-            parts.saver.save(state)
+            if log is not None:
+                log.flush()
+            trainer.saver.save(state)
 
 
-def _validate(parts: Parts, validation: Validation) -> dict[str, float | None]:
-    state = parts.state
-    with parts.pace.paused():
-        values: dict[str, float | None] = {"validation_loss": validation.loss(state.placement.evaluate)}
-        with state.averages["ema"].exchanged_with(state.placement.weights):
-            values["validation_loss_ema"] = validation.loss(state.placement.evaluate)
-    return values
-
-
-def _preview(parts: Parts, previews: Previews) -> None:
-    state = parts.state
-    sets: dict[str, Callable[[], Any]] = {
-        "raw": contextlib.nullcontext,
-        "ema": lambda: state.averages["ema"].exchanged_with(state.placement.weights),
-    }
-    picture = previews.draw(sets, state.placement.evaluate, state.step)
-    if parts.log is not None and picture is not None:
-        parts.log.picture(state.step, "previews", picture)
-
-
-def _go_back(parts: Parts) -> bool:
-    """Return to the last good checkpoint and jump past the offending batches; False if that is not possible."""
-    state, options = parts.state, parts.options
-    parts.saver.finish()
+def _roll_back(trainer: Trainer) -> bool:
+    """Return to the last good checkpoint and pass over the offending batches; False if that is not possible."""
+    state, options = trainer.state, trainer.options
+    trainer.saver.finish()
     next_batch, rollbacks = state.batch_number, state.rollbacks + 1
     in_a_row = options.optimizer.max_skipped_in_a_row
-    folder = parts.hardware.once(lambda: _last_good(options.run.out))
+    folder = trainer.hardware.once(lambda: newest_good(options.run.out))
     if folder is None or rollbacks > options.optimizer.max_rollbacks:
         why = "there is no checkpoint to go back to" if folder is None else f"{rollbacks - 1} returns did not help"
         warn(
@@ -269,43 +262,41 @@ def _go_back(parts: Parts) -> bool:
             f"--lr, set --clip-norm, use --qk-norm or --mixed-precision no"
         )
         return False
+
+    # The state of then, but with the batches that come now.
     restore(Path(folder), state)
     state.optimizer.forget_streak()
-    state.jump, state.rollbacks = next_batch - state.step, rollbacks
-    parts.hardware.once(lambda: _discard_after(options.run.out, state.step))
+    state.batch_offset, state.rollbacks = next_batch - state.step, rollbacks
+
+    # What was written since is the past of no run any more.
+    trainer.hardware.once(lambda: discard_after(options.run.out, state.step))
     warn(
         f"loss or gradient was not finite for {in_a_row} steps in a row; back to step {state.step:,}, going on with "
         f"the batches after the offending ones"
     )
-    parts.saver.saved_step = state.step
-    if parts.log is not None:
-        parts.log.go_back(state.step)
+    trainer.saver.saved_step = state.step
+    if trainer.log is not None:
+        trainer.log.roll_back(state.step)
     return True
 
 
-def _last_good(run: Path) -> Path | None:
-    """The newest whole checkpoint from before the skipped steps; if all were taken amid such, the newest whole one.
-
-    Skipped steps leave the weights alone, so that one is good too; it only may stand close before the trouble.
-    """
-    newest = newest_sound(run)
-    before = (folder for _, folder in reversed(all_checkpoints(run)) if not is_amid_skips(folder))
-    return next((folder for folder in before if find_damage(folder) is None), newest)
-
-
-def _discard_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of what was gone back behind."""
-    for number, folder in all_checkpoints(run):
-        if number > step:
-            discard(folder)
+def _finish(trainer: Trainer) -> int:
+    """Save the last step and say so."""
+    state = trainer.state
+    trainer.saver.save(state, wait=True)
+    streak = state.optimizer.counters()["skipped_in_a_row"]
+    if streak:
+        warn(f"the last {streak:.0f} steps were skipped, because their loss or gradient was not finite")
+    say(f"done: step {state.step:,}, {checkpoint_path(trainer.options.run.out, state.step)}")
+    return 0
 
 
-def _leave(parts: Parts, asked: int) -> int:
+def _leave(trainer: Trainer, asked: int) -> int:
     """Save and say how to go on."""
-    state, out = parts.state, parts.options.run.out
-    if parts.log is not None:
-        parts.log.flush()
-    parts.saver.save(state, wait=True)
+    state, out = trainer.state, trainer.options.run.out
+    if trainer.log is not None:
+        trainer.log.flush()
+    trainer.saver.save(state, wait=True)
     reason = "the time limit" if asked == TIME_IS_UP else signal.Signals(asked).name
     say(
         f"stopped by {reason} after step {state.step:,}, saved in {checkpoint_path(out, state.step)}; run the same "

@@ -1,32 +1,30 @@
-"""From stored moments to a loss per sample: every draw of a step, keyed so that it depends on the step alone."""
+"""From stored latents to a loss per sample: every draw of a step, keyed so that it depends on the step alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
+from pipeline.diffusion import Process
 from pipeline.randomness import generator
-from pipeline.vae import draw_posterior, normalize
-from train.data import Share
+from pipeline.vae import Factor, draw_posterior, normalize
+from train.data import BatchShard
 
-NetworkFn = Callable[[Tensor, Tensor], Tensor]
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [N, C, H, W], timesteps [N], labels [N]) → the network's output."""
 QUARTERS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Latents:
-    """What the loss needs to know of the store and the network."""
+class LatentNormalization:
+    """How a stored latent becomes the network's x_0: a draw of its posterior, then (z − shift) · scale."""
 
     kind: str
     """Either "moments" or "point"."""
-    channels: int
-    scaling_factor: Any
-    shift_factor: Any
-    null_class: int
-    class_dropout: float
+    scaling_factor: Factor
+    shift_factor: Factor | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,23 +46,23 @@ class Draws:
 
 
 def draw(
-    process: Any, number: int, share: Share, shape: tuple[int, ...], *, seed: int, dropout: float, device: str
+    process: Process, number: int, shard: BatchShard, shape: tuple[int, ...], *, seed: int, dropout: float, device: str
 ) -> Draws:
     """The draws of batch `number`: made for the whole global batch on every process, then cut to its own rows.
 
     So they are the same for any number of processes and any accumulation. A CPU and a GPU draw different streams.
     """
-    rows = share.rows
+    rows = shard.rows
 
     def normal(purpose: str) -> Tensor:
         draws = generator(seed, purpose, number, device=device)
-        return torch.randn((share.batch_size, *shape), generator=draws, device=device)[rows]
+        return torch.randn((shard.batch_size, *shape), generator=draws, device=device)[rows]
 
     uniform = torch.rand(
-        share.batch_size, generator=generator(seed, "label drop", number, device=device), device=device
+        shard.batch_size, generator=generator(seed, "label drop", number, device=device), device=device
     )
     return Draws(
-        t=process.draw_timesteps(share.batch_size, generator(seed, "timestep", number, device=device))[rows],
+        t=process.draw_timesteps(shard.batch_size, generator(seed, "timestep", number, device=device))[rows],
         noise=normal("diffusion noise"),
         posterior=normal("posterior noise"),
         dropped=uniform[rows] < dropout,
@@ -72,26 +70,28 @@ def draw(
 
 
 def clean_latents(
-    moments: Float[Tensor, "batch values height width"],
-    latents: Latents,
+    stored: Shaped[Tensor, "batch values height width"],
+    normalization: LatentNormalization,
     noise: Float[Tensor, "batch channel height width"],
 ) -> Float[Tensor, "batch channel height width"]:
-    """The network's x_0: a fresh draw of the stored posterior, then (z − shift) · scale, in float32."""
-    z = draw_posterior(moments.float(), noise) if latents.kind == "moments" else moments.float()
-    return normalize(z, latents.scaling_factor, latents.shift_factor)
+    """The network's x_0 in float32; points have no spread, so the noise does nothing to them."""
+    z = draw_posterior(stored.float(), noise) if normalization.kind == "moments" else stored.float()
+    return normalize(z, normalization.scaling_factor, normalization.shift_factor)
 
 
 def sample_losses(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    process: Any,
-    latents: Latents,
-    moments: Float[Tensor, "batch values height width"],
+    model: Model,
+    process: Process,
+    normalization: LatentNormalization,
+    stored: Shaped[Tensor, "batch values height width"],
     labels: Int64[Tensor, " batch"],
     draws: Draws,
+    *,
+    null_class: int,
 ) -> dict[str, Float[Tensor, " batch"]]:
-    """{"loss", "mse", "vb"}, each [batch], of stored moments under the given draws."""
-    x_start = clean_latents(moments, latents, draws.posterior)
-    y = torch.where(draws.dropped | (labels < 0), latents.null_class, labels)
+    """{"loss", "mse", "vb"}, each [batch], of stored latents under the given draws."""
+    x_start = clean_latents(stored, normalization, draws.posterior)
+    y = torch.where(draws.dropped | (labels < 0), null_class, labels)
     return process.training_losses(lambda x_t, t: model(x_t, t, y), x_start, draws.t, draws.noise)
 
 

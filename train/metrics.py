@@ -5,22 +5,31 @@ import importlib.util
 import math
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pipeline.runtime.console import progress, say, warn
 from pipeline.runtime.errors import UserError
 from train.options import TrainOptions, plain_values
 from train.run_folder import MetricsFile
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+Numbers = dict[str, float | None]
+"""What is logged of a step, by name; None where there is nothing to say."""
 ESTIMATE_AFTER = 50
 
 
-class Pace:
+class StepTimer:
     """How fast training goes: steps and seconds since the last look, without the pauses that are not training."""
 
     def __init__(self) -> None:
         self.steps = 0
-        """Steps of this sitting."""
+        """Steps since this command began."""
         self._spent = 0.0
         self._mark = time.perf_counter()
         self._looked_steps = 0
@@ -47,7 +56,7 @@ class Pace:
         return elapsed, elapsed / steps, share
 
     def estimate(self, steps_left: int) -> float:
-        """Seconds until the end at the pace of this sitting."""
+        """Seconds until the end at the pace of this command."""
         spent = self._spent + time.perf_counter() - self._mark
         return spent / max(self.steps, 1) * steps_left
 
@@ -55,7 +64,7 @@ class Pace:
 class Log:
     """Writes each logged step everywhere; exists on the main process only."""
 
-    def __init__(self, options: TrainOptions, *, after_step: int, keep_until: int, accelerator: Any) -> None:
+    def __init__(self, options: TrainOptions, *, after_step: int, keep_until: int, accelerator: "Accelerator") -> None:
         """Go on after a step, keeping the lines until `keep_until`; Weights & Biases go through `accelerator`."""
         run = options.run
         self._file = MetricsFile(run.out, after_step=keep_until)
@@ -68,7 +77,7 @@ class Log:
             options.optimizer.steps, unit="steps", description=f"training {options.model.model}", initial=after_step
         )
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, values: Numbers) -> None:
         """One step's numbers: a line, events, and the bar's postfix. A number that is not finite is written as null."""
         plain = {name: _finite(value) for name, value in values.items()}
         self._file.append({"step": step, **plain})
@@ -83,14 +92,12 @@ class Log:
         """The numbers beside the bar."""
         self.bar.set_postfix(dict(values), refresh=False)
 
-    def picture(self, step: int, name: str, image: Any) -> None:
-        """A picture (PIL) for TensorBoard."""
+    def picture(self, step: int, name: str, image: "Image.Image") -> None:
+        """A picture for TensorBoard."""
         if self._board is not None:
-            import numpy as np
-
             self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Forget what was logged past a step."""
         self._file.drop_after(step)
         if self._board is not None:
@@ -118,7 +125,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _tensorboard(options: TrainOptions, after_step: int) -> Any:
+def _tensorboard(options: TrainOptions, after_step: int) -> "SummaryWriter | None":
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -129,18 +136,25 @@ def _tensorboard(options: TrainOptions, after_step: int) -> Any:
 
 
 def refuse_missing_wandb(options: TrainOptions) -> None:
-    """Nothing, if Weights & Biases is not asked for or there.
-
-    Raises:
-        UserError: it is asked for and not installed.
-    """
+    """Raise UserError where Weights & Biases is asked for and not installed."""
     if options.run.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb-project needs Weights & Biases; pip install wandb, or leave the flag out")
 
 
-def say_estimate(pace: Pace, steps_left: int) -> None:
+def beside_bar(values: Numbers) -> dict[str, str]:
+    """The few numbers that stand beside the bar."""
+    shown = {"loss": f"{values['loss']:.4f}", "images/s": f"{values['images_per_second']:.1f}"}
+    shown["data wait"] = f"{values['data_wait_share']:.0%}"
+    if values.get("mfu") is not None:
+        shown["MFU"] = f"{values['mfu']:.0%}"
+    if values["skipped_steps"]:
+        shown["skipped"] = f"{values['skipped_steps']:.0f}"
+    return shown
+
+
+def say_estimate(timer: StepTimer, steps_left: int) -> None:
     """A line with the time the rest will take."""
-    say(f"at this pace the remaining {steps_left:,} steps take about {duration(pace.estimate(steps_left))}")
+    say(f"at this pace the remaining {steps_left:,} steps take about {duration(timer.estimate(steps_left))}")
 
 
 def duration(seconds: float) -> str:

@@ -122,15 +122,10 @@ class Optimizer:
             self.finite_in_a_row = torch.where(grows, 0.0, self.finite_in_a_row)
 
     def forget_streak(self) -> None:
-        """Count skipped steps in a row anew, as after going back."""
+        """Count skipped steps in a row anew, as after rolling back."""
         self.skipped_in_a_row = torch.zeros_like(self.skipped_in_a_row)
 
-    def clear(self) -> None:
-        """Forget the gradients, keeping no memory for them."""
-        for weight in self.weights:
-            weight.grad = None
-
-    def moments(self) -> dict[str, list[Tensor]]:
+    def adam_state(self) -> dict[str, list[Tensor]]:
         """AdamW's state: {"exp_avg": one tensor per weight, "exp_avg_sq": …}, made now if there was no step yet."""
         for weight in self.weights:
             if not self._adamw.state[weight]:
@@ -151,8 +146,8 @@ class Optimizer:
         return dict(zip(names, values, strict=True))
 
     def restore_counters(self, values: dict[str, float]) -> None:
-        """The inverse of `counters`; the moments are written into `moments()` in place."""
-        self.moments()
+        """The inverse of `counters`; the moments are written into `adam_state()` in place."""
+        self.adam_state()
         for weight in self.weights:
             self._adamw.state[weight]["step"].fill_(values["adamw_steps"])
         for name in ("scale", "finite_in_a_row", "skipped_in_a_row", "skipped"):

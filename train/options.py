@@ -2,9 +2,10 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+import typing
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import tyro
 
@@ -14,6 +15,17 @@ from pipeline.runtime.cli import flag_values
 from pipeline.runtime.errors import UserError
 
 EMA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+Order = Literal["scattered", "runs"]
+Sharding = Literal["none", "fsdp"]
+
+T = TypeVar("T")
+_FREE: Final = "may change when a run goes on"
+_START: Final = "may change once there is a checkpoint"
+Free = Annotated[T, _FREE]
+"""Of a flag that changes what a run writes or how fast it goes, not what it learns: it may change on resuming. Of the
+store the contents are compared, not the path."""
+Start = Annotated[T, _START]
+"""Of a flag that decides where the weights start: it may change once there is a checkpoint."""
 
 
 def _at_least(low: float, **values: float | None) -> None:
@@ -35,25 +47,25 @@ def _within(low: float, high: float, **values: float) -> None:
 class DataOptions:
     """What is learned from, and in which order."""
 
-    latents: str
+    latents: Free[str]
     """Latent store written by dit-extract: a folder, or a URL such as s3://bucket/store."""
-    cache: Path | None = None
+    cache: Free[Path | None] = None
     """Folder that keeps local copies of a remote store's shards."""
-    order: Literal["scattered", "runs"] = "scattered"
+    order: Order = "scattered"
     """scattered permutes all samples; runs reads 16 neighbours at a time, for large stores on slow disks."""
     flip: bool = True
     """Use the store's mirrored views too, one view drawn per sample and step."""
-    validation: str | None = None
+    validation: Free[str | None] = None
     """Store of held-out images; its loss on fixed noise is logged."""
     validation_share: float = 0.0
     """Share of the training store to hold out for the validation loss, 0 to 0.5; none with --validation."""
-    validate_every: int = 1000
+    validate_every: Free[int] = 1000
     """Steps between two validation losses."""
-    validation_samples: int = 1024
+    validation_samples: Free[int] = 1024
     """Held-out samples to use at most."""
-    verify_data: bool = False
+    verify_data: Free[bool] = False
     """Compare every shard with its checksum before training."""
-    prefetch: int = 4
+    prefetch: Free[int] = 4
     """Batches that a background thread reads ahead."""
     seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
     """Data order, noise and starting weights all depend on this alone."""
@@ -74,15 +86,15 @@ class ModelOptions(BlockOptions):
     """Network: DiT-{S,B,L,XL}/{2,4,8}, or DiT-Ti/2, a tiny one for trying things out."""
     class_dropout: float = 0.1
     """Share of labels replaced by the null class; guidance needs some. 0 for none."""
-    init_from: str | None = None
+    init_from: Start[str | None] = None
     """Start from this checkpoint's weights: a run, a checkpoint folder, or any file dit-convert knows."""
-    init_weights: str = "ema"
+    init_weights: Start[str] = "ema"
     """Which weights of --init-from to start from: ema, raw, or the NAME of another average."""
-    allow_other_vae: bool = False
+    allow_other_vae: Start[bool] = False
     """Accept an --init-from checkpoint made with another VAE or another latent scaling than the store's."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Free[bool] = False
     """Keep less of the forward pass and compute it again: about 30 % slower, much less memory."""
-    compile: bool = False
+    compile: Free[bool] = False
     """Compile each block with torch.compile."""
 
     def __post_init__(self) -> None:
@@ -110,7 +122,7 @@ class ObjectiveOptions:
 class OptimizerOptions:
     """AdamW and its learning rate as a function of the step."""
 
-    steps: int = 400_000
+    steps: Free[int] = 400_000
     """Optimizer steps in all, counted from the beginning of the run."""
     batch_size: int = 256
     """Samples per step over all processes and accumulation."""
@@ -132,9 +144,9 @@ class OptimizerOptions:
     """AdamW's weight decay."""
     clip_norm: float | None = None
     """Largest gradient norm; a longer gradient is shortened to it. Default: not clipped."""
-    max_skipped_in_a_row: int = 20
+    max_skipped_in_a_row: Free[int] = 20
     """Steps in a row whose loss or gradient is not finite (each is skipped) before going back to a checkpoint."""
-    max_rollbacks: int = 3
+    max_rollbacks: Free[int] = 3
     """How often to go back before giving up."""
 
     def __post_init__(self) -> None:
@@ -187,15 +199,15 @@ class AverageOptions:
 class HardwareOptions:
     """Where and how precisely the network is computed."""
 
-    device: Literal["auto", "cpu"] = "auto"
+    device: Free[Literal["auto", "cpu"]] = "auto"
     """auto takes an accelerator if there is one."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward and backward pass; weights stay float32. Default bf16 on a GPU that has it, else no."""
-    tf32: bool = True
+    tf32: Free[bool] = True
     """Let float32 products on a GPU use TF32."""
-    grad_accumulation: int = 1
+    grad_accumulation: Free[int] = 1
     """Parts that each process cuts its share of a batch into, to need less memory; the batch stays the same."""
-    sharding: Literal["none", "fsdp"] = "none"
+    sharding: Free[Sharding] = "none"
     """none copies the network to every process (DDP); fsdp divides weights, optimizer and averages among them (FSDP2)."""
 
     def __post_init__(self) -> None:
@@ -206,23 +218,23 @@ class HardwareOptions:
 class RunOptions:
     """Where the run lives, what it keeps, and when it stops."""
 
-    out: Path
+    out: Free[Path]
     """Run folder. If it already holds this run, training continues from its newest checkpoint."""
-    overwrite: bool = False
+    overwrite: Free[bool] = False
     """Begin anew: remove the run that --out holds."""
-    save_every: int = 10_000
+    save_every: Free[int] = 10_000
     """Steps between two checkpoints; one more is written at the end."""
-    keep_last: int = 3
+    keep_last: Free[int] = 3
     """Newest checkpoints to keep; 0 keeps all."""
-    keep_every: int | None = None
+    keep_every: Free[int | None] = None
     """Keep every checkpoint at a multiple of this many steps for ever."""
-    time_limit: float | None = None
+    time_limit: Free[float | None] = None
     """Minutes after which to save and stop, for jobs with a time limit."""
-    log_every: int = 10
+    log_every: Free[int] = 10
     """Steps between two lines of metrics.jsonl."""
-    tensorboard: bool = True
+    tensorboard: Free[bool] = True
     """Write TensorBoard events to the run folder."""
-    wandb_project: str | None = None
+    wandb_project: Free[str | None] = None
     """Log to this Weights & Biases project too."""
 
     def __post_init__(self) -> None:
@@ -234,17 +246,17 @@ class RunOptions:
 class PreviewOptions:
     """Pictures drawn while training goes on."""
 
-    sample_every: int = 10_000
+    sample_every: Free[int] = 10_000
     """Steps between two preview grids in RUN/samples; 0 draws none."""
-    preview_classes: int = 8
+    preview_classes: Free[int] = 8
     """Classes in the grid, one column each."""
-    preview_rows: int = 2
+    preview_rows: Free[int] = 2
     """Images of each class, from the raw and from the averaged weights alike."""
-    preview_steps: int = 25
+    preview_steps: Free[int] = 25
     """Steps of the sampler."""
-    preview_guidance: float = 1.5
+    preview_guidance: Free[float] = 1.5
     """Guidance scale of the previews."""
-    vae: str | None = None
+    vae: Free[str | None] = None
     """VAE that decodes previews; default: the one that the store names."""
 
     def __post_init__(self) -> None:
@@ -265,54 +277,20 @@ class TrainOptions:
     average: AverageOptions = field(default_factory=AverageOptions)
     hardware: HardwareOptions = field(default_factory=HardwareOptions)
     preview: PreviewOptions = field(default_factory=PreviewOptions)
-    recipe: str | None = None
+    recipe: Free[str | None] = None
     """Name of the packaged preset these settings follow; --config NAME sets it. Differences from it are reported."""
 
 
-# Flags that change what a run writes or how fast it goes, not what it learns (the store is compared by content).
-MAY_CHANGE = frozenset(
-    {
-        "latents",
-        "cache",
-        "verify-data",
-        "prefetch",
-        "validation",
-        "validate-every",
-        "validation-samples",
-        "init-from",
-        "init-weights",
-        "allow-other-vae",
-        "gradient-checkpointing",
-        "compile",
-        "steps",
-        "max-skipped-in-a-row",
-        "max-rollbacks",
-        "device",
-        "tf32",
-        "grad-accumulation",
-        "sharding",
-        "out",
-        "overwrite",
-        "save-every",
-        "keep-last",
-        "keep-every",
-        "time-limit",
-        "log-every",
-        "tensorboard",
-        "wandb-project",
-        "sample-every",
-        "preview-classes",
-        "preview-rows",
-        "preview-steps",
-        "preview-guidance",
-        "vae",
-        "recipe",
-    }
-)
-
-
-# Of these, what decides where the weights start: once there is a checkpoint, they do not matter any more.
-DECIDE_THE_START = frozenset({"init-from", "init-weights", "allow-other-vae"})
+def may_change(options_class: type, *, with_checkpoint: bool) -> set[str]:
+    """The flags that may have other values when a run goes on; each field says so itself."""
+    marks = (_FREE, _START) if with_checkpoint else (_FREE,)
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(options_class, include_extras=True).items():
+        if is_dataclass(hint):
+            names |= may_change(typing.cast("type", hint), with_checkpoint=with_checkpoint)
+        elif any(mark in marks for mark in getattr(hint, "__metadata__", ())):
+            names.add(name.replace("_", "-"))
+    return names
 
 
 def plain_values(options: TrainOptions) -> dict[str, Any]:

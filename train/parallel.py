@@ -1,4 +1,4 @@
-"""How a network lies on several processes: a copy on each (DDP), or divided among them (FSDP2). Same verbs each.
+"""How a network lies on several processes: replicated (DDP) or divided among them (FSDP2), with the same verbs.
 
 The optimizer, the averages and the checkpoints only ever see plain tensors: whole ones here, a process's shards
 there. So everything around the network is written once, and a checkpoint does not tell how it was trained.
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pipeline.dit import DiT
 from train.distributed import AUTOCAST, Hardware
+from train.options import Sharding
 
 
-class Copied:
+class Replicated:
     """The whole network on every process; gradients are averaged by DDP, or nobody's business when alone."""
 
     def __init__(self, network: DiT, hardware: Hardware) -> None:
@@ -57,7 +58,7 @@ class Copied:
             target.copy_(source)
 
 
-class Sharded:
+class FullySharded:
     """Weights, gradients, optimizer and averages divided among the processes by torch's `fully_shard`.
 
     Weights are gathered block by block in the precision of the forward pass; gradients are reduced in float32.
@@ -141,12 +142,13 @@ class Sharded:
             target.copy_(shards.to_local())
 
 
-Placement = Copied | Sharded
+Placement = Replicated | FullySharded
 
 
-def place(network: DiT, hardware: Hardware, sharding: str) -> Placement:
+def parallelize(network: DiT, hardware: Hardware, sharding: Sharding) -> Placement:
     """The network on this run's processes."""
-    return Sharded(network, hardware) if sharding == "fsdp" and hardware.processes > 1 else Copied(network, hardware)
+    kind = FullySharded if sharding == "fsdp" and hardware.processes > 1 else Replicated
+    return kind(network, hardware)
 
 
 def _present(gradient: Tensor | None) -> Tensor:

@@ -1,34 +1,53 @@
-"""`python -m train.plot RUN…`: the curves of one run, or of several over each other, as one PNG."""
+"""`python -m train.plot RUN [RUN …]`: the curves of one run, or of several over each other, as one PNG."""
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.image_grid import save_png
 from pipeline.runtime.console import run_command, say
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import make_folder, replacing
+
+if TYPE_CHECKING:  # matplotlib takes a second to load, and --help does not need it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Points = list[tuple[float, float]]
-PANEL_PX, MARGIN_PX, FONT_PX = (520, 300), (84, 34, 18, 30), 14  # margins: left, top, right, bottom
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
-# Each panel: its title, the series in it, and whether its axis is logarithmic.
-PANELS: list[tuple[str, list[str], bool]] = [
-    ("loss", ["loss", "validation_loss", "validation_loss_ema"], True),
-    ("loss by quarter of the timesteps", ["loss_q0", "loss_q1", "loss_q2", "loss_q3"], True),
-    ("mse", ["mse"], True),
-    ("variational bound", ["vb"], True),
-    ("gradient norm", ["grad_norm"], True),
-    ("learning rate", ["lr"], False),
-    ("images per second", ["images_per_second"], False),
-    ("share of time waiting for data", ["data_wait_share"], False),
-]
+Series = dict[str, Points]
+PANEL_INCHES, DPI = (6.0, 3.4), 100
+EXACT = {"lr", "validation_loss", "validation_loss_ema"}  # without noise of their own: a running mean would only lag
+DASHES = ("solid", "dashed", "dotted", "dashdot")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """One pair of axes: what is drawn on it, and how."""
+
+    title: str
+    names: tuple[str, ...]
+    """The logged numbers in it."""
+    logarithmic: bool = False
+
+
+PANELS = (
+    Panel(title="loss", names=("loss", "validation_loss", "validation_loss_ema"), logarithmic=True),
+    Panel(
+        title="loss by quarter of the timesteps",
+        names=("loss_q0", "loss_q1", "loss_q2", "loss_q3"),
+        logarithmic=True,
+    ),
+    Panel(title="mse", names=("mse",), logarithmic=True),
+    Panel(title="variational bound", names=("vb",), logarithmic=True),
+    Panel(title="gradient norm", names=("grad_norm",), logarithmic=True),
+    Panel(title="learning rate", names=("lr",)),
+    Panel(title="images per second", names=("images_per_second",)),
+    Panel(title="share of time waiting for data", names=("data_wait_share",)),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +59,7 @@ class PlotOptions:
     out: Path | None = None
     """Picture to write. Default: curves.png in the first run."""
     smoothing: float = 0.9
-    """Weight of the past in the bold line, 0 to 1; the pale one is what was logged."""
+    """Weight of the past in the bold line, 0 to 1; pale is what was logged. The learning rate is not smoothed."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -49,7 +68,7 @@ class PlotOptions:
             raise UserError(f"--smoothing {self.smoothing} must lie in 0 … 1, without 1")
 
 
-def read_series(run: Path) -> dict[str, Points]:
+def read_series(run: Path) -> Series:
     """{name: [(step, value), …]} of everything that a run logged.
 
     Raises:
@@ -58,7 +77,7 @@ def read_series(run: Path) -> dict[str, Points]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the folder of a run that has logged a step")
-    series: dict[str, Points] = {}
+    series: Series = {}
     for line in path.read_text().splitlines():
         try:
             values = json.loads(line)
@@ -74,107 +93,61 @@ def read_series(run: Path) -> dict[str, Points]:
     return series
 
 
-def draw_curves(runs: dict[str, dict[str, Points]], *, smoothing: float) -> Image.Image:
-    """All panels that have anything to show, two in a row."""
-    filled = [panel for panel in PANELS if any(name in series for series in runs.values() for name in panel[1])]
-    width, height = PANEL_PX
-    picture = Image.new("RGB", (2 * width, -(-len(filled) // 2) * height), "white")
-    for k, (title, names, logarithmic) in enumerate(filled):
-        curves = {
-            (name if len(runs) == 1 else f"{run}: {name}"): series[name]
-            for run, series in runs.items()
-            for name in names
-            if name in series
-        }
-        panel = _draw_panel(title, curves, logarithmic=logarithmic, smoothing=smoothing)
-        picture.paste(panel, (k % 2 * width, k // 2 * height))
-    return picture
+def draw_curves(runs: dict[str, Series], *, smoothing: float) -> "Figure":
+    """All panels that have anything to show, two in a row: a colour per run, or per number where there is one run."""
+    from matplotlib.figure import Figure
+
+    filled = [panel for panel in PANELS if any(name in series for series in runs.values() for name in panel.names)]
+    rows, (width, height) = -(-len(filled) // 2), PANEL_INCHES
+    figure = Figure(figsize=(2 * width, rows * height), dpi=DPI, layout="constrained")
+    for number, panel in enumerate(filled, 1):
+        axes = figure.add_subplot(rows, 2, number)
+        _draw_panel(axes, panel, runs, smoothing=smoothing)
+    return figure
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Frame:
-    """The axes of one panel: values to pixels."""
-
-    steps: tuple[float, float]
-    values: tuple[float, float]
-    logarithmic: bool
-
-    def pixel(self, step: float, value: float) -> tuple[float, float]:
-        left, top, right, bottom = MARGIN_PX
-        width, height = PANEL_PX[0] - left - right, PANEL_PX[1] - top - bottom
-        low, high = map(self._scaled, self.values)
-        across = (step - self.steps[0]) / max(self.steps[1] - self.steps[0], 1e-12)
-        up = (self._scaled(value) - low) / max(high - low, 1e-12)
-        return left + across * width, top + (1 - up) * height
-
-    def ticks(self) -> list[float]:
-        """Four values, evenly spaced along the axis."""
-        low, high = map(self._scaled, self.values)
-        places = [low + k / 3 * (high - low) for k in range(4)]
-        return [10**place if self.logarithmic else place for place in places]
-
-    def _scaled(self, value: float) -> float:
-        return math.log10(max(value, 1e-12)) if self.logarithmic else value
+def _draw_panel(axes: "Axes", panel: Panel, runs: dict[str, Series], *, smoothing: float) -> None:
+    several = len(runs) > 1
+    drawn: list[float] = []
+    for place, (run, series) in enumerate(runs.items()):
+        for kind, name in enumerate(panel.names):
+            points = series.get(name, [])
+            if not points:
+                continue
+            colour = f"C{place if several else kind}"
+            label = " ".join([run] * several + [name] * (len(panel.names) > 1 or not several))
+            steps, values = zip(*points, strict=True)
+            weight = 0.0 if name in EXACT else smoothing
+            if weight:
+                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            bold = [value for _, value in smoothed(points, weight)]
+            dashes, marker = DASHES[kind * several], "." if len(points) == 1 else ""
+            axes.plot(steps, bold, color=colour, linestyle=dashes, marker=marker, label=label)
+            drawn += values
+    _dress(axes, panel, drawn)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(fontsize="small")
 
 
-def _frame(curves: dict[str, Points], logarithmic: bool) -> _Frame:
-    steps = [step for points in curves.values() for step, _ in points]
-    values = sorted(value for points in curves.values() for _, value in points)
-    logarithmic = logarithmic and values[0] > 0
-    # One wild step must not flatten the rest: the axis ends at the 99.5th percentile.
+def _dress(axes: "Axes", panel: Panel, drawn: list[float]) -> None:
+    """Title, axes and ticks. One wild step must not flatten the rest: the axis ends at the 99.5th percentile."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+
+    values = sorted(drawn)
     low, high = values[0], values[min(len(values) - 1, int(0.995 * len(values)))]
-    if low == high:
-        low, high = low - max(abs(low) * 0.1, 1e-9), high + max(abs(high) * 0.1, 1e-9)
-    return _Frame(steps=(min(steps), max(steps)), values=(low, high), logarithmic=logarithmic)
-
-
-def _draw_panel(title: str, curves: dict[str, Points], *, logarithmic: bool, smoothing: float) -> Image.Image:
-    picture = Image.new("RGB", PANEL_PX, "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_PX)
-    frame = _frame(curves, logarithmic)
-    left, top, right, bottom = MARGIN_PX
-    end = PANEL_PX[0] - right
-    for value in frame.ticks():
-        _, y = frame.pixel(0, value)
-        pen.line([(left, y), (end, y)], fill="#dddddd")
-        pen.text((left - 6, y), f"{value:.3g}", fill="black", font=font, anchor="rm")
-    for step, anchor in zip(frame.steps, ("lm", "rm"), strict=True):
-        x, _ = frame.pixel(step, frame.values[0])
-        pen.text((x, PANEL_PX[1] - bottom / 2), f"{step:,.0f}", fill="black", font=font, anchor=anchor)
-    inner = Image.new("RGB", PANEL_PX, "white")
-    pens = ImageDraw.Draw(inner)
-    for colour, points in zip(_colours(len(curves)), curves.values(), strict=True):
-        pens.line([frame.pixel(*point) for point in points], fill=_pale(colour), width=1)
-    for colour, points in zip(_colours(len(curves)), curves.values(), strict=True):
-        pens.line([frame.pixel(*point) for point in smoothed(points, smoothing)], fill=colour, width=2)
-    box = (left + 1, top, end, PANEL_PX[1] - bottom)
-    picture.paste(Image.composite(inner.crop(box), picture.crop(box), _drawn_on(inner.crop(box))), box)
-    pen.text((left, top / 2), title, fill="black", font=font, anchor="lm")
-    _legend(pen, font, list(curves), end)
-    return picture
-
-
-def _drawn_on(image: Image.Image) -> Image.Image:
-    """A mask of everything that is not white."""
-    return image.convert("L").point(lambda level: 0 if level == 255 else 255)
-
-
-def _legend(
-    pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, names: list[str], end: float
-) -> None:
-    if len(names) == 1:
-        return
-    for k, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
-        pen.text((end - 4, MARGIN_PX[1] + 10 + k * (FONT_PX + 3)), name, fill=colour, font=font, anchor="rm")
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[k % len(COLOURS)] for k in range(count)]
-
-
-def _pale(colour: str) -> str:
-    levels = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
-    return "#" + "".join(f"{level + (255 - level) * 2 // 3:02x}" for level in levels)
+    if panel.logarithmic and low > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low / 1.1, high * 1.1)
+    else:
+        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_title(panel.title, loc="left", fontsize="medium")
+    axes.set_xlabel("step")
+    axes.grid(color="#dddddd")
 
 
 def smoothed(points: Points, weight: float) -> Points:
@@ -207,7 +180,9 @@ def _run(options: PlotOptions) -> None:
     names = distinct_names([run.resolve() for run in options.runs])
     runs = {name: read_series(run) for name, run in zip(names, options.runs, strict=True)}
     out = options.out or options.runs[0] / "curves.png"
-    save_png(out, draw_curves(runs, smoothing=options.smoothing))
+    make_folder(out.parent)
+    with replacing(out) as temporary:
+        draw_curves(runs, smoothing=options.smoothing).savefig(temporary, format="png")
     say(f"wrote {out}")
 
 

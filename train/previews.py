@@ -1,13 +1,13 @@
 """Preview grids: the same noise and classes every time, from the raw and from the averaged weights."""
 
-from collections.abc import Callable
+import contextlib
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from pipeline.diffusion import SAMPLERS, classifier_free_guidance
+from pipeline.diffusion import SAMPLERS, Process, classifier_free_guidance
 from pipeline.dit import DiTConfig
 from pipeline.image_grid import grid, save_png
 from pipeline.latents import Manifest
@@ -16,7 +16,9 @@ from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder
 from pipeline.vae import Vae, denormalize, find_vae
+from train.checkpointing import TrainState
 from train.distributed import Hardware
+from train.losses import Model
 from train.options import PreviewOptions
 
 
@@ -28,7 +30,7 @@ class Previews:
         options: PreviewOptions,
         manifest: Manifest,
         config: DiTConfig,
-        process: Any,
+        process: Process,
         hardware: Hardware,
         *,
         folder: Path,
@@ -37,6 +39,8 @@ class Previews:
         self._options, self._manifest, self._config = options, manifest, config
         self._process, self._hardware = process, hardware
         self._folder, self._seed = folder, seed
+
+        # One class per column, evenly spaced over the labels.
         count = min(options.preview_classes, max(config.num_classes, 1))
         last = max(config.num_classes - 1, 0)
         self._columns = [round(k * last / max(count - 1, 1)) for k in range(count)]
@@ -55,25 +59,28 @@ class Previews:
             warn(message)
         return vae
 
-    def draw(self, weights: dict[str, Callable[[], Any]], model: Callable[..., Tensor], step: int) -> Any:
-        """Write the grid of one step and return it (None off the main process); every process must call it.
-
-        Args:
-            weights: by name, a context manager in which `model` computes with those weights.
-        """
+    def draw(self, state: TrainState) -> Image.Image | None:
+        """Write the grid of this step and return it (None off the main process); every process must call it."""
+        weights: dict[str, contextlib.AbstractContextManager[None]] = {
+            "raw": contextlib.nullcontext(),
+            "ema": state.averages["ema"].exchanged_with(state.placement.weights),
+        }
         rows = {}
         for name, in_place in weights.items():
-            with in_place():
-                rows[name] = self._latents(model)
+            with in_place:
+                rows[name] = self._latents(state.placement.evaluate)
         if self._vae is None:
             return None
+
+        # Raw weights above averaged ones.
         images = torch.cat([self._decode(latents) for latents in rows.values()])
         labels = [name for name in rows for _ in range(self._options.preview_rows)]
         names = list(self._manifest["classes"])
         captions = [names[label] if names else "" for label in self._columns] * len(labels)
-        picture = grid(images.numpy(), len(self._columns), row_labels=labels, captions=captions, title=f"step {step:,}")
+        title = f"step {state.step:,}"
+        picture = grid(images.numpy(), len(self._columns), row_labels=labels, captions=captions, title=title)
         make_folder(self._folder)
-        save_png(self._folder / f"step-{step:07d}.png", picture, {"step": str(step)})
+        save_png(self._folder / f"step-{state.step:07d}.png", picture, {"step": str(state.step)})
         return picture
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -82,32 +89,27 @@ class Previews:
         return self._vae.decode(denormalize(latents, vae["scaling_factor"], vae["shift_factor"]))
 
     @torch.no_grad()
-    def _latents(self, model: Callable[..., Tensor]) -> Tensor:
+    def _latents(self, model: Model) -> Tensor:
         """[rows · columns, C, H, W], gathered; every process computes the same number of them."""
-        hardware, config = self._hardware, self._config
-        labels = self._columns * self._options.preview_rows
-        mine = [
-            k % len(labels)
-            for k in range(
-                hardware.rank, -(-len(labels) // hardware.processes) * hardware.processes, hardware.processes
-            )
-        ]
+        hardware, config, options = self._hardware, self._config, self._options
+        labels = self._columns * options.preview_rows
+
+        # This process's cells of the grid: every n-th, some twice where they do not divide.
+        rounds = -(-len(labels) // hardware.processes)
+        mine = [(hardware.rank + k * hardware.processes) % len(labels) for k in range(rounds)]
         shape = (config.in_channels, config.height, config.width)
 
         def noise(purpose: str, *numbers: int) -> Tensor:
             return torch.stack([normal(shape, self._seed, purpose, k, *numbers) for k in mine]).to(hardware.device)
 
         y = torch.tensor([labels[k] for k in mine], device=hardware.device)
-        scale = self._options.preview_guidance if config.num_classes and config.has_null_class else 1.0
+        scale = options.preview_guidance if config.num_classes and config.has_null_class else 1.0
         denoise = classifier_free_guidance(
             model, y, scale=scale, null_class=config.null_class, time_scale=self._process.time_scale
         )
-        made = SAMPLERS[self._process.preview_sampler](
-            self._process,
-            denoise,
-            noise("preview"),
-            lambda k: noise("preview step", k),
-            steps=self._options.preview_steps,
+        sampler = SAMPLERS[self._process.preview_sampler]
+        made = sampler(
+            self._process, denoise, noise("preview"), lambda k: noise("preview step", k), steps=options.preview_steps
         )
         return self._in_order(made, len(labels))
 
@@ -117,5 +119,5 @@ class Previews:
         if processes == 1:
             return made
         gathered = self._hardware.accelerator.gather(made.contiguous())
-        dealt = gathered.view(processes, -1, *made.shape[1:]).transpose(0, 1)
-        return dealt.reshape(-1, *made.shape[1:])[:count]
+        dealt = gathered.view(processes, -1, *made.shape[1:]).transpose(0, 1)  # [rounds, processes, C, H, W]
+        return dealt.reshape(-1, *made.shape[1:])[:count]  # [cells, C, H, W]

@@ -1,4 +1,4 @@
-"""One sitting of a run: from the options to the exit status, everything opened here and closed again."""
+"""One run of the command: from the options to the exit status, everything opened here and closed again."""
 
 import contextlib
 import dataclasses
@@ -9,21 +9,23 @@ import numpy as np
 import torch
 
 from pipeline.checkpoint.averages import MovingAverage
-from pipeline.dit import DiT, compile_blocks
+from pipeline.diffusion import Process
+from pipeline.dit import DiT, DiTConfig, compile_blocks
 from pipeline.dit.macs import count_macs
-from pipeline.latents import LatentStore
+from pipeline.latents import LatentStore, Manifest
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import StopRequest
 from train import build, distributed
 from train.checkpointing import Saver, TrainState, newest_sound, restore, sweep
-from train.data import DataOrder, Share
+from train.data import BatchShard, DataOrder
 from train.distributed import Hardware
-from train.loop import Parts, logs_at, run_steps
-from train.metrics import Log, Pace, refuse_missing_wandb
+from train.loop import Trainer, logs_at, run_steps
+from train.losses import LatentNormalization
+from train.metrics import Log, StepTimer, refuse_missing_wandb
 from train.optimizer import Optimizer
 from train.options import TrainOptions
-from train.parallel import place
+from train.parallel import parallelize
 from train.previews import Previews
 from train.run_folder import CONFIG, begin_run, check_run, claimed, recorded_intervals
 from train.summary import say_summary
@@ -54,13 +56,14 @@ def train(options: TrainOptions) -> int:
 
 
 def _resolved(options: TrainOptions, machine: Hardware) -> TrainOptions:
-    precise = dataclasses.replace(options.hardware, mixed_precision=machine.precision)
-    return dataclasses.replace(options, hardware=precise)
+    hardware = dataclasses.replace(options.hardware, mixed_precision=machine.precision)
+    return dataclasses.replace(options, hardware=hardware)
 
 
-def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitStack, began: float) -> Parts:
-    """Every part of the run, checked; files stay open until the stack is closed."""
-    share = Share(
+def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitStack, began: float) -> Trainer:
+    """Everything of the run, checked; files stay open until the stack is closed."""
+    # What is learned from, and by what.
+    shard = BatchShard(
         batch_size=options.optimizer.batch_size,
         rank=machine.rank,
         processes=machine.processes,
@@ -70,23 +73,25 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     manifest = store.manifest
     process = build.process_of(options.objective)
     config = build.network_config(options.model, manifest, process)
-    latents = build.latents_of(manifest, config, machine.device)
-    share_out = options.data.validation_share
-    held_out = max(1, round(share_out * manifest.samples)) if share_out else 0
-    order = DataOrder(manifest.samples, options.data.seed, held_out=held_out, order=options.data.order)
-    found = _claim_run(options, machine, stack, build.data_identity(manifest))
+    normalization = build.normalization_of(manifest, machine.device)
+    order = _order(options, manifest)
+
+    # The run that is there, or a new one; nothing is written yet.
+    identity = build.data_identity(manifest)
+    found = _claim_run(options, machine, stack, identity)
     network = DiT(config, seed=options.data.seed)
     if found is None:
         build.start_weights(network, options.model, manifest)
     state = _start_state(network, options, machine)
-    origin = "from the beginning"
     if found is not None:
         restore(Path(found), state)
-        origin = f"going on after step {state.step:,}"
-    say_summary(options, manifest, config, state, machine, share, order, origin=origin)
-    validation = _validation(options, store, order, latents, process, machine, stack)
+    origin = "from the beginning" if found is None else f"going on after step {state.step:,}"
+    say_summary(options, manifest, config, state, machine, shard, order, origin=origin)
+    validation = _validation(options, store, order, normalization, process, config, machine, stack)
     kept_lines = _lines_kept(options, state.step)
-    _begin(options, machine, build.data_identity(manifest))
+
+    # All is found right: from here on the folder is this run's.
+    _begin(options, machine, identity)
     saver = Saver(options.run, machine, build.checkpoint_info(options, manifest, config, process))
     saver.saved_step = state.step if found is not None else None
     stack.callback(saver.finish)
@@ -94,23 +99,30 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     if machine.is_main:
         log = Log(options, after_step=state.step, keep_until=kept_lines, accelerator=machine.accelerator)
         stack.callback(log.close)
-    return Parts(
+    previews = _previews(options, store, config, process, machine)
+    return Trainer(
         options=options,
         hardware=machine,
         store=store,
         order=order,
-        share=share,
+        shard=shard,
         process=process,
-        latents=latents,
+        normalization=normalization,
         state=state,
         saver=saver,
-        pace=Pace(),
+        timer=StepTimer(),
         log=log,
-        validation=validation,
-        previews=_previews(options, store, config, process, machine),
+        validate=validation.losses if validation is not None else None,
+        preview=previews.draw if previews is not None else None,
         flops_per_image=6.0 * count_macs(config),  # multiply and add, forward and twice as much backward
         deadline=None if options.run.time_limit is None else began + 60 * options.run.time_limit,
     )
+
+
+def _order(options: TrainOptions, manifest: Manifest) -> DataOrder:
+    share = options.data.validation_share
+    held_out = max(1, round(share * manifest.samples)) if share else 0
+    return DataOrder(manifest.samples, options.data.seed, held_out=held_out, order=options.data.order)
 
 
 def _lines_kept(options: TrainOptions, step: int) -> int:
@@ -151,7 +163,7 @@ def _start_state(network: DiT, options: TrainOptions, machine: Hardware) -> Trai
     network.gradient_checkpointing = options.model.gradient_checkpointing
     if options.model.compile:
         compile_blocks(network)
-    placement = place(network, machine, options.hardware.sharding)
+    placement = parallelize(network, machine, options.hardware.sharding)
     optimizer = Optimizer(
         placement.weights, options.optimizer, scaled=machine.precision == "fp16", add_up=placement.add_up
     )
@@ -166,8 +178,9 @@ def _validation(
     options: TrainOptions,
     store: LatentStore,
     order: DataOrder,
-    latents: build.Latents,
-    process: build.Process,
+    normalization: LatentNormalization,
+    process: Process,
+    config: DiTConfig,
     machine: Hardware,
     stack: contextlib.ExitStack,
 ) -> Validation | None:
@@ -182,14 +195,14 @@ def _validation(
     if not len(indices):
         return None
     say(f"validation loss on {len(indices):,} held-out samples every {data.validate_every:,} steps")
-    return Validation(store, indices, latents, process, machine, seed=data.seed)
+    return Validation(store, indices, normalization, process, machine, null_class=config.null_class, seed=data.seed)
 
 
 def _previews(
     options: TrainOptions,
     store: LatentStore,
-    config: build.DiTConfig,
-    process: build.Process,
+    config: DiTConfig,
+    process: Process,
     machine: Hardware,
 ) -> Previews | None:
     if not options.preview.sample_every:

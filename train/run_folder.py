@@ -13,7 +13,7 @@ import yaml
 from pipeline.checkpoint.folder import checkpoint_folders
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, flush_file, make_folder, remove_folder, write_bytes
-from train.options import DECIDE_THE_START, MAY_CHANGE, TrainOptions, plain_values
+from train.options import TrainOptions, may_change, plain_values
 
 CONFIG, METRICS, DATA_IDENTITY = "config.yaml", "metrics.jsonl", "data_identity"
 _OURS = ("checkpoints", "samples", "tensorboard")
@@ -23,10 +23,9 @@ _OURS_WHILE_BEGINNING = re.compile(rf"{re.escape(_LOCK)}|{_LEFT_BY_A_KILL.patter
 
 
 def check_run(options: TrainOptions, data_identity: str) -> None:
-    """Nothing, if the folder is empty or holds this very run (any run, with --overwrite); writes nothing.
+    """Raise UserError unless the folder is empty or holds this very run (any run, with --overwrite); writes nothing.
 
-    Raises:
-        UserError: it holds something else, or a run that these settings would alter, with every difference.
+    A run that these settings would alter is refused with every difference.
     """
     folder = options.run.out
     held = [path.name for path in folder.iterdir() if not _OURS_WHILE_BEGINNING.fullmatch(path.name)]
@@ -72,11 +71,11 @@ def _empty(folder: Path) -> None:
 def _compare(folder: Path, options: TrainOptions, data_identity: str) -> None:
     text, before = _recorded(folder)
     now = plain_values(options)
-    may_change = MAY_CHANGE if checkpoint_folders(folder) else MAY_CHANGE - DECIDE_THE_START
+    free = may_change(TrainOptions, with_checkpoint=bool(checkpoint_folders(folder)))
     changed = [
         f"--{name} was {before[name]} and is now {value}"
         for name, value in now.items()
-        if name in before and name not in may_change and before[name] != value
+        if name in before and name not in free and before[name] != value
     ]
     marker = f"# {DATA_IDENTITY}: "
     identities = [line.removeprefix(marker) for line in text.splitlines() if line.startswith(marker)]
@@ -157,7 +156,7 @@ class MetricsFile:
         self.drop_after(after_step)
 
     def drop_after(self, step: int) -> None:
-        """Drop the lines past a step that the run has gone back behind."""
+        """Drop the lines past a step that the run has rolled back behind."""
         if self.path.exists():
             lines = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
             write_bytes(self.path, "".join(f"{line}\n" for line in lines).encode())

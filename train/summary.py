@@ -8,7 +8,7 @@ from pipeline.latents import Manifest
 from pipeline.runtime.console import say, warn
 from train.build import PRESETS_FOLDER
 from train.checkpointing import TrainState
-from train.data import DataOrder, Share
+from train.data import BatchShard, DataOrder
 from train.distributed import Hardware
 from train.options import TrainOptions, plain_values
 
@@ -22,19 +22,19 @@ def say_summary(
     config: DiTConfig,
     state: TrainState,
     hardware: Hardware,
-    share: Share,
+    shard: BatchShard,
     order: DataOrder,
     *,
     origin: str,
 ) -> None:
     """The start-up summary."""
     latent, vae = manifest.latent, manifest["vae"]
-    parts = f"{share.micro_size} per process × {share.accumulation} accumulation × {share.processes} processes"
-    epochs = options.optimizer.steps * share.batch_size / order.samples
+    parts = f"{shard.micro_size} per process × {shard.accumulation} accumulation × {shard.processes} processes"
+    epochs = options.optimizer.steps * shard.batch_size / order.samples
     lines = {
         "model": f"{options.model.model}, {count_parameters(config) / 1e6:.1f} M parameters, "
         f"{count_macs(config) / 1e9:.2f} GFLOPs forward (multiply-adds) per image",
-        "batch": f"{parts} = {share.batch_size}",
+        "batch": f"{parts} = {shard.batch_size}",
         "store": f"{options.data.latents}: {order.samples:,} samples, {len(manifest['classes'])} classes",
         "latents": f"{latent.channels}×{latent.height}×{latent.width} {latent.dtype}, "
         f"views {', '.join(manifest['views'])}",

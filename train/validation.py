@@ -1,16 +1,17 @@
 """The loss on held-out samples under fixed noise and timesteps: comparable from step to step and run to run."""
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.diffusion import Process
+from pipeline.latents import LatentStore
 from pipeline.randomness import derive_seed, generator
+from train.checkpointing import TrainState
 from train.data import Indices
 from train.distributed import Hardware
-from train.losses import Draws, Latents, sample_losses
+from train.losses import Draws, LatentNormalization, Model, sample_losses
+from train.metrics import Numbers
 
 CHUNK = 32
 
@@ -19,17 +20,30 @@ class Validation:
     """A fixed set of samples, views, noise and timesteps, dealt out to the processes in chunks of equal size."""
 
     def __init__(
-        self, store: Any, indices: Indices, latents: Latents, process: Any, hardware: Hardware, *, seed: int
+        self,
+        store: LatentStore,
+        indices: Indices,
+        normalization: LatentNormalization,
+        process: Process,
+        hardware: Hardware,
+        *,
+        null_class: int,
+        seed: int,
     ) -> None:
         self._store, self._indices = store, np.sort(indices)
-        self._latents, self._process, self._hardware = latents, process, hardware
+        self._normalization, self._process, self._hardware = normalization, process, hardware
+        self._null_class = null_class
         self._seed = derive_seed(seed, "validation")
 
-    def __len__(self) -> int:
-        return len(self._indices)
+    def losses(self, state: TrainState) -> Numbers:
+        """The loss of the raw and of the averaged weights; every process must call it."""
+        values: Numbers = {"validation_loss": self.loss(state.placement.evaluate)}
+        with state.averages["ema"].exchanged_with(state.placement.weights):
+            values["validation_loss_ema"] = self.loss(state.placement.evaluate)
+        return values
 
     @torch.no_grad()
-    def loss(self, model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
+    def loss(self, model: Model) -> float:
         """The mean loss over the whole set; every process must call it, each computes its chunks.
 
         Every process makes the same number of forward passes (a sharded network needs all of them): a missing chunk
@@ -47,20 +61,21 @@ class Validation:
         summed = hardware.add_up(total.to(hardware.device, precision)).tolist()
         return summed[0] / summed[1]
 
-    def _chunk_losses(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], chunk: int) -> Tensor:
+    def _chunk_losses(self, model: Model, chunk: int) -> Tensor:
         device = self._hardware.device
         indices = self._indices[chunk * CHUNK : (chunk + 1) * CHUNK]
-        moments, labels = self._store.gather(indices, np.zeros(len(indices), dtype=np.int64))
+        stored, labels = self._store.gather(indices, np.zeros(len(indices), dtype=np.int64))
         draws = self._draws(chunk, len(indices))
-        rows = [draws.t, draws.noise, draws.posterior, draws.dropped]
-        t, noise, posterior, dropped = (tensor.to(device) for tensor in rows)
+        fields = [draws.t, draws.noise, draws.posterior, draws.dropped]
+        t, noise, posterior, dropped = (tensor.to(device) for tensor in fields)
         return sample_losses(
             model,
             self._process,
-            self._latents,
-            moments.to(device),
+            self._normalization,
+            stored.to(device),
             labels.to(device),
             Draws(t=t, noise=noise, posterior=posterior, dropped=dropped),
+            null_class=self._null_class,
         )["loss"].double()
 
     def _draws(self, chunk: int, count: int) -> Draws:

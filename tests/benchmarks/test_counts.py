@@ -14,7 +14,7 @@ from benchmarks.train import our_step
 from extract.plan import Plan
 from pipeline.dit import DiT, compile_blocks
 from pipeline.latents import LatentStore
-from train.data import DataOrder, Share
+from train.data import BatchShard, DataOrder
 
 MODEL = "DiT-Ti/2"  # six blocks
 OPERATIONS_PER_TRAINING_STEP = 653  # as counted with torch 2.13; other versions differ by a few
@@ -82,11 +82,11 @@ def test_one_compilation_serves_all_blocks():
 
 
 def test_the_order_and_the_plan_of_a_hundred_million_samples_take_no_memory():
-    share = Share(batch_size=256)
+    shard = BatchShard(batch_size=256)
     tracemalloc.start()
     try:
         order = DataOrder(100_000_000, seed=0)
-        batches = [order.batch(number, share) for number in (0, 400_000, 10**12)]
+        batches = [order.batch(number, shard) for number in (0, 400_000, 10**12)]
         rows = Plan(inputs=100_000_000, seed=0, samples_per_shard=4096).rows(24_414)
         _, peak = tracemalloc.get_traced_memory()
     finally:

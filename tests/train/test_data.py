@@ -8,21 +8,21 @@ import torch
 from pipeline.latents import LatentStore
 from pipeline.runtime.errors import UserError
 from tests.train.runs import make_store
-from train.data import BatchReader, DataOrder, Share, view_candidates
+from train.data import BatchReader, BatchShard, DataOrder, view_candidates
 
 
-def reader(store, *, first=0, share=None, prefetch=2, views=(0, 1)):
-    share = share or Share(batch_size=8)
+def reader(store, *, first=0, shard=None, prefetch=2, views=(0, 1)):
+    shard = shard or BatchShard(batch_size=8)
     order = DataOrder(len(store), seed=0)
     candidates = np.array(views, dtype=np.int64)
     device = torch.device("cpu")
-    return BatchReader(store, order, share, views=candidates, seed=0, first=first, prefetch=prefetch, device=device)
+    return BatchReader(store, order, shard, views=candidates, seed=0, first=first, prefetch=prefetch, device=device)
 
 
 def take(batches, count):
     """Copies, as a batch is valid only until the next one."""
     return [
-        (batch.number, batch.moments.clone(), batch.labels.clone())
+        (batch.number, batch.latents.clone(), batch.labels.clone())
         for batch, _ in zip(batches, range(count), strict=False)
     ]
 
@@ -31,7 +31,7 @@ def test_batches_hold_the_samples_of_the_order_in_one_of_their_views(store):
     with LatentStore(store) as latents, reader(latents) as batches:
         seen = set()
         for number, moments, labels in take(batches, 20):
-            indices = DataOrder(len(latents), seed=0).batch(number, Share(batch_size=8))
+            indices = DataOrder(len(latents), seed=0).batch(number, BatchShard(batch_size=8))
             both, expected = latents[indices]
             assert torch.equal(labels, expected)
             for row, views in zip(moments, both, strict=True):
@@ -46,8 +46,8 @@ def test_reading_begins_anywhere_and_a_rank_gets_its_rows(store):
         whole = take(from_start, 6)
         for (a, moments, labels), (b, same, same_labels) in zip(whole[3:], take(later, 3), strict=True):
             assert a == b and torch.equal(moments, same) and torch.equal(labels, same_labels)
-        share = Share(batch_size=8, rank=1, processes=2)
-        with reader(latents, share=share) as second_half:
+        shard = BatchShard(batch_size=8, rank=1, processes=2)
+        with reader(latents, shard=shard) as second_half:
             for (_, moments, _), (_, mine, _) in zip(whole, take(second_half, 6), strict=True):
                 assert torch.equal(moments[4:], mine)
 
@@ -59,10 +59,10 @@ def test_reading_ahead_is_bounded_and_buffers_are_used_again(store):
         latents.gather = lambda *args, **kwargs: gathered.append(1) or original(*args, **kwargs)
         with reader(latents, prefetch=3) as batches:
             endless = iter(batches)
-            addresses = {next(endless).moments.data_ptr()}
+            addresses = {next(endless).latents.data_ptr()}
             time.sleep(0.3)
             assert len(gathered) <= 4  # the one in use and three ahead
-            addresses |= {next(endless).moments.data_ptr() for _ in range(20)}
+            addresses |= {next(endless).latents.data_ptr() for _ in range(20)}
             assert len(addresses) == 4
 
 

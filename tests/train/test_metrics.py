@@ -1,6 +1,6 @@
 import pytest
 
-from train.metrics import Pace, duration
+from train.metrics import StepTimer, duration
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def clock(monkeypatch):
 
 
 def test_pace_leaves_out_what_is_not_training(clock):
-    pace = Pace()
+    pace = StepTimer()
     for _ in range(4):
         pace.step()
         clock(0.5)
@@ -27,7 +27,7 @@ def test_pace_leaves_out_what_is_not_training(clock):
 
 
 def test_the_share_of_waiting_is_of_the_time_since_the_last_look(clock):
-    pace = Pace()
+    pace = StepTimer()
     clock(0.1)
     assert pace.look(0.05)[2] == pytest.approx(0.5)
     clock(0.1)

@@ -20,8 +20,8 @@ def gradients(step, size=6, factor=1.0):
 
 
 def everything(optimizer):
-    moments = optimizer.moments()
-    tensors = [*optimizer.weights, *moments["exp_avg"], *moments["exp_avg_sq"]]
+    adam = optimizer.adam_state()
+    tensors = [*optimizer.weights, *adam["exp_avg"], *adam["exp_avg_sq"]]
     return [tensor.detach().clone() for tensor in tensors], optimizer.counters()["adamw_steps"]
 
 
@@ -121,14 +121,14 @@ def test_the_loss_scale_doubles_after_enough_good_steps():
     assert optimizer.scale == 2 * SCALE_START and optimizer.finite_in_a_row == 0
 
 
-def test_counters_and_moments_put_back_go_on_with_the_same_bits():
+def test_counters_and_adams_state_put_back_go_on_with_the_same_bits():
     first = make(scaled=True)
     for step in range(3):
         first.step(gradients(step), 1e-2)
     second = make(scaled=True)
     second.restore_counters(first.counters())
-    for name, tensors in second.moments().items():
-        for target, source in zip(tensors, first.moments()[name], strict=True):
+    for name, tensors in second.adam_state().items():
+        for target, source in zip(tensors, first.adam_state()[name], strict=True):
             target.copy_(source)
     with torch.no_grad():
         for target, source in zip(second.weights, first.weights, strict=True):

@@ -5,12 +5,12 @@ from pipeline.runtime.cli import parse_options
 from pipeline.runtime.errors import UserError
 from train.__main__ import PRESETS
 from train.options import (
-    MAY_CHANGE,
     AverageOptions,
     DataOptions,
     HardwareOptions,
     OptimizerOptions,
     TrainOptions,
+    may_change,
     plain_values,
 )
 
@@ -88,7 +88,15 @@ def test_resolved_options_read_back_are_the_same(tmp_path):
 
 
 def test_every_flag_that_may_change_exists():
-    assert set(plain_values(parse())) >= MAY_CHANGE
+    assert set(plain_values(parse())) >= may_change(TrainOptions, with_checkpoint=True)
+
+
+def test_what_a_run_learns_may_not_change_and_where_it_starts_only_after_the_first_checkpoint():
+    later, sooner = (may_change(TrainOptions, with_checkpoint=known) for known in (True, False))
+    assert later - sooner == {"init-from", "init-weights", "allow-other-vae"} and sooner < later
+    assert {"steps", "save-every", "latents", "sharding", "keep-every", "vae"} <= sooner
+    learned = {"seed", "flip", "order", "batch-size", "lr", "betas", "model", "objective", "mixed-precision"}
+    assert not later & (learned | {"validation-share", "decay-steps", "ema-decay", "extra-ema", "class-dropout"})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.runtime.errors import UserError
-from train.data import DataOrder, Share, draw_views
+from train.data import BatchShard, DataOrder, draw_views
 
 GRID = [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)]
 
@@ -15,9 +15,9 @@ def stream(order, batch_size, batches, processes=1, accumulation=1):
     rows = []
     for number in range(batches):
         for rank in range(processes):
-            share = Share(batch_size=batch_size, rank=rank, processes=processes, accumulation=accumulation)
-            mine = order.batch(number, share)
-            rows += [mine[share.micro_rows(part)] for part in range(accumulation)]
+            shard = BatchShard(batch_size=batch_size, rank=rank, processes=processes, accumulation=accumulation)
+            mine = order.batch(number, shard)
+            rows += [mine[shard.micro_rows(part)] for part in range(accumulation)]
     return np.concatenate(rows)
 
 
@@ -71,19 +71,19 @@ def test_nothing_left_to_train_on_is_refused():
 
 def test_a_batch_that_does_not_divide_names_the_sizes_that_do():
     with pytest.raises(UserError, match=r"2 processes × --grad-accumulation 3; use 6 or 12"):
-        Share(batch_size=8, processes=2, accumulation=3)
+        BatchShard(batch_size=8, processes=2, accumulation=3)
     with pytest.raises(UserError, match="use 4$"):
-        Share(batch_size=3, processes=4)
+        BatchShard(batch_size=3, processes=4)
 
 
 def test_views_are_drawn_per_sample_alike_on_any_number_of_processes():
     candidates = np.array([0, 2, 5])
-    alone = draw_views(candidates, 4, Share(batch_size=600), seed=1)
-    parts = [draw_views(candidates, 4, Share(batch_size=600, rank=r, processes=4), seed=1) for r in range(4)]
+    alone = draw_views(candidates, 4, BatchShard(batch_size=600), seed=1)
+    parts = [draw_views(candidates, 4, BatchShard(batch_size=600, rank=r, processes=4), seed=1) for r in range(4)]
     assert np.array_equal(np.concatenate(parts), alone)
     counts = np.bincount(alone, minlength=6)
     assert counts[[1, 3, 4]].sum() == 0 and counts[[0, 2, 5]].min() > 150
-    assert not np.array_equal(alone, draw_views(candidates, 5, Share(batch_size=600), seed=1))
+    assert not np.array_equal(alone, draw_views(candidates, 5, BatchShard(batch_size=600), seed=1))
 
 
 @pytest.mark.parametrize("samples", [15, 16, 1024, 5000])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.train.runs import assert_same_run, checkpoints, history, lines, make_store, poison, tensors, train
-from train.data import DataOrder, Share
+from train.data import BatchShard, DataOrder
 
 SAVING = ["--save-every", "2", "--keep-last", "0"]
 
@@ -21,7 +21,7 @@ def poisoned(tmp_path_factory):
 
 def bad_batches(count):
     order = DataOrder(50, seed=0)
-    return [number for number in range(count) if 3 in order.batch(number, Share(batch_size=8))]
+    return [number for number in range(count) if 3 in order.batch(number, BatchShard(batch_size=8))]
 
 
 def test_a_bad_step_changes_nothing_and_is_counted(poisoned, tmp_path):
@@ -57,7 +57,9 @@ def bad_stretch(tmp_path_factory):
     """1,000 samples, 125 batches, of which 25 … 49 are NaN, and a single one at 20."""
     folder = make_store(tmp_path_factory.mktemp("stretch") / "latents", samples=1000, shards=1)
     order = DataOrder(1000, seed=0)
-    poison(folder, {int(i) for number in (20, *range(25, 50)) for i in order.batch(number, Share(batch_size=8))[:1]})
+    poison(
+        folder, {int(i) for number in (20, *range(25, 50)) for i in order.batch(number, BatchShard(batch_size=8))[:1]}
+    )
     return folder
 
 
