@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from extract.encoder import Encoder, arithmetic, choose_device, cores_of_this_process
+from extract.encoder import Encoder, arithmetic, cores_of_this_process
 from extract.fill import Work, fill
 from extract.inputs import Loader
 from extract.options import PixelOptions
@@ -36,6 +36,7 @@ from extract.sources.folders import FolderSource
 from extract.sources.listing import cached_listing
 from extract.store_folder import OutputFolder
 from pipeline.runtime.console import run_command
+from pipeline.runtime.devices import choose_device
 from pipeline.runtime.processes import StopRequest, launch
 from pipeline.vae import Vae, load_vae
 

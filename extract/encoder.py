@@ -19,35 +19,12 @@ from torch import Tensor
 
 from pipeline.images import to_pixels
 from pipeline.runtime.console import say
-from pipeline.runtime.errors import UserError
-from pipeline.runtime.processes import Launch
+from pipeline.runtime.devices import float32_products, memory_explained
 from pipeline.vae import Vae
 
 Latents = Callable[[], Tensor]
 GPU_BATCH = 32
 CPU_BATCH = 4  # one thread computes a whole batch, so larger ones only take memory
-
-
-def choose_device(wanted: str, place: Launch) -> tuple[torch.device, str]:
-    """The device to encode on, and the reason for it.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    count = torch.cuda.device_count()
-    if wanted == "auto" and not count:
-        return torch.device("cpu"), "no CUDA GPU was found"
-    if wanted in {"auto", "cuda"} and count:
-        return torch.device("cuda", place.local_rank % count), f"local process {place.local_rank}, {count} GPUs"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise UserError(f"--device {wanted} is not a device; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in {"cpu", "cuda"}:
-        raise UserError(f"--device {wanted} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {wanted}: there are {count} CUDA GPUs here; use auto or cpu")
-    return device, "--device"
 
 
 def cores_of_this_process() -> int:
@@ -65,16 +42,15 @@ def arithmetic(device: torch.device) -> Iterator[None]:
     Diffusion's size), and the bytes must not depend on the machine's cores or on how many processes share them.
     On a GPU: TF32 for float32, and no trial runs to choose kernels.
     """
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     try:
-        yield
+        with float32_products(device, tf32=True):
+            yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
 
 
 class Encoder:
@@ -138,18 +114,19 @@ class Encoder:
         padded = np.zeros((self.batch_size, *crops[0].shape), np.uint8)
         padded[: len(crops)] = crops
         views = []
-        try:
+        with memory_explained(self._too_large):
             for number in range(padded.shape[1]):
                 pixels = self._pixels(np.ascontiguousarray(padded[:, number]))
                 views.append(self.vae.encode(pixels))
                 if self._flip:
                     views.append(self.vae.encode(pixels.flip(-1)))
             return torch.stack(views, dim=1)[: len(crops)].to(self._store_dtype).cpu()
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU has too little memory for batches of {self.batch_size} images of {self._image_px} pixels; "
-                f"use --batch-size {max(1, self.batch_size // 2)}"
-            ) from error
+
+    def _too_large(self) -> str:
+        return (
+            f"the GPU has too little memory for batches of {self.batch_size} images of {self._image_px} pixels; "
+            f"use --batch-size {max(1, self.batch_size // 2)}"
+        )
 
     def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
         """[n, 3, size, size] in [−1, 1] on the VAE's device, the same values on every device."""

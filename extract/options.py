@@ -127,7 +127,7 @@ class WorkOptions:
     workers: int | None = None
     """Threads that read, decode and crop. Default: one for each core."""
     device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
+    """auto (an accelerator if there is one), cpu, cuda, cuda:N, or another accelerator that torch names, such as mps."""
     encode_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the VAE's encoder; float32 uses TF32 where the GPU has it."""
     compile: bool = False

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from extract.class_names import class_names
-from extract.encoder import Encoder, arithmetic, choose_device, cores_of_this_process
+from extract.encoder import Encoder, arithmetic, cores_of_this_process
 from extract.fill import Work, fill
 from extract.inputs import Loader
 from extract.options import ExtractOptions
@@ -30,6 +30,7 @@ from pipeline.latents.records import ShardRecord, read_record
 from pipeline.latents.writer import DTYPES, StoreDescription, finish_store
 from pipeline.randomness import Permutation
 from pipeline.runtime.console import say
+from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import Launch, StopRequest, launch
 from pipeline.vae import Vae, load_vae

@@ -98,7 +98,7 @@ class ComputeOptions:
     batch_size: int | None = None
     """Images in one batch and one unit of work; every batch is padded to it, so pixels depend on it by at most one level. Default: what the job needs, up to 64 (128 on a GPU)."""
     device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
+    """auto (an accelerator if there is one), cpu, cuda, cuda:N, or another accelerator that torch names, such as mps."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the network's matrix products: auto is bf16 on a GPU that has it, else no (float32)."""
     decode_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -1,6 +1,5 @@
 """Options and a checkpoint into a job with every default filled in, and the recipe that describes it."""
 
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,8 +15,8 @@ from pipeline.dit import compile_blocks
 from pipeline.image_grid import can_be_drawn
 from pipeline.runtime.cli import nearest
 from pipeline.runtime.console import say
+from pipeline.runtime.devices import choose_device, default_precision
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.processes import launch
 from pipeline.vae import Vae, check_latents, find_vae
 from sample.generate import Generator, ReversePlan
 from sample.labels import ChosenLabels, KnownClasses, choose_labels
@@ -91,7 +90,7 @@ def settle(options: SampleOptions) -> Settled:
             f"--trajectory {options.trajectory} is more than the {options.reverse.steps} steps and the result have "
             f"moments; use at most {options.reverse.steps + 1}, or more --steps"
         )
-    device = choose_device(options.compute.device)
+    device = str(choose_device(options.compute.device)[0])
     plan = settle_plan(options.reverse, options.compute, checkpoint, samples=len(labels), device=device)
     vae = _decoder(options, checkpoint, device)
     checkpoint = _with_factors(checkpoint, vae if options.vae is not None else None)
@@ -128,27 +127,6 @@ def settle(options: SampleOptions) -> Settled:
     return Settled(generator=generator, labels=labels, known=known, recipe=recipe)
 
 
-def choose_device(asked: str) -> str:
-    """The device of this process; with several GPUs and processes, each takes its own.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if asked == "auto":
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
-        asked = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
-    kind, _, number = asked.partition(":")
-    if kind not in LARGEST_BATCH or (number and not number.isdigit()):
-        raise UserError(f"--device {asked} is unknown; use auto, cpu, cuda or cuda:N")
-    if kind == "cpu":
-        return "cpu"
-    count = torch.cuda.device_count()
-    index = int(number) if number else launch().local_rank % max(count, 1)
-    if index >= count:
-        raise UserError(f"--device {asked} is not there: {count} GPUs are visible; use --device auto or cpu")
-    return f"cuda:{index}"
-
-
 def settle_plan(
     reverse: ReverseOptions, compute: ComputeOptions, checkpoint: Checkpoint, *, samples: int, device: str
 ) -> ReversePlan:
@@ -167,7 +145,7 @@ def settle_plan(
     kind = device.partition(":")[0]
     precision = compute.mixed_precision
     if precision == "auto":
-        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "no"
+        precision, _ = default_precision(torch.device(device))
     guidance = _settle_guidance(reverse, checkpoint)
     guides = guidance != 1
     return ReversePlan(
@@ -178,7 +156,7 @@ def settle_plan(
         channels=reverse.channels if guides else None,
         interval=reverse.interval if guides else None,
         seed=reverse.seed,
-        batch_size=compute.batch_size or _even_batch(samples, LARGEST_BATCH[kind]),
+        batch_size=compute.batch_size or _even_batch(samples, LARGEST_BATCH.get(kind, 128)),
         precision=precision,
     )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.classes import describe_class
 from pipeline.runtime.console import progress, say
+from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import publish_folder
 from pipeline.runtime.processes import StopRequest, launch
@@ -34,7 +35,7 @@ def make_samples(options: SampleOptions) -> int:
     Raises:
         UserError: the input is wrong; nothing is left half-written.
     """
-    with explained_memory():
+    with memory_explained(too_large):
         settled = settle(options)
     work = _open_work(options, settled)
     if work is None:
@@ -82,7 +83,7 @@ def _make_chunks(work: WorkFolder, settled: Settled, options: SampleOptions, sto
     _say_plan(settled, done)
     with (
         progress(len(settled.labels), unit="images", description="sampling", initial=done) as bar,
-        explained_memory(settled.batch_size),
+        memory_explained(lambda: too_large(settled.batch_size)),
     ):
         pace = Pace(work, settled, bar, stop)
         share = partial(work.unclaimed, rank=place.rank, world_size=place.world_size, idle=pace.check_stop)
@@ -205,21 +206,9 @@ def _say_plan(settled: Settled, done: int) -> None:
     )
 
 
-@contextmanager
-def explained_memory(batch_size: int | None = None) -> Iterator[None]:
-    """Turn running out of memory inside the block into a `UserError` that says what to lower.
-
-    Args:
-        batch_size: what the block works on; None while the network is only being loaded.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        if batch_size is None:
-            raise UserError("the network and the VAE do not fit into memory; use another --device") from error
-        lower = f"lower it to {batch_size // 2}, say, or use" if batch_size > 1 else "use"
-        raise UserError(
-            f"out of memory with --batch-size {batch_size}; {lower} --mixed-precision bf16 or --decode-dtype bfloat16"
-        ) from error
+def too_large(batch_size: int | None = None) -> str:
+    """What to say when memory ends; the batch size is None while the network is only being loaded."""
+    if batch_size is None:
+        return "the network and the VAE do not fit into memory; use another --device"
+    lower = f"lower it to {batch_size // 2}, say, or use" if batch_size > 1 else "use"
+    return f"out of memory with --batch-size {batch_size}; {lower} --mixed-precision bf16 or --decode-dtype bfloat16"

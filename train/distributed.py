@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.runtime.devices import Precision, choose_device, default_precision, set_tf32
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import keep_freed_memory
 from train.options import HardwareOptions
 
-Precision = Literal["no", "bf16", "fp16"]
 AUTOCAST = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dense 16-bit peak in TFLOP/s by what the device's name contains, longest match first (vendors' data sheets).
@@ -155,8 +155,7 @@ def start(
     device = accelerator.device
     if device.type == "cpu":
         keep_freed_memory()
-    if options.tf32 and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    set_tf32(device, options.tf32)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return Hardware(
         accelerator=accelerator,
@@ -216,6 +215,4 @@ def _precision(options: HardwareOptions, cpu: bool, environment: Mapping[str, st
     wish = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if wish == "bf16" or (wish == "fp16" and not cpu):
         return wish, "the launcher's configuration"  # type: ignore[return-value]
-    if not cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
-        return "bf16", "the GPU has it"
-    return "no", "default here"
+    return default_precision(torch.device("cpu") if cpu else choose_device("auto")[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.runtime.cli import flag_values
 from pipeline.runtime.console import say, warn
+from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, write_json
 from pipeline.runtime.processes import Launch, launch
@@ -19,7 +20,7 @@ from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import write_statistics
 from sample.evaluate.scoring import Comparison, Side, compute_scores, warn_of_few
 from sample.evaluate.task import Task, settle_task
-from sample.run import explained_memory
+from sample.run import too_large
 from sample.sidecar import sidecar_of
 from sample.work_folder import WorkFolder, begin
 
@@ -88,7 +89,7 @@ def _tell_again(task: Task, place: Launch) -> int:
 
 def _make_all_features(task: Task, network: FIDInception, work: dict[Path, WorkFolder], place: Launch) -> None:
     for folder, extraction in task.extractions.items():
-        with explained_memory(task.batch_size):
+        with memory_explained(lambda: too_large(task.batch_size)):
             make_features(
                 extraction.images,
                 network,

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.latents import LatentStore
+from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.threads import CPU_LANE, GPU_DECODE_BATCH, decode_in_lanes, finite_rows, one_thread_each
 from pipeline.vae import Vae, check_latents, find_vae
@@ -15,7 +16,7 @@ from sample.evaluate.image_set import digest_of, names_of
 from sample.evaluate.options import PART_IMAGES, EvaluateOptions
 from sample.generate import NotFiniteError
 from sample.options import ImageOptions, SampleOptions
-from sample.resolve import Settled, choose_device, settle
+from sample.resolve import Settled, settle
 
 
 class StoreImages:
@@ -94,7 +95,7 @@ def open_store(path: str, options: EvaluateOptions) -> StoreImages:
     vae = find_vae(
         store.manifest.vae,
         options.vae,
-        device=choose_device(options.compute.device),
+        device=str(choose_device(options.compute.device)[0]),
         dtype=getattr(torch, options.compute.decode_dtype),
         allow_other=options.allow_other_vae,
     )

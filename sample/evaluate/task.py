@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.console import warn
+from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json
 from sample.evaluate import report
@@ -16,7 +17,6 @@ from sample.evaluate.inputs import open_inputs
 from sample.evaluate.metrics import METRICS, FeatureName
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.scoring import Side, settle_metrics
-from sample.resolve import choose_device
 from sample.sidecar import sidecar_of
 from sample.work_folder import work_folder_of
 
@@ -174,8 +174,8 @@ def settle_task(options: EvaluateOptions) -> Task:
     for path in (options.out, options.make_reference):
         if path is not None:
             make_folder(Path(path).parent)
-    device = choose_device(options.compute.device)
-    batch_size = options.compute.batch_size or FEATURE_BATCH[device.partition(":")[0]]
+    device = str(choose_device(options.compute.device)[0])
+    batch_size = options.compute.batch_size or FEATURE_BATCH.get(device.partition(":")[0], 256)
     return Task(options=options, sides=sides, metrics=metrics, weights=weights, device=device, batch_size=batch_size)
 
 

@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from extract.encoder import Encoder, arithmetic, choose_device
+from extract.encoder import Encoder, arithmetic
 from pipeline.images import to_pixels
-from pipeline.runtime.errors import UserError
-from pipeline.runtime.processes import Launch
 from pipeline.vae import load_vae
 
 
@@ -72,19 +70,6 @@ def test_bytes_become_the_same_pixels_on_every_device(vae_folder):
     with encoder_of(load_vae(str(vae_folder))) as encoder:
         looked_up = encoder._values[torch.from_numpy(images).permute(0, 3, 1, 2).int()]
     assert torch.equal(looked_up, torch.from_numpy(to_pixels(images)))
-
-
-def test_each_process_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for wanted in ("auto", "cuda"):
-        found = [str(choose_device(wanted, Launch(rank=r, world_size=4, local_rank=r))[0]) for r in range(4)]
-        assert found == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert str(choose_device("cuda:1", Launch())[0]) == "cuda:1"
-    assert str(choose_device("cpu", Launch())[0]) == "cpu"
-    with pytest.raises(UserError, match="there are 2 CUDA GPUs here"):
-        choose_device("cuda:2", Launch())
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert choose_device("auto", Launch()) == (torch.device("cpu"), "no CUDA GPU was found")
 
 
 @pytest.mark.gpu

@@ -254,7 +254,7 @@ def test_the_images_of_a_number_do_not_depend_on_how_many_there_are(command, tmp
         (("--sampler", "ddmp"), "--sampler ddmp does not fit this checkpoint's process; did you mean ddpm?"),
         (("--eta", "0.5"), "--eta 0.5 is for --sampler ddim, not ddpm"),
         (("--steps", "1001"), "1001"),
-        (("--device", "tpu"), "--device tpu is unknown; use auto, cpu, cuda or cuda:N"),
+        (("--device", "tpu"), "--device tpu is not a device; use auto, cpu, cuda or cuda:N"),
         (("--num-samples", "20000"), "a grid of 20000 images is too large to look at; choose at most 19531"),
         (("--labels", "nowhere.txt"), "--labels nowhere.txt is neither random nor balanced nor a file"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.runtime.errors import UserError
 from sample.evaluate.inputs import Input
-from sample.evaluate.scoring import Side, compute_scores, count_name, settle_metrics
+from sample.evaluate.scoring import Comparison, Side, compute_scores, count_name, settle_metrics
 
 SETTINGS = {"seed": 0, "kid_subsets": 2, "kid_subset_size": 10, "device": "cpu"}
 
@@ -45,8 +45,12 @@ def test_the_limits_are_2048_for_fid_and_four_for_neighbours():
 def test_the_inception_score_of_a_folder_does_not_depend_on_its_class_folders():
     """12,000 images in the order of ten classes: splits of 5,000 in that order would hold half of the classes each."""
     logits = np.repeat(np.eye(10) * 100, 1200, axis=0)
-    in_order = compute_scores(("is",), side(12_000, logits_unbiased=logits), None, **SETTINGS)[0]
-    shuffled = compute_scores(("is",), side(12_000, sorted_by_name=True, logits_unbiased=logits), None, **SETTINGS)[0]
+    in_order = inception_score_of(side(12_000, logits_unbiased=logits))
+    shuffled = inception_score_of(side(12_000, sorted_by_name=True, logits_unbiased=logits))
     assert in_order.value < 6
     assert shuffled.value == pytest.approx(10, rel=0.01)
     assert (shuffled.details["splits"], shuffled.details["order"]) == (3, "shuffled")
+
+
+def inception_score_of(samples):
+    return compute_scores(("is",), Comparison(samples=samples, reference=samples, **SETTINGS))[0]

@@ -1,0 +1,110 @@
+"""On which device a command computes, how precisely, and what it says when memory ends: one answer for all commands."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from pipeline.runtime.console import warn
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.processes import Launch, launch
+
+Precision = Literal["no", "bf16", "fp16"]
+_TRIED = {"cpu", "cuda"}
+# What libraries say when memory ends, besides raising torch.OutOfMemoryError.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "failed to allocate", "cannot allocate memory")
+
+
+def wants_cpu(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether Accelerate's launcher was told to stay on the CPU."""
+    return environment.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+
+
+def choose_device(wanted: str, place: Launch | None = None) -> tuple[torch.device, str]:
+    """The device of this process and the reason for it; with several devices and processes, each takes its own.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    place = place or launch()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if wanted == "auto" and wants_cpu():
+        return torch.device("cpu"), "the launcher asks for the CPU"
+    if wanted == "auto" and accelerator is None:
+        return torch.device("cpu"), "no CUDA GPU was found"
+    if wanted == "auto":
+        wanted = accelerator.type if accelerator is not None else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"--device {wanted} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device, "--device"
+    return _own_one(device, place)
+
+
+def _own_one(device: torch.device, place: Launch) -> tuple[torch.device, str]:
+    """One of an accelerator's devices: the one asked for, or this process's."""
+    try:
+        module = torch.get_device_module(device.type)
+        count = int(module.device_count()) if module.is_available() else 0
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:N") from error
+    name = "CUDA GPUs" if device.type == "cuda" else f"{device.type.upper()} devices"
+    if not count or (device.index or 0) >= count:
+        raise UserError(f"--device {device}: there are {count} {name} here; use auto or cpu")
+    if device.type not in _TRIED:
+        warn(f"this program was never tried on {name}; please tell how it went")
+    if ":" in str(device):
+        return device, "--device"
+    index = place.local_rank % count
+    return torch.device(device.type, index), f"local process {place.local_rank}, {count} GPUs"
+
+
+def default_precision(device: torch.device) -> tuple[Precision, str]:
+    """The precision of matrix products when none is asked for, and why: bf16 where the GPU has units for it.
+
+    `torch.cuda.is_bf16_supported()` counts emulation, which is slower than float32: what counts is the capability.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16", "the GPU has it"
+    return "no", "default here"
+
+
+@contextmanager
+def float32_products(device: torch.device, *, tf32: bool) -> Iterator[None]:
+    """Let matrix products and convolutions in float32 use TF32, or neither of them, while the block runs."""
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    set_tf32(device, tf32)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def set_tf32(device: torch.device, on: bool) -> None:
+    """The same for the rest of the process; on a CPU there is nothing to set."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        torch.backends.cudnn.allow_tf32 = on
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, on a GPU or on the host, in whichever library."""
+    text = str(error).lower()
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY))
+
+
+@contextmanager
+def memory_explained(sentence: Callable[[], str]) -> Iterator[None]:
+    """Turn running out of memory inside the block into a `UserError` with that sentence: what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(sentence()) from error
