@@ -1,79 +1,138 @@
-"""Locks between processes that share an output folder: held by the kernel, so a killed process never leaves one."""
+"""Who makes what and who goes first, among processes that share a disk: exclusive locks that end with their holder.
 
+One kind of lock (filelock's, held by the system) serves shards, chunks, run folders and cached copies:
+
+    with exclusive(path):               wait for it, then be alone
+    lock = try_claim(path)              the right to make one thing, or None where another process has it
+    with Presence(folder) as here:      be known to work in a folder
+        with here.gate():               be the one who decides what happens to the folder
+            if here.is_alone(): …
+
+On a disk without locks, work that is shared out by them is refused; a lock that only keeps a second command away is
+gone without, and said so once (`needed=False`).
+"""
+
+import contextlib
 import errno
-import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes
+from pipeline.runtime.files import explained_writes, make_folder
 
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+_POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Lock:
-    """A lock that this process holds until `release`, or until it ends."""
+def try_claim(path: Path) -> FileLock | None:
+    """The lock of that file, held until `release` or the end of the process; None if another process holds it.
 
-    descriptor: int
-
-    def release(self) -> None:
-        os.close(self.descriptor)
-
-    def is_at(self, path: Path) -> bool:
-        """Whether the locked file still has that name; another process may have removed it."""
-        try:
-            return os.path.samestat(os.fstat(self.descriptor), path.stat())
-        except FileNotFoundError:
-            return False
-
-    def take_alone(self) -> bool:
-        """Turn a shared lock into an exclusive one; False (and the lock may be lost) if others hold it too."""
-        return _flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def share(self) -> None:
-        """Turn an exclusive lock into a shared one."""
-        _flock(self.descriptor, fcntl.LOCK_SH)
+    Raises:
+        UserError: the disk has no locks.
+    """
+    return _acquire(path, timeout=0)
 
 
-def try_lock(path: Path, *, shared: bool = False) -> Lock | None:
-    """The lock of that file, or None if another process holds it in a way that excludes this one."""
-    return _lock(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+@contextlib.contextmanager
+def exclusive(path: Path, *, needed: bool = True) -> Iterator[None]:
+    """Be alone with what the file stands for, after waiting for whoever is.
+
+    Args:
+        needed: whether work cannot be shared out without it.
+
+    Raises:
+        UserError: the disk has no locks, and one is needed.
+    """
+    with hold(_acquire(path, timeout=-1, needed=needed)):
+        yield
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of that file, exclusively, after waiting for it."""
-    lock = _lock(path, fcntl.LOCK_EX)
-    assert lock is not None
+@contextlib.contextmanager
+def hold(lock: FileLock | None) -> Iterator[None]:
+    """Release a lock when the block ends."""
     try:
         yield
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
-def _lock(path: Path, mode: int) -> Lock | None:
-    with explained_writes(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    if _flock(descriptor, mode):
-        return Lock(descriptor)
-    os.close(descriptor)
-    return None
-
-
-def _flock(descriptor: int, mode: int) -> bool:
+def _acquire(path: Path, *, timeout: float, needed: bool = True) -> FileLock | None:
+    lock = FileLock(path, timeout=timeout, poll_interval=_POLL_SECONDS, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(descriptor, mode)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in _UNSUPPORTED:
+        with explained_writes(path):
+            lock.acquire()
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
+            raise
+        if needed:
             raise UserError(
-                "the output folder is on a file system without locks; give --out a local folder or one on NFS 4, "
-                "Lustre (mounted with flock) or the like"
+                f"the file system of {path.parent} cannot lock files, which keeps processes from making the same "
+                "twice; give --out a local folder or one on NFS 4, Lustre (mounted with flock) or the like"
             ) from error
-        raise
-    return True
+        warn(f"the file system of {path.parent} cannot lock files: see to it that no second command works there")
+        return None
+    return lock
+
+
+class Presence:
+    """This process among those at work in a folder, known by a lock file of its own in `FOLDER/present/`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Come in; waits while another process decides about the folder, and makes it anew if that one removed it.
+
+        Raises:
+            UserError: the disk has no locks, or the folder cannot be made.
+        """
+        self.folder = folder
+        self._others = folder / "present"
+        self._lock: FileLock | None = None
+        name = f"{socket.gethostname()}-{os.getpid()}-{id(self):x}.lock"
+        while self._lock is None:
+            make_folder(self._others)
+            with contextlib.suppress(FileNotFoundError), self.gate():
+                self._lock = try_claim(self._others / name)
+            if self._lock is None:
+                time.sleep(_POLL_SECONDS)
+
+    def __enter__(self) -> "Presence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    @contextlib.contextmanager
+    def gate(self) -> Iterator[None]:
+        """Be the one who decides about the folder: nobody comes in meanwhile. The folder may be removed inside."""
+        with exclusive(self.folder / "gate.lock"):
+            yield
+
+    def is_alone(self) -> bool:
+        """Whether no other process is at work here; ask inside `gate`. Marks of processes that died are removed."""
+        own = None if self._lock is None else Path(self._lock.lock_file)
+        alone = True
+        for path in self._others.glob("*.lock"):
+            if path == own:
+                continue
+            lock = try_claim(path)
+            if lock is None:
+                alone = False
+                continue
+            path.unlink(missing_ok=True)
+            lock.release()
+        return alone
+
+    def leave(self) -> None:
+        """Not be at work here any more."""
+        if self._lock is not None:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
