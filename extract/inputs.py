@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from extract.options import PixelOptions
 from extract.sources.listing import Listing, Source, UnreadableInputError
-from pipeline.images import ImageError, centre_crop, choose_box, decode_image, random_resized_crop
+from pipeline.images import ImageError, center_crop, choose_box, decode_image, random_resized_crop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class Loader:
         image = decode_image(data, self.key(index))
         px = self.options.image_size
         if self.options.crop == "adm-center":
-            return centre_crop(image, px)[None]
+            return center_crop(image, px)[None]
         numbers = range(self.options.crop_count)
         boxes = (choose_box(image.width, image.height, self.seed, index, number) for number in numbers)
         return np.stack([random_resized_crop(image, px, box) for box in boxes])

@@ -115,7 +115,7 @@ def _from_floats(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
 
 
-def centre_crop(image: Image.Image, size: int) -> Pixels:
+def center_crop(image: Image.Image, size: int) -> Pixels:
     """The middle square of `size` pixels after the short side is brought to `size`, as ADM and DiT do it.
 
     Halve by BOX while the short side is at least 2 · size, resize by BICUBIC so that it is `size` (the other side

@@ -1,13 +1,13 @@
 """The frozen autoencoder between pixels and latents: load it, know it again, encode, normalise, decode to bytes.
 
 Latents in files are always *unscaled*, as the encoder gave them. Training and sampling work on
-`normalize(z) = (z − shift) · scale`, and `denormalise` undoes it just before decoding. Bytes become pixels in [−1, 1]
+`normalize(z) = (z − shift) · scale`, and `denormalize` undoes it just before decoding. Bytes become pixels in [−1, 1]
 in `pipeline.images.to_pixels`; pixels become bytes again here, in `to_bytes`, rounded to nearest, and nowhere else.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,7 +16,19 @@ from torch import Tensor
 from pipeline.runtime.errors import UserError
 from pipeline.vae_folder import KINDS, find_folder, fingerprint, load_model, read_config
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 Factor = float | Sequence[float] | Tensor
+
+STABLE_DIFFUSION: dict[str, Any] = {
+    "name": "stabilityai/sd-vae-ft-ema",
+    "class": "AutoencoderKL",
+    "sha256": None,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+}
+"""The VAE of the public release and of fast-DiT's features; neither says its fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -44,7 +56,7 @@ class Vae:
     device: torch.device
     dtype: torch.dtype
     """Precision of the weights and of the computation; what comes out is float32 or bytes in any case."""
-    model: Any = field(repr=False)
+    model: "ModelMixin" = field(repr=False)
     """The diffusers model."""
 
     def describe(self) -> dict[str, Any]:
@@ -58,11 +70,7 @@ class Vae:
         }
 
     def check_size(self, height: int, width: int) -> None:
-        """Nothing, if the VAE can encode images of this many pixels.
-
-        Raises:
-            UserError: it cannot; says which sizes it can.
-        """
+        """Raise UserError unless the VAE can encode images of this many pixels; the sentence says which it can."""
         if self.fixed_px is not None and (height, width) != (self.fixed_px, self.fixed_px):
             raise UserError(
                 f"the VAE {self.name} works on images of {self.fixed_px}×{self.fixed_px} pixels only, "
@@ -178,20 +186,16 @@ def find_vae(
     vae = load_vae(override or str(name), device=device, dtype=dtype)
     expected = recorded.get("sha256")
     if expected and vae.sha256 != expected and not allow_other:
-        mend = "give the right one with --vae" if override is None else "leave --vae out or give the right one"
+        fix = "give the right one with --vae" if override is None else "leave --vae out or give the right one"
         raise UserError(
             f"the latents were made with the VAE {name} of fingerprint {expected[:12]}…, but {override or name} has "
-            f"{vae.sha256[:12]}…: its weights or settings differ, and decoding would give wrong pictures; {mend}"
+            f"{vae.sha256[:12]}…: its weights or settings differ, and decoding would give wrong pictures; {fix}"
         )
     return vae
 
 
 def check_latents(vae: Vae, *, channels: int, downsample: int | None = None) -> None:
-    """Nothing, if the VAE's latents have as many channels, of as many pixels, as those of a network or a store.
-
-    Raises:
-        UserError: they have not.
-    """
+    """Raise UserError unless the VAE's latents have the channels, and the pixels, of a network's or a store's."""
     if vae.channels != channels or downsample not in {None, vae.downsample}:
         theirs = f"{channels} channels" + (f" and cells of {downsample} pixels" if downsample else "")
         raise UserError(
@@ -224,7 +228,7 @@ def normalize(
 def denormalize(
     z: Float[Tensor, "*batch channel height width"], scaling_factor: Factor, shift_factor: Factor | None = None
 ) -> Float[Tensor, "*batch channel height width"]:
-    """Unscaled latents from what the network made: z / scale + shift, the inverse of `normalise`."""
+    """Unscaled latents from what the network made: z / scale + shift, the inverse of `normalize`."""
     return z / _per_channel(scaling_factor, z) + _per_channel(shift_factor, z)
 
 

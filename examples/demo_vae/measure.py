@@ -17,7 +17,7 @@ from PIL import Image
 from examples.demo_vae.drawings import draw_canvas
 from examples.demo_vae.train import SEEN_DIGITS, digit_pixels
 from pipeline.image_grid import pairs, save_png
-from pipeline.images import centre_crop, to_pixels
+from pipeline.images import center_crop, to_pixels
 from pipeline.randomness import derive_seed
 from pipeline.runtime.console import run_command
 from pipeline.vae import Vae, load_vae, normalize
@@ -39,7 +39,7 @@ def photographs(size: int) -> Images:
     """scikit-learn's two photographs, a pagoda and a dahlia, cropped as for training."""
     from sklearn.datasets import load_sample_images
 
-    return np.stack([centre_crop(Image.fromarray(photo), size) for photo in load_sample_images().images])
+    return np.stack([center_crop(Image.fromarray(photo), size) for photo in load_sample_images().images])
 
 
 def drawings(count: int) -> Images:

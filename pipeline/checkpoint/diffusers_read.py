@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pipeline.checkpoint.release import default_info
 from pipeline.checkpoint.tensor_files import join_names, load_tensors
-from pipeline.convert.features import STABLE_DIFFUSION
 from pipeline.dit import DiTConfig
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
+from pipeline.vae import STABLE_DIFFUSION
 
 PIPELINE_NULL_CLASS: Final = 1000
 """The label that diffusers' DiTPipeline takes for "no class", whatever the number of classes."""

@@ -1,5 +1,7 @@
 """A bare state dict in the names of the public DiT release: its configuration read off the tensors' shapes."""
 
+import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,11 +11,12 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.tensor_files import join_names
-from pipeline.convert.features import STABLE_DIFFUSION
-from pipeline.dit.config import DESIGNS, PRESETS, Conditioning, ConfigError, DiTConfig
+from pipeline.dit.config import PRESETS, BlockOptions, ConfigError, DiTConfig
 from pipeline.dit.embeddings import position_table
+from pipeline.dit.model import on_meta
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
+from pipeline.vae import STABLE_DIFFUSION
 
 KNOWN_HEADS: Final = {sizes["hidden_size"]: sizes["num_heads"] for sizes in PRESETS.values()}
 """Hidden width -> heads of the published sizes; shapes do not tell the number of heads."""
@@ -64,7 +67,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, origin: 
             f"learned variance) fit the input"
         )
     try:
-        return DiTConfig(
+        usual = DiTConfig(
             input_size=_grid(state, hidden_size, patch_size, origin),
             patch_size=patch_size,
             in_channels=in_channels,
@@ -74,11 +77,25 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, origin: 
             mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
             learn_sigma=outputs == 2 * in_channels,
-            conditioning=_conditioning(state, hidden_size),
-            qk_norm="blocks.0.attn.q_norm.weight" in state,
         )
+        return dataclasses.replace(usual, **_block_options(state, usual))
     except ConfigError as error:
         raise UserError(f"{origin}: {error}") from error
+
+
+def unlike_the_release(config: DiTConfig) -> list[str]:
+    """What of a network the public release does not have, and so neither its format nor diffusers' class."""
+    usual = BlockOptions()
+    reasons = {
+        name: f"its {name} is {value}, not {getattr(usual, name)}"
+        for name in BlockOptions.choices()
+        if (value := getattr(config, name)) != getattr(usual, name)
+    }
+    if config.qk_norm:
+        reasons["qk_norm"] = "its queries and keys are normalised"
+    if config.height != config.width:
+        reasons["input_size"] = f"its latent is {config.height}×{config.width}, not square"
+    return list(reasons.values())
 
 
 def default_info(
@@ -141,17 +158,25 @@ def _heads(hidden_size: int, num_heads: int | None, origin: object) -> int:
     return heads
 
 
-def _conditioning(state: Mapping[str, Tensor], hidden_size: int) -> Conditioning:
-    modulations = [
-        len(tensor) // hidden_size
-        for name, tensor in state.items()
-        if re.fullmatch(r"blocks\.\d+\.adaLN_modulation\.1\.weight", name)
-    ]
-    seen = (modulations[0] if modulations else 0, any(".cross_attn." in name for name in state))
-    if seen == (0, False) and "final_layer.norm_final.weight" not in state:
-        return "adaln-zero"
-    known = {(design.modulation_vectors, design.crosses): name for name, design in reversed(DESIGNS.items())}
-    return known.get(seen, "adaln-zero")
+def _block_options(state: Mapping[str, Tensor], usual: DiTConfig) -> dict[str, Any]:
+    """How the blocks are built: the options whose network has this state's tensors, or the fewest others.
+
+    Every choice of every option is tried in a network of one block that holds no numbers, so an option that is added
+    to a block is recognised with no more code; of those that fit alike the first counts.
+    """
+    found = _one_block({name: tensor for name, tensor in state.items() if name != "pos_embed"})
+    choices = BlockOptions.choices()
+    candidates = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+    def differing(options: dict[str, Any]) -> int:
+        return len(found ^ _one_block(on_meta(dataclasses.replace(usual, depth=1, **options)).state_dict()))
+
+    return min(candidates, key=differing)
+
+
+def _one_block(tensors: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor, the blocks laid one on another."""
+    return {(re.sub(r"^blocks\.\d+\.", "blocks.0.", name), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _grid(state: Mapping[str, Tensor], hidden_size: int, patch_size: int, origin: object) -> int | tuple[int, int]:

@@ -37,15 +37,8 @@ from pipeline.randomness import Permutation
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json
+from pipeline.vae import STABLE_DIFFUSION
 
-STABLE_DIFFUSION = {
-    "name": "stabilityai/sd-vae-ft-ema",
-    "class": "AutoencoderKL",
-    "sha256": None,
-    "scaling_factor": 0.18215,
-    "shift_factor": None,
-}
-"""fast-DiT's default VAE. Its fingerprint is not known from the features."""
 _DOWNSAMPLE = 8
 _LOOKED_AT = 64
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline import randomness
 from pipeline.dit import DiT, DiTConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
 
 TOLERANCE: Final = 1e-5
 """Largest difference that float32 rounding may make, in the outputs' own units or, above 1, of the largest one."""
@@ -30,8 +33,8 @@ class DiffusersDifference(NamedTuple):
 
     as_is: Difference
     """As `from_pretrained` gives it."""
-    mended: Difference
-    """With the release's timestep frequencies and norms (`mend`)."""
+    fixed: Difference
+    """With the release's timestep frequencies and norms (`fix`)."""
 
 
 def forward_difference(ours: DiT, theirs: Forward) -> Difference:
@@ -50,7 +53,7 @@ def _batch(config: DiTConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def diffusers_difference(ours: DiT, folder: Path) -> DiffusersDifference:
-    """diffusers' network in a transformer folder against ours, as a user gets it and mended."""
+    """diffusers' network in a transformer folder against ours, as a user gets it and fixed."""
     from diffusers import DiTTransformer2DModel
 
     safe = any(folder.glob("*.safetensors*"))
@@ -61,11 +64,11 @@ def diffusers_difference(ours: DiT, folder: Path) -> DiffusersDifference:
         return network(x, timestep=t, class_labels=y).sample
 
     as_is = forward_difference(ours, theirs)
-    mend(network)
+    fix(network)
     return DiffusersDifference(as_is, forward_difference(ours, theirs))
 
 
-def mend(network: Any) -> None:
+def fix(network: "DiTTransformer2DModel") -> None:
     """Give diffusers' DiT the release's timestep frequencies, 10000^(-i/128) and not ^(-i/127), and its norms' 1e-6."""
     for block in network.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0

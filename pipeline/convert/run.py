@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.checkpoint.diffusers_write import recorded_vae, write_diffusers
 from pipeline.checkpoint.folder import Stored, build_model, read_stored, write_model_files
+from pipeline.checkpoint.release import unlike_the_release
 from pipeline.checkpoint.tensor_files import join_names, not_finite, save_pickled_tensors, save_safetensors
 from pipeline.convert.options import ConvertOptions
 from pipeline.convert.parity import TOLERANCE, Difference, diffusers_difference, forward_difference
@@ -24,7 +25,7 @@ from pipeline.runtime.files import (
     remove_folder,
 )
 
-MENDING = "norm1.emb.time_proj.downscale_freq_shift = 0 and norm3.eps = 1e-6 in every block"
+FIX = "norm1.emb.time_proj.downscale_freq_shift = 0 and norm3.eps = 1e-6 in every block"
 
 
 def convert(options: ConvertOptions) -> list[str]:
@@ -63,8 +64,8 @@ def import_store(options: ConvertOptions) -> list[str]:
     Raises:
         UserError: the folders do not fit together, or the target holds something else.
     """
-    from pipeline.convert.features import STABLE_DIFFUSION, import_numpy_features
-    from pipeline.vae import load_vae
+    from pipeline.convert.features import import_numpy_features
+    from pipeline.vae import STABLE_DIFFUSION, load_vae
 
     vae = load_vae(options.vae) if options.vae else None
     names = _read_names(options.class_names) if options.class_names else None
@@ -92,11 +93,11 @@ def _summary(stored: Stored) -> str:
 
 
 def _diffusers_lines(model: DiT, folder: Path) -> list[str]:
-    as_is, mended = diffusers_difference(model, folder)
+    as_is, fixed = diffusers_difference(model, folder)
     why = "its timestep frequencies differ from the release's"
     return [
         f"diffusers as it is: max abs difference {as_is.largest:.3g} ({why})",
-        f"with {MENDING}: {_checked(mended)}",
+        f"with {FIX}: {_checked(fixed)}",
     ]
 
 
@@ -124,13 +125,7 @@ def _write_dit(path: Path, stored: Stored, model: DiT, options: ConvertOptions) 
 
 
 def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) -> list[str]:
-    config = stored.config
-    reasons = {
-        f"its conditioning is {config.conditioning}, not adaln-zero": config.conditioning != "adaln-zero",
-        f"its latent is {config.height}×{config.width}, not square": config.height != config.width,
-        "its queries and keys are normalised": config.qk_norm,
-    }
-    wrong = [reason for reason, applies in reasons.items() if applies]
+    wrong = unlike_the_release(stored.config)
     if wrong:
         raise UserError(f"the public release cannot hold this network: {'; '.join(wrong)}; keep it with --format dit")
     unsaid = _unsaid(stored)
@@ -141,7 +136,7 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
         )
     tensors = {**model.state_dict(), "pos_embed": model.pos_embed}
     (save_pickled_tensors if path.suffix == ".pt" else save_safetensors)(path, tensors)
-    return _read_back(path, model, num_heads=config.num_heads)
+    return _read_back(path, model, num_heads=stored.config.num_heads)
 
 
 def _unsaid(stored: Stored) -> list[str]:

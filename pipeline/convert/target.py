@@ -13,11 +13,7 @@ _PIPELINE = {"model_index.json", "scheduler", "transformer", "vae"}
 
 
 def check_target(target: Path, form: str, *, overwrite: bool) -> None:
-    """Nothing, if the target is free, or holds what an earlier conversion left and that may be replaced.
-
-    Raises:
-        UserError: it holds something else, or may not be replaced.
-    """
+    """Raise UserError unless the target is free, or holds what an earlier conversion left and may be replaced."""
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
@@ -37,11 +33,7 @@ def check_target(target: Path, form: str, *, overwrite: bool) -> None:
 
 
 def check_sources(target: Path, sources: Iterable[Path], given: str) -> None:
-    """Nothing, if replacing the target leaves what is read alone.
-
-    Raises:
-        UserError: the target is, or holds, one of the sources.
-    """
+    """Raise UserError unless replacing the target leaves alone what is read."""
     place = target.resolve()
     for source in sources:
         if place.exists() and (place == source.resolve() or place in source.resolve().parents):

@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from pipeline.runtime.errors import UserError
 
@@ -28,7 +28,7 @@ DESIGNS: dict[str, Design] = {
     "cross-attention": Design(crosses=True),
     "in-context": Design(added_tokens=2),
 }
-"""By name; a state dict is recognised by the first one that has its modulation vectors and third branch."""
+"""By name, the release's first. A state dict is recognised by its tensors (`checkpoint.release`)."""
 
 if TYPE_CHECKING:
     Conditioning = str
@@ -64,6 +64,15 @@ class BlockOptions:
     """How a block is told the timestep and the class."""
     qk_norm: bool = False
     """Normalise queries and keys per head (steadier in bf16, costs some quality); the release does not."""
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[Any, ...]]:
+        """{field: what it may be} of every option here, the release's own choice first."""
+        hints = get_type_hints(BlockOptions)
+        return {
+            field.name: (False, True) if hints[field.name] is bool else get_args(hints[field.name])
+            for field in dataclasses.fields(BlockOptions)
+        }
 
     @property
     def design(self) -> Design:
@@ -219,8 +228,11 @@ def _out_of_range(config: DiTConfig) -> list[str]:
         wrong.append(f"num_classes is {config.num_classes} but must be at least 0")
     if not 0 <= config.class_dropout_prob <= 1:
         wrong.append(f"class_dropout_prob is {config.class_dropout_prob} but must lie between 0 and 1")
-    if config.conditioning not in DESIGNS:
-        wrong.append(f"conditioning is {config.conditioning!r} but must be one of {', '.join(DESIGNS)}")
+    wrong += [
+        f"{name} is {value!r} but must be one of {', '.join(map(str, choices))}"
+        for name, choices in BlockOptions.choices().items()
+        if (value := getattr(config, name)) not in choices
+    ]
     return wrong
 
 

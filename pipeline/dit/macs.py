@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a network, counted on tensors that hold no numbers."""
+"""Parameters and multiply-adds of a network, counted on tensors that hold no numbers."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.dit.config import Conditioning, DiTConfig
-from pipeline.dit.model import DiT
+from pipeline.dit.model import on_meta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +50,6 @@ _PAPER: dict[tuple[str, Conditioning, int], tuple[float, int]] = {
 }
 
 
-def on_meta(config: DiTConfig) -> DiT:
-    """The network with its shapes but without memory for its weights."""
-    with torch.device("meta"):
-        return DiT(config, seed=None)
-
-
 def count_parameters(config: DiTConfig) -> int:
     """Trainable parameters."""
     return sum(parameter.numel() for parameter in on_meta(config).parameters())
@@ -66,11 +60,11 @@ def count_macs(config: DiTConfig) -> int:
 
     Every block costs the same, so that networks of one and of two blocks tell the cost of any depth.
     """
-    one, two = (_counted_flops(dataclasses.replace(config, depth=depth)) for depth in (1, 2))
+    one, two = (_counted(dataclasses.replace(config, depth=depth)) for depth in (1, 2))
     return one + (config.depth - 1) * (two - one)
 
 
-def _counted_flops(config: DiTConfig) -> int:
+def _counted(config: DiTConfig) -> int:
     x = torch.empty(1, config.in_channels, config.height, config.width, device="meta")
     t, y = torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
     model = on_meta(config)

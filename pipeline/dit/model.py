@@ -117,6 +117,12 @@ class DiT(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def on_meta(config: DiTConfig) -> DiT:
+    """The network with its shapes but without memory for its weights."""
+    with torch.device("meta"):
+        return DiT(config, seed=None)
+
+
 def initialize(model: DiT, seed: int) -> None:
     """Set every weight as the release does, as a function of the seed alone.
 

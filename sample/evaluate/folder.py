@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.images import ImageError, centre_crop, decode_image
+from pipeline.images import ImageError, center_crop, decode_image
 from pipeline.runtime.errors import UserError
 from sample.evaluate.options import PART_IMAGES
 
@@ -91,7 +91,7 @@ class FolderImages:
             ) from error
         except ImageError as error:
             raise UserError(f"{path} cannot be used: {error}; restore it or take it out of the folder") from error
-        return np.asarray(image, dtype=np.uint8) if self.image_size is None else centre_crop(image, self.image_size)
+        return np.asarray(image, dtype=np.uint8) if self.image_size is None else center_crop(image, self.image_size)
 
     def _checked(self, image: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
         found = (image.shape[1], image.shape[0])

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from extract.plan import Plan
 from extract.preview import Reconstruction
-from pipeline.images import centre_crop, choose_box, decode_image, random_resized_crop, to_pixels
+from pipeline.images import center_crop, choose_box, decode_image, random_resized_crop, to_pixels
 from pipeline.latents import LatentStore
 from pipeline.vae import load_vae
 
@@ -65,7 +65,7 @@ def test_every_sample_is_the_latent_of_its_image_and_of_its_mirror_image(
     for index in range(0, 50, 7):
         moments, label, key = rows[index]
         assert label == "abc".index(key[0])
-        crop = centre_crop(decode_image((images / key).read_bytes(), key), 32)
+        crop = center_crop(decode_image((images / key).read_bytes(), key), 32)
         assert torch.equal(moments, by_hand(vae, [crop]))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.images import (
     ImageError,
-    centre_crop,
+    center_crop,
     choose_box,
     decode_image,
     random_resized_crop,
@@ -157,7 +157,7 @@ def test_a_broken_colour_profile_is_ignored():
 
 
 def test_one_pixel_is_an_image():
-    pixels = centre_crop(decode_image(encoded(Image.new("RGB", (1, 1), SOLID), "PNG")), 64)
+    pixels = center_crop(decode_image(encoded(Image.new("RGB", (1, 1), SOLID), "PNG")), 64)
     assert pixels.shape == (64, 64, 3)
     assert (pixels == SOLID).all()
 
@@ -216,13 +216,13 @@ def test_noise_never_raises_anything_but_image_errors():
 )
 def test_the_centre_crop_is_bit_for_bit_the_published_one(size, shape):
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (shape[1], shape[0], 3), dtype=np.uint8))
-    assert np.array_equal(centre_crop(image, size), adm_center_crop(image, size))
+    assert np.array_equal(center_crop(image, size), adm_center_crop(image, size))
 
 
 def test_a_side_ratio_that_would_fill_the_memory_is_refused():
     with pytest.raises(ImageError, match="too thin: 1×5000 pixels would be resized to 256×1280000, more than 64 mega"):
-        centre_crop(Image.new("RGB", (1, 5000)), 256)
-    assert centre_crop(Image.new("RGB", (1, 99)), 64).shape == (64, 64, 3)
+        center_crop(Image.new("RGB", (1, 5000)), 256)
+    assert center_crop(Image.new("RGB", (1, 99)), 64).shape == (64, 64, 3)
 
 
 def test_boxes_depend_on_their_key_alone_and_stay_inside():
@@ -262,12 +262,12 @@ def test_bytes_map_linearly_onto_minus_one_to_one():
 
 def test_many_threads_decode_what_one_does():
     files = [encoded(picture(64, 48, seed), kind) for seed in range(4) for kind in ("PNG", "JPEG", "WEBP", "GIF")]
-    expected = [centre_crop(decode_image(data), 32) for data in files]
+    expected = [center_crop(decode_image(data), 32) for data in files]
     failures = []
 
     def decode_all():
         for data, pixels in zip(files * 3, expected * 3, strict=True):
-            if not np.array_equal(centre_crop(decode_image(data), 32), pixels):
+            if not np.array_equal(center_crop(decode_image(data), 32), pixels):
                 failures.append(data)
 
     threads = [threading.Thread(target=decode_all) for _ in range(8)]

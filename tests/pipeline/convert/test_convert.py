@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import folder
 from pipeline.checkpoint.diffusers_read import from_diffusers, to_diffusers
+from pipeline.checkpoint.diffusers_write import fold_normalization
 from pipeline.checkpoint.folder import load_checkpoint, read_checkpoint, write_model_files
 from pipeline.checkpoint.release import default_info
 from pipeline.convert import __main__
-from pipeline.convert.parity import mend
-from pipeline.diffusers_vae import fold_normalisation
+from pipeline.convert.parity import fix
 from pipeline.diffusion import GaussianDiffusion, RectifiedFlow
 from pipeline.dit import DiT, DiTConfig
 from pipeline.latents.manifest import sealed
@@ -150,7 +150,7 @@ def test_ours_become_a_folder_that_diffusers_opens_and_samples(tmp_path, golden,
 
     assert 0.1 < float((theirs() - golden["forward.out"]).abs().max()) < 1, "the known difference"
     assert "diffusers as it is: max abs difference 0." in out
-    mend(pipeline.transformer)
+    fix(pipeline.transformer)
     assert float((theirs() - golden["forward.out"]).abs().max()) < 2e-5
     assert "downscale_freq_shift = 0 and norm3.eps = 1e-6 in every block: max abs difference" in out
     assert "(below 1e-05)" in out
@@ -478,7 +478,7 @@ def test_a_factor_and_a_shift_per_channel_fold_into_the_layers_beside_the_latent
     config = json.loads((vae_folder / "config.json").read_text())
     weights = load_file(vae_folder / "diffusion_pytorch_model.safetensors")
     scale, shift = torch.tensor([0.5, 2.0, 1.0, 0.1]), torch.tensor([0.3, -1.0, 0.0, 2.0])
-    config_after, folded = fold_normalisation(config, weights, scale.tolist(), shift.tolist())
+    config_after, folded = fold_normalization(config, weights, scale.tolist(), shift.tolist())
     assert config_after["scaling_factor"] == 1.0
     before = AutoencoderKL.from_pretrained(vae_folder)
     after = AutoencoderKL.from_pretrained(vae_folder)

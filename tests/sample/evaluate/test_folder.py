@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images import centre_crop
+from pipeline.images import center_crop
 from pipeline.runtime.errors import UserError
 from sample.evaluate.folder import FolderImages, list_images
 
@@ -39,7 +39,7 @@ def test_images_of_any_size_go_through_the_centre_crop_of_extraction(tmp_path, p
         image.save(tmp_path / f"{k}.png")
     images = open_folder(tmp_path, image_size=16)
     assert images.size == (16, 16)
-    np.testing.assert_array_equal(read(images), np.stack([centre_crop(image, 16) for image in originals]))
+    np.testing.assert_array_equal(read(images), np.stack([center_crop(image, 16) for image in originals]))
 
 
 def test_without_a_size_the_first_image_that_differs_is_named(tmp_path, pictures, save_pictures):
