@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.diffusion.samplers import samplers_help
+from pipeline.diffusion.samplers import samplers_help, takes_eta
 from pipeline.runtime.errors import UserError
 
 SUFFIXES = {".png": "grid", ".npz": "npz", ".safetensors": "latents"}
@@ -46,8 +46,9 @@ class ReverseOptions:
     sampler: Annotated[str | None, tyro.conf.arg(help=samplers_help())] = None
     steps: int = 250
     """Steps of the reverse process."""
-    eta: float = 0.0
-    """Noise of ddim: 0 is deterministic, 1 adds as much as ddpm."""
+    eta: Annotated[
+        float, tyro.conf.arg(help=f"Noise of {takes_eta()}: 0 is deterministic, 1 adds as much as ddpm.")
+    ] = 0.0
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none and costs half. Default 4.0 where the network was trained with label dropout, else 1."""
     guidance_channels: Literal["all", "3"] = "all"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.release import default_info
 from pipeline.checkpoint.tensor_files import join_names, load_tensors
+from pipeline.diffusion.gaussian import DIFFUSERS_PREDICTIONS
 from pipeline.dit import DiTConfig
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
@@ -43,7 +44,7 @@ _EMBEDDERS = {
 }
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+_PREDICTIONS = {theirs: ours for ours, theirs in DIFFUSERS_PREDICTIONS.items()}
 _TRANSFORMERS = ("DiTTransformer2DModel", "Transformer2DModel")
 
 

@@ -16,6 +16,7 @@ from pipeline.checkpoint.diffusers_read import PIPELINE_NULL_CLASS, to_diffusers
 from pipeline.checkpoint.folder import Stored
 from pipeline.checkpoint.release import unlike_the_release
 from pipeline.checkpoint.tensor_files import read_safetensors, save_safetensors
+from pipeline.diffusion.process import make_process
 from pipeline.dit import DiTConfig
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
@@ -23,7 +24,6 @@ from pipeline.runtime.files import make_folder, write_json
 from pipeline.vae import Vae, check_latents, find_vae
 from pipeline.vae_folder import WEIGHTS, find_folder, read_config, weight_files
 
-_PREDICTION_TYPES = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 _KEPT = ("step", "class_ids", "diffusion", "vae", "image", "training")
 
 
@@ -41,7 +41,7 @@ def write_diffusers(folder: Path, stored: Stored, *, vae: str | None) -> None:
     config = stored.config
     _check_expressible(config)
     stamp = {"_diffusers_version": diffusers.__version__}
-    scheduler = _scheduler_settings(stored.info["diffusion"])
+    scheduler = make_process(stored.info["diffusion"]).diffusers_scheduler()
     used_vae = _write_vae(folder / "vae", stored.info["vae"], vae, channels=config.in_channels)
     rows = _label_rows(config)
     for part in ("transformer", "scheduler"):
@@ -112,31 +112,6 @@ def _transformer_settings(config: DiTConfig, label_rows: int) -> dict[str, Any]:
         "out_channels": config.out_channels,
         "patch_size": config.patch_size,
         "sample_size": config.height,
-    }
-
-
-def _scheduler_settings(diffusion: Mapping[str, Any]) -> dict[str, Any]:
-    """DDIM with the process's own betas; for flow, a solver of diffusers' that its DiT pipeline can drive."""
-    if diffusion["objective"] == "flow":
-        return {
-            "_class_name": "DPMSolverMultistepScheduler",
-            "num_train_timesteps": 1000,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": 1.0,
-        }
-    steps = diffusion["steps"]
-    cosine = {"beta_schedule": "squaredcos_cap_v2"}
-    linear = {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps}
-    return {
-        "_class_name": "DDIMScheduler",
-        **(cosine if diffusion["schedule"] == "cosine" else linear),
-        "clip_sample": False,
-        "num_train_timesteps": steps,
-        "prediction_type": _PREDICTION_TYPES[diffusion["prediction"]],
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "timestep_spacing": "leading",
     }
 
 

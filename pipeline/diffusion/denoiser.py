@@ -1,14 +1,10 @@
 """What a process asks of a network: `denoise(x_t, t)`, its output taken apart in full precision."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from pipeline.runtime.errors import UserError
 
 Latents = Float[Tensor, "batch channel height width"]
 PerSample = Float[Tensor, " batch"]
@@ -23,11 +19,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def check_batch(x_start: Tensor, t: Tensor, noise: Tensor) -> None:
-    """Nothing, if there are one timestep and one noise per sample; a batch of one would broadcast in silence.
-
-    Raises:
-        ValueError: the shapes do not belong together.
-    """
+    """Raise ValueError unless there are one timestep and one noise per sample: a batch of one would broadcast."""
     if noise.shape != x_start.shape or t.shape != x_start.shape[:1]:
         raise ValueError(
             f"x_start has shape {list(x_start.shape)}, so noise must have it too and t be [{len(x_start)}]; "
@@ -53,28 +45,3 @@ def split_output(output: Tensor, x_t: Latents, *, learns_variance: bool) -> tupl
 def mean_over_sample(values: Latents) -> PerSample:
     """Each sample's mean over its channels and cells."""
     return values.flatten(1).mean(1)
-
-
-def check_settings(kind: type, values: Mapping[str, Any]) -> None:
-    """Nothing, if every key is a field of that process, of its type, and every choice among words is one of them.
-
-    Raises:
-        UserError: some are not; each is named.
-    """
-    names = [field.name for field in dataclasses.fields(kind)]
-    hints = get_type_hints(kind)
-    wrong = [f"{name} is no setting of it (they are {', '.join(names)})" for name in values if name not in names]
-    for name in (name for name in names if name in values):
-        value, choices = values[name], get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
-        if choices and value not in choices:
-            wrong.append(f"{name} is {value!r} but must be one of {', '.join(choices)}")
-        if hints[name] is int and type(value) is not int:
-            wrong.append(f"{name} is {value!r} but must be a whole number")
-        if hints[name] == tuple[int, ...] | None and not (value is None or _are_whole(value)):
-            wrong.append(f"{name} is {value!r} but must be whole numbers")
-    if wrong:
-        raise UserError(f"this {kind.__name__} cannot be made: {'; '.join(wrong)}")
-
-
-def _are_whole(value: object) -> bool:
-    return isinstance(value, tuple) and all(type(number) is int for number in value)

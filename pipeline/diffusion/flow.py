@@ -19,7 +19,6 @@ from pipeline.diffusion.denoiser import (
     PerSample,
     at_least_float32,
     check_batch,
-    check_settings,
     mean_over_sample,
     split_output,
 )
@@ -32,9 +31,6 @@ class RectifiedFlow:
 
     timestep_law: TimestepLaw = "logit-normal"
     """How training draws times: a standard normal through the logistic function, or uniform."""
-
-    def __post_init__(self) -> None:
-        check_settings(type(self), dataclasses.asdict(self))
 
     objective: ClassVar[str] = "flow"
     num_timesteps: ClassVar[None] = None  # time is a real number
@@ -57,6 +53,16 @@ class RectifiedFlow:
     def start(self, noise: Latents) -> Latents:
         """Where a sampler starts: the noise, in full precision."""
         return at_least_float32(noise)
+
+    def diffusers_scheduler(self) -> dict[str, Any]:
+        """The settings of a solver of diffusers' that its DiT pipeline can drive."""
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "num_train_timesteps": 1000,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 1.0,
+        }
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> PerSample:
         """Times in [0, 1] by the timestep law, on the generator's device."""

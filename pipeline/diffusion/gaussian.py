@@ -1,4 +1,4 @@
-"""The terms of the variational bound, element by element, in nats."""
+"""Gaussian diffusion (Ho et al. 2020, arXiv 2006.11239): its steps back, and the variational bound that trains them."""
 
 import dataclasses
 import math
@@ -15,7 +15,6 @@ from pipeline.diffusion.denoiser import (
     PerSample,
     at_least_float32,
     check_batch,
-    check_settings,
     mean_over_sample,
     split_output,
 )
@@ -24,33 +23,8 @@ from pipeline.diffusion.schedules import PerStep, Tables, kept_timesteps, tables
 from pipeline.runtime.errors import UserError
 
 BITS_PER_NAT = 1 / math.log(2)
-
-
-def gaussian_kl(mean_1: Latents, log_variance_1: Tensor, mean_2: Latents, log_variance_2: Tensor) -> Latents:
-    """KL(N(mean_1, exp log_variance_1) ‖ N(mean_2, exp log_variance_2)) of every element."""
-    ratio = log_variance_1 - log_variance_2
-    return 0.5 * (ratio.exp() - 1 - ratio + (mean_1 - mean_2).square() * (-log_variance_2).exp())
-
-
-def discretized_gaussian_nll(x: Latents, mean: Latents, log_variance: Tensor) -> Latents:
-    """-log of the probability that a normal falls into x's bin, the bins being 2 / 255 wide on [-1, 1].
-
-    The outermost bins reach to infinity (Ho et al. 2020, equation 13).
-    """
-    deviation_inverse = (-0.5 * log_variance).exp()
-    below_upper = _normal_cdf((x - mean + 1 / 255) * deviation_inverse)
-    below_lower = _normal_cdf((x - mean - 1 / 255) * deviation_inverse)
-    probability = torch.where(
-        x < -0.999, below_upper, torch.where(x > 0.999, 1 - below_lower, below_upper - below_lower)
-    )
-    return -probability.clamp(min=1e-12).log()
-
-
-def _normal_cdf(x: Tensor) -> Tensor:
-    """The standard normal's cumulative distribution in the tanh form that the release trains with."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
+DIFFUSERS_PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+"""What diffusers' schedulers call the predictions."""
 Timesteps = Int[Tensor, " batch"]
 
 
@@ -84,7 +58,6 @@ class GaussianDiffusion:
     """Original timesteps that a respaced process keeps, ascending; None keeps all."""
 
     def __post_init__(self) -> None:
-        check_settings(type(self), dataclasses.asdict(self))
         if self.steps < 1:
             raise UserError(f"this process cannot be made: steps is {self.steps} but must be at least 1")
         if self.kept is not None and not _rises_within(self.kept, self.steps):
@@ -151,6 +124,21 @@ class GaussianDiffusion:
         values = {"objective": self.objective, **dataclasses.asdict(self)}
         kept = values.pop("kept")
         return values if kept is None else {**values, "kept": list(kept)}
+
+    def diffusers_scheduler(self) -> dict[str, Any]:
+        """The settings of diffusers' DDIM with this process's own betas."""
+        cosine = {"beta_schedule": "squaredcos_cap_v2"}
+        linear = {"beta_schedule": "linear", "beta_start": 0.1 / self.steps, "beta_end": 20 / self.steps}
+        return {
+            "_class_name": "DDIMScheduler",
+            **(cosine if self.schedule == "cosine" else linear),
+            "clip_sample": False,
+            "num_train_timesteps": self.steps,
+            "prediction_type": DIFFUSERS_PREDICTIONS[self.prediction],
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+            "timestep_spacing": "leading",
+        }
 
     def respaced(self, respacing: str) -> "GaussianDiffusion":
         """The same process on a subset of its timesteps: "N", "A,B,C" or "ddimN" (see `kept_timesteps`).
@@ -297,3 +285,28 @@ def _columns(values: Tensor) -> Tensor:
 def _like(values: Tensor, x: Tensor) -> Tensor:
     """Table entries, float64 up to here, in the precision in which x is computed with."""
     return values.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def gaussian_kl(mean_1: Latents, log_variance_1: Tensor, mean_2: Latents, log_variance_2: Tensor) -> Latents:
+    """KL(N(mean_1, exp log_variance_1) ‖ N(mean_2, exp log_variance_2)) of every element, in nats."""
+    ratio = log_variance_1 - log_variance_2
+    return 0.5 * (ratio.exp() - 1 - ratio + (mean_1 - mean_2).square() * (-log_variance_2).exp())
+
+
+def discretized_gaussian_nll(x: Latents, mean: Latents, log_variance: Tensor) -> Latents:
+    """-log of the probability that a normal falls into x's bin, in nats, the bins being 2 / 255 wide on [-1, 1].
+
+    The outermost bins reach to infinity (Ho et al. 2020, equation 13).
+    """
+    deviation_inverse = (-0.5 * log_variance).exp()
+    below_upper = _normal_cdf((x - mean + 1 / 255) * deviation_inverse)
+    below_lower = _normal_cdf((x - mean - 1 / 255) * deviation_inverse)
+    probability = torch.where(
+        x < -0.999, below_upper, torch.where(x > 0.999, 1 - below_lower, below_upper - below_lower)
+    )
+    return -probability.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The standard normal's cumulative distribution in the tanh form that the release trains with."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -7,7 +7,7 @@ torch, so that options can ask it.
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from pipeline.runtime.errors import UserError
 
@@ -73,10 +73,8 @@ def make_process(settings: Mapping[str, Any]) -> Process:
     objective = values.pop("objective", None)
     if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise UserError(f"the objective is {objective!r}, but only {' and '.join(OBJECTIVES)} exist")
-    from pipeline.diffusion.denoiser import check_settings
-
     kind = OBJECTIVES[objective].load()
-    check_settings(kind, values)
+    _check_settings(kind, values)
     return kind(**values)
 
 
@@ -84,3 +82,27 @@ def process_from_flags(objective: str, options: object) -> Process:
     """The process that training's options describe, each setting from the flag that its objective names."""
     flags = OBJECTIVES[objective].flags
     return make_process({"objective": objective, **{name: getattr(options, flag) for name, flag in flags.items()}})
+
+
+def _check_settings(kind: type, values: Mapping[str, Any]) -> None:
+    """Raise UserError, naming each, unless all are fields of the process, of their types, among the words there are.
+
+    Only here: what Python code writes is checked by its types, and what belongs together by the process itself.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    hints = get_type_hints(kind)
+    wrong = [f"{name} is no setting of it (they are {', '.join(names)})" for name in values if name not in names]
+    for name in (name for name in names if name in values):
+        value, choices = values[name], get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        if choices and value not in choices:
+            wrong.append(f"{name} is {value!r} but must be one of {', '.join(choices)}")
+        if hints[name] is int and type(value) is not int:
+            wrong.append(f"{name} is {value!r} but must be a whole number")
+        if hints[name] == tuple[int, ...] | None and not (value is None or _are_whole(value)):
+            wrong.append(f"{name} is {value!r} but must be whole numbers")
+    if wrong:
+        raise UserError(f"this {kind.__name__} cannot be made: {'; '.join(wrong)}")
+
+
+def _are_whole(value: object) -> bool:
+    return isinstance(value, tuple) and all(type(number) is int for number in value)

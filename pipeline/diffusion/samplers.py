@@ -7,7 +7,7 @@ options can ask the table; the shapes of what goes in and out are checked by the
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.runtime.errors import UserError
 
@@ -26,6 +26,10 @@ Draw = Callable[[int], Latents]
 
 OnStep = Callable[[int, int, Latents], None]
 """Told (k, number of steps, the x_0 predicted at step k) as every step is made."""
+
+
+def told_no_one(k: int, steps: int, x_start: Latents) -> None:
+    """An `OnStep` for whom it does not matter how far a sampler is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +59,7 @@ class SamplerSpec:
         *,
         steps: int,
         eta: float = 0.0,
-        on_step: OnStep | None = None,
+        on_step: OnStep = told_no_one,
     ) -> Latents:
         """The x_0 [N, C, H, W] that the starting noise leads to, without gradients.
 
@@ -87,8 +91,7 @@ def check_request(spec: SamplerSpec, process: Process, *, steps: int, eta: float
     if most is not None and steps > most:
         raise UserError(f"--steps {steps} is more than --sampler {name} can take here: at most {most}")
     if eta != 0 and not spec.takes_eta:
-        takers = " or ".join(other for other, known in SAMPLERS.items() if known.takes_eta)
-        raise UserError(f"--eta {eta} is for --sampler {takers}, not {name}; drop one of the two")
+        raise UserError(f"--eta {eta} is for --sampler {takes_eta()}, not {name}; drop one of the two")
 
 
 def name_of(spec: SamplerSpec) -> str:
@@ -103,7 +106,7 @@ def ddpm(
     draw: Draw,
     *,
     steps: int,
-    on_step: OnStep | None = None,
+    on_step: OnStep = told_no_one,
     clip: bool = False,
 ) -> Latents:
     """x_0 by drawing from every p(x_(t-1) | x_t) in turn (Ho et al. 2020, algorithm 2); the last step draws nothing."""
@@ -111,8 +114,7 @@ def ddpm(
     x = process.start(noise)
     for k, t in enumerate(_backwards(process, x)):
         step = process.p_mean_variance(denoise(x, process.network_timesteps(t)), x, t, clip=clip)
-        if on_step is not None:
-            on_step(k, steps, step.x_start)
+        on_step(k, steps, step.x_start)
         x = step.mean if k == steps - 1 else step.mean + (0.5 * step.log_variance).exp() * draw(k)
     return x
 
@@ -125,7 +127,7 @@ def ddim(
     *,
     steps: int,
     eta: float = 0.0,
-    on_step: OnStep | None = None,
+    on_step: OnStep = told_no_one,
     clip: bool = False,
 ) -> Latents:
     """x_0 by the implicit process (Song et al. 2021, arXiv 2010.02502, equation 12).
@@ -138,8 +140,7 @@ def ddim(
     x = process.start(noise)
     for k, t in enumerate(_backwards(process, x)):
         x_start = process.p_mean_variance(denoise(x, process.network_timesteps(t)), x, t, clip=clip).x_start
-        if on_step is not None:
-            on_step(k, steps, x_start)
+        on_step(k, steps, x_start)
         epsilon = process.predict_epsilon(x_start, x, t)
         alpha_bar_prev = process.tables.alphas_cumprod_prev[steps - 1 - k].item()
         variance = eta**2 * process.tables.posterior_variance[steps - 1 - k].item()
@@ -155,9 +156,6 @@ def _backwards(process: GaussianDiffusion, x: Latents) -> Iterator[Tensor]:
         yield process.timesteps(i, x)
 
 
-_PREDICTION_TYPES = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
-
-
 def dpm_solver(
     process: GaussianDiffusion,
     denoise: NetworkFn,
@@ -165,13 +163,19 @@ def dpm_solver(
     draw: Draw,
     *,
     steps: int,
-    on_step: OnStep | None = None,
+    on_step: OnStep = told_no_one,
 ) -> Latents:
-    """x_0 by DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, second order."""
+    """x_0 by DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, second order: diffusers' scheduler."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(**_settings(process), algorithm_type="dpmsolver++", solver_order=2)
-    return _solve(scheduler, process, denoise, noise, steps, on_step)
+    settings = _solver_settings(process)
+    scheduler = _started(DPMSolverMultistepScheduler(**settings, algorithm_type="dpmsolver++", solver_order=2), steps)
+    x = process.start(noise)
+    for k, timestep in enumerate(scheduler.timesteps):
+        prediction, x_start = _predict(process, denoise, x, int(timestep))
+        on_step(k, steps, x_start)
+        x = scheduler.step(prediction, timestep, x, return_dict=False)[0]
+    return x
 
 
 def unipc(
@@ -181,41 +185,113 @@ def unipc(
     draw: Draw,
     *,
     steps: int,
-    on_step: OnStep | None = None,
+    on_step: OnStep = told_no_one,
 ) -> Latents:
-    """x_0 by UniPC (Zhao et al. 2023, arXiv 2302.04867), second order, with its corrector."""
+    """x_0 by UniPC (Zhao et al. 2023, arXiv 2302.04867), second order with its corrector, B(h) = e^h - 1.
+
+    On diffusers' timesteps and, on a CPU, bit for bit what its scheduler gives. That one has its coefficients on the
+    device of x, where a GPU waits six times a step for them; here they are float32 numbers on the CPU, each computed
+    alone, as the logarithms of a whole vector may differ in their last bits.
+    """
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(**_settings(process), solver_order=2)
-    return _solve(scheduler, process, denoise, noise, steps, on_step)
+    scheduler = _started(UniPCMultistepScheduler(**_solver_settings(process), solver_order=2), steps)
+    points = [_Point.at(ratio) for ratio in scheduler.sigmas]  # of every step and the end
+    x = start = process.start(noise)
+    x_starts: list[Tensor] = []  # of the two steps before
+    order = 1
+    for k, timestep in enumerate(scheduler.timesteps):
+        prediction, expected = _predict(process, denoise, x, int(timestep))
+        on_step(k, steps, expected)
+        x_start = points[k].x_start(process, prediction, x)
+
+        # corrector: the step that led here once more, now that its end is known
+        if k > 0:
+            first, weight, slope, coefficients = _unipc_step(points[: k + 1], start, x_starts, order)
+            change = coefficients[-1] * (x_start - x_starts[-1])
+            x = first - weight * (change if slope is None else coefficients[0] * slope + change)
+
+        # predictor: the first step and the last are of first order
+        x_starts = [*x_starts[-1:], x_start]
+        start, order = x, min(2, k + 1, steps - k)
+        first, weight, slope = _unipc_step(points[: k + 2], start, x_starts, order)[:3]
+        x = first if slope is None else first - weight * (0.5 * slope)
+    return x
 
 
-def _settings(process: GaussianDiffusion) -> dict[str, Any]:
+class _Point(NamedTuple):
+    """A moment of the process as float32 numbers: x_t = alpha · x_0 + sigma · epsilon, lambda = log(alpha / sigma)."""
+
+    alpha: Tensor
+    sigma: Tensor
+    log_ratio: Tensor
+
+    @classmethod
+    def at(cls, sigma_per_alpha: Tensor) -> "_Point":
+        alpha = 1 / (sigma_per_alpha**2 + 1) ** 0.5
+        sigma = sigma_per_alpha * alpha
+        return cls(alpha, sigma, alpha.log() - sigma.log())
+
+    def x_start(self, process: GaussianDiffusion, prediction: Latents, x: Latents) -> Latents:
+        """x_0 as the network's prediction has it, from these very numbers."""
+        if process.prediction == "x0":
+            return prediction
+        if process.prediction == "v":
+            return self.alpha * x - self.sigma * prediction
+        return (x - self.sigma * prediction) / self.alpha
+
+
+def _unipc_step(
+    points: list[_Point], x: Latents, x_starts: list[Tensor], order: int
+) -> tuple[Latents, Tensor, Latents | None, list[Any]]:
+    """The step from the last but one of the points to the last, in the parts that predictor and corrector are made of.
+
+    x after it to first order; the weight of what both take off that; for the second order the slope of x_0 over the
+    step before; and the corrector's coefficients, of that slope and of the one over this step.
+    """
+    import torch
+
+    *earlier, here, there = points
+    h = there.log_ratio - here.log_ratio
+    growth = (-h).expm1()
+    weight = there.alpha * growth
+    first_order = there.sigma / here.sigma * x - weight * x_starts[-1]
+    if order == 1:
+        return first_order, weight, None, [0.5]
+    ratio = (earlier[-1].log_ratio - here.log_ratio) / h
+    phi_2 = growth / -h - 1
+    phi_3 = phi_2 / -h - 1 / 2
+    system = torch.stack([torch.ones(2), torch.stack([ratio, torch.ones(())])])
+    coefficients = torch.linalg.solve(system, torch.stack([phi_2 / growth, phi_3 * 2 / growth]))
+    return first_order, weight, (x_starts[-2] - x_starts[-1]) / ratio, list(coefficients)
+
+
+def _solver_settings(process: GaussianDiffusion) -> dict[str, Any]:
+    """What diffusers' schedulers have to know of the process."""
     return {
         "num_train_timesteps": process.num_timesteps,
         "trained_betas": process.betas.numpy(),
-        "prediction_type": _PREDICTION_TYPES[process.prediction],
+        "prediction_type": process.diffusers_scheduler()["prediction_type"],
         "timestep_spacing": "linspace",
     }
 
 
-def _solve(
-    scheduler: Any, process: GaussianDiffusion, denoise: NetworkFn, noise: Latents, steps: int, on_step: OnStep | None
-) -> Latents:
-    from pipeline.diffusion.denoiser import split_output
-
+def _started(scheduler: Any, steps: int) -> Any:
+    """The scheduler, its timesteps set."""
     with warnings.catch_warnings():  # NumPy 2 asks torch's tensors for a `copy` keyword that they do not have yet
         warnings.filterwarnings("ignore", message="__array__ implementation", category=DeprecationWarning)
         scheduler.set_timesteps(steps)
-    x = process.start(noise)
-    for k, step in enumerate(scheduler.timesteps):
-        t = process.timesteps(int(step), x)
-        output = denoise(x, process.network_timesteps(t))
-        prediction, _ = split_output(output, x, learns_variance=process.learns_variance)
-        if on_step is not None:
-            on_step(k, steps, process.predict_x_start(prediction, x, t))
-        x = scheduler.step(prediction, step, x, return_dict=False)[0]
-    return x
+    return scheduler
+
+
+def _predict(process: GaussianDiffusion, denoise: NetworkFn, x: Latents, timestep: int) -> tuple[Latents, Latents]:
+    """The network's prediction at x, and the x_0 that the process makes of it."""
+    from pipeline.diffusion.denoiser import split_output
+
+    t = process.timesteps(timestep, x)
+    output = denoise(x, process.network_timesteps(t))
+    prediction, _ = split_output(output, x, learns_variance=process.learns_variance)
+    return prediction, process.predict_x_start(prediction, x, t)
 
 
 def euler(
@@ -225,15 +301,14 @@ def euler(
     draw: Draw,
     *,
     steps: int,
-    on_step: OnStep | None = None,
+    on_step: OnStep = told_no_one,
 ) -> Latents:
     """x_0 by equal steps along the velocity; one evaluation each, error of first order in the step."""
     x = process.start(noise)
     for k in range(steps):
         t = x.new_full((len(x),), 1 - k / steps)
         velocity = process.velocity(denoise, x, t)
-        if on_step is not None:
-            on_step(k, steps, process.predict_x_start(velocity, x, t))
+        on_step(k, steps, process.predict_x_start(velocity, x, t))
         x = x - velocity / steps
     return x
 
@@ -245,7 +320,7 @@ def heun(
     draw: Draw,
     *,
     steps: int,
-    on_step: OnStep | None = None,
+    on_step: OnStep = told_no_one,
 ) -> Latents:
     """x_0 by equal steps along the mean of the velocities at both ends; two evaluations each, error of second order.
 
@@ -255,8 +330,7 @@ def heun(
     for k in range(steps):
         t = x.new_full((len(x),), 1 - k / steps)
         velocity = process.velocity(denoise, x, t)
-        if on_step is not None:
-            on_step(k, steps, process.predict_x_start(velocity, x, t))
+        on_step(k, steps, process.predict_x_start(velocity, x, t))
         if k < steps - 1:
             velocity = (velocity + process.velocity(denoise, x - velocity / steps, t - 1 / steps)) / 2
         x = x - velocity / steps
@@ -272,6 +346,11 @@ SAMPLERS: dict[str, SamplerSpec] = {
     "euler": SamplerSpec(function=euler, objective="flow", help="first order"),
 }
 """By name; the first one of an objective is its default."""
+
+
+def takes_eta() -> str:
+    """The names of the samplers that --eta is for."""
+    return " or ".join(name for name, spec in SAMPLERS.items() if spec.takes_eta)
 
 
 def samplers_for(process: Process) -> tuple[str, ...]:

@@ -178,3 +178,40 @@ def test_a_step_count_out_of_range_is_refused_with_the_limit(name, steps, limit)
 
 def process_for(name):
     return RectifiedFlow() if name in samplers_for(RectifiedFlow()) else GaussianDiffusion(variance="fixed-small")
+
+
+@pytest.mark.parametrize(("name", "evaluations"), [("euler", 5), ("heun", 2 * 5 - 1)])
+def test_a_flow_is_never_asked_at_time_0_where_training_has_hardly_been(name, evaluations):
+    asked = []
+
+    def denoise(x, t):
+        asked.append(t[0].item())
+        return 0.1 * x
+
+    SAMPLERS[name](RectifiedFlow(), denoise, torch.ones(1, 1, 2, 2), pytest.fail, steps=5)
+    assert len(asked) == evaluations
+    assert min(asked) > 100
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # NumPy 2 about torch's tensors
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 12])
+def test_unipc_is_bit_for_bit_what_the_scheduler_of_diffusers_gives(prediction, steps):
+    from diffusers import UniPCMultistepScheduler
+
+    process = GaussianDiffusion(prediction=prediction, variance="fixed-large")
+    kind = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction]
+    scheduler = UniPCMultistepScheduler(
+        trained_betas=process.betas.numpy(), prediction_type=kind, timestep_spacing="linspace", solver_order=2
+    )
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(2, 2, generator=torch.Generator().manual_seed(1))
+
+    def denoise(x, t):
+        return (torch.einsum("oc,bchw->bohw", weight, x) + t[:, None, None, None] / 1000).tanh()
+
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoise(x, t.expand(3)), t, x).prev_sample
+    assert torch.equal(SAMPLERS["unipc"](process, denoise, noise, pytest.fail, steps=steps), x)
