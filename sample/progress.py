@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from pipeline.runtime.console import say
 from pipeline.runtime.processes import StopRequest, launch
-from sample.resolve import Settled
+from sample.resolve import SamplingJob
 from sample.work_folder import WorkFolder
 
 TIMED_SECONDS = 2.0  # after the first step, which warms up
@@ -21,10 +21,10 @@ class Stopped(Exception):  # noqa: N818 - nothing is wrong: finished chunks are 
 class Pace:
     """Counts what all processes have finished, and this one's steps on the way there."""
 
-    def __init__(self, work: WorkFolder, settled: Settled, bar: "tqdm[Any]", stop: StopRequest) -> None:
+    def __init__(self, work: WorkFolder, job: SamplingJob, bar: "tqdm[Any]", stop: StopRequest) -> None:
         """Follow the work folder with a bar whose total is the number of images."""
         self._work = work
-        self._settled = settled
+        self._settled = job
         self._bar = bar
         self._stop = stop
         self._timed: tuple[int, float] | None = None
@@ -71,12 +71,12 @@ class Pace:
         say(f"estimate: {_duration(seconds_per_batch * rounds)} to go, {rate:.3g} images/s before decoding")
 
 
-def finished_images(work: WorkFolder, settled: Settled) -> int:
+def finished_images(work: WorkFolder, job: SamplingJob) -> int:
     """Images in finished chunks, whoever made them."""
     missing = work.missing()
-    images = (settled.chunks - len(missing)) * settled.batch_size
-    padding = settled.chunks * settled.batch_size - len(settled.labels)
-    return images - padding * (settled.chunks - 1 not in missing)
+    images = (job.chunks - len(missing)) * job.batch_size
+    padding = job.chunks * job.batch_size - len(job.labels)
+    return images - padding * (job.chunks - 1 not in missing)
 
 
 def _duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ NAMED_CLASSES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settled:
+class SamplingJob:
     """A job, complete."""
 
     generator: Generator
@@ -72,7 +72,7 @@ class Settled:
         return name if is_one_folder else f"{label:04d}"
 
 
-def settle(options: SampleOptions) -> Settled:
+def resolve(options: SampleOptions) -> SamplingJob:
     """Read the checkpoint and the VAE, and settle every choice that the command line left open.
 
     Raises:
@@ -91,7 +91,7 @@ def settle(options: SampleOptions) -> Settled:
             f"moments; use at most {options.reverse.steps + 1}, or more --steps"
         )
     device = str(choose_device(options.compute.device)[0])
-    plan = settle_plan(options.reverse, options.compute, checkpoint, samples=len(labels), device=device)
+    plan = resolve_plan(options.reverse, options.compute, checkpoint, samples=len(labels), device=device)
     vae = _decoder(options, checkpoint, device)
     checkpoint = _with_factors(checkpoint, vae if options.vae is not None else None)
     fingerprint = weights_fingerprint(checkpoint.model.state_dict())
@@ -124,10 +124,10 @@ def settle(options: SampleOptions) -> Settled:
         "compile": compiled,
         "versions": versions(),
     }
-    return Settled(generator=generator, labels=labels, known=known, recipe=recipe)
+    return SamplingJob(generator=generator, labels=labels, known=known, recipe=recipe)
 
 
-def settle_plan(
+def resolve_plan(
     reverse: ReverseOptions, compute: ComputeOptions, checkpoint: Checkpoint, *, samples: int, device: str
 ) -> ReversePlan:
     """The reverse process with every default filled in.
@@ -146,7 +146,7 @@ def settle_plan(
     precision = compute.mixed_precision
     if precision == "auto":
         precision, _ = default_precision(torch.device(device))
-    guidance = _settle_guidance(reverse, checkpoint)
+    guidance = _resolve_guidance(reverse, checkpoint)
     guides = guidance != 1
     return ReversePlan(
         sampler=sampler,
@@ -167,7 +167,7 @@ def _even_batch(samples: int, largest: int) -> int:
     return -(-samples // batches)
 
 
-def _settle_guidance(reverse: ReverseOptions, checkpoint: Checkpoint) -> float:
+def _resolve_guidance(reverse: ReverseOptions, checkpoint: Checkpoint) -> float:
     config = checkpoint.config
     if config.num_classes and config.has_null_class:
         return PAPER_GUIDANCE if reverse.guidance is None else reverse.guidance

@@ -20,7 +20,7 @@ from sample import outputs, sidecar
 from sample.generate import NotFiniteError, overlapping
 from sample.options import SampleOptions
 from sample.progress import Pace, Stopped, finished_images
-from sample.resolve import Settled, settle
+from sample.resolve import SamplingJob, resolve
 from sample.sidecar import clear, is_finished, strip_of, sweep
 from sample.trajectory import Watch, strip_latents
 from sample.work_folder import POLL_SECONDS, WorkFolder, begin, join, read_arrays, work_folder_of, write_arrays
@@ -36,19 +36,19 @@ def make_samples(options: SampleOptions) -> int:
         UserError: the input is wrong; nothing is left half-written.
     """
     with memory_explained(too_large):
-        settled = settle(options)
-    work = _open_work(options, settled)
+        job = resolve(options)
+    work = _open_work(options, job)
     if work is None:
         say(f"{options.out} is finished, made with these very settings; nothing to do")
         return 0
     with StopRequest() as stop:
         try:
-            _make_chunks(work, settled, options, stop)
+            _make_chunks(work, job, options, stop)
             if launch().is_main:
-                _finish(work, settled, options)
+                _finish(work, job, options)
         except Stopped:
-            done = finished_images(work, settled)
-            say(f"stopped: {done} of {len(settled.labels)} samples are kept; give the same command to go on")
+            done = finished_images(work, job)
+            say(f"stopped: {done} of {len(job.labels)} samples are kept; give the same command to go on")
             return stop.exit_status
         except UserError:
             if launch().world_size == 1 and len(work.missing()) == work.chunks:
@@ -59,9 +59,9 @@ def make_samples(options: SampleOptions) -> int:
     return 0
 
 
-def _open_work(options: SampleOptions, settled: Settled) -> WorkFolder | None:
+def _open_work(options: SampleOptions, job: SamplingJob) -> WorkFolder | None:
     """The work folder, with the plan in it; None if the output is finished, by an earlier run or by others just now."""
-    recipe, folder, main = settled.recipe, work_folder_of(options.path), launch().is_main
+    recipe, folder, main = job.recipe, work_folder_of(options.path), launch().is_main
     if is_finished(options, recipe, thorough=main and options.overwrite):
         if main:
             sweep(options.path, recipe)
@@ -71,50 +71,50 @@ def _open_work(options: SampleOptions, settled: Settled) -> WorkFolder | None:
     elif not join(folder, recipe, finished=lambda: is_finished(options, recipe, thorough=False)):
         return None
     try:
-        return WorkFolder(folder, chunks=settled.chunks)
+        return WorkFolder(folder, chunks=job.chunks)
     except FileNotFoundError:  # the others have put the output together and removed the folder
         return None
 
 
-def _make_chunks(work: WorkFolder, settled: Settled, options: SampleOptions, stop: StopRequest) -> None:
+def _make_chunks(work: WorkFolder, job: SamplingJob, options: SampleOptions, stop: StopRequest) -> None:
     """Every chunk that is missing and in no other process's hands; the main process sees to the last."""
     place = launch()
-    done = finished_images(work, settled)
-    _say_plan(settled, done)
+    done = finished_images(work, job)
+    _say_plan(job, done)
     with (
-        progress(len(settled.labels), unit="images", description="sampling", initial=done) as bar,
-        memory_explained(lambda: too_large(settled.batch_size)),
+        progress(len(job.labels), unit="images", description="sampling", initial=done) as bar,
+        memory_explained(lambda: too_large(job.batch_size)),
     ):
-        pace = Pace(work, settled, bar, stop)
+        pace = Pace(work, job, bar, stop)
         share = partial(work.unclaimed, rank=place.rank, world_size=place.world_size, idle=pace.check_stop)
-        with overlapping(enabled=settled.generator.device.type == "cuda") as overlap:
+        with overlapping(enabled=job.generator.device.type == "cuda") as overlap:
             for chunk in share(wait=False):
-                overlap.run(partial(_write_chunk, work, chunk, _latents(chunk, work, settled, options, pace), settled))
+                overlap.run(partial(_write_chunk, work, chunk, _latents(chunk, work, job, options, pace), job))
                 pace.chunk_done()
         for chunk in share(wait=place.is_main):
-            _write_chunk(work, chunk, _latents(chunk, work, settled, options, pace), settled)
+            _write_chunk(work, chunk, _latents(chunk, work, job, options, pace), job)
             pace.chunk_done()
         pace.chunk_done()
 
 
-def _latents(chunk: int, work: WorkFolder, settled: Settled, options: SampleOptions, pace: Pace) -> torch.Tensor:
+def _latents(chunk: int, work: WorkFolder, job: SamplingJob, options: SampleOptions, pace: Pace) -> torch.Tensor:
     """A chunk's raw latents; the first chunk's moments go into the work folder where a strip is asked for."""
-    first = chunk * settled.batch_size
-    labels = settled.labels.of_batch(first, settled.batch_size)
+    first = chunk * job.batch_size
+    labels = job.labels.of_batch(first, job.batch_size)
     watch = None
     if options.trajectory is not None and chunk == 0:
-        distinct = np.unique(labels[: len(settled.labels)], return_index=True)[1]
+        distinct = np.unique(labels[: len(job.labels)], return_index=True)[1]
         watch = Watch(options.trajectory, sorted(int(row) for row in distinct)[:STRIP_IMAGES])
-    with _named(chunk, settled):
-        latents = settled.generator.latents(first, labels, on_step=pace.step, watch=watch)
+    with _named(chunk, job):
+        latents = job.generator.latents(first, labels, on_step=pace.step, watch=watch)
     if watch is not None:
-        write_arrays(work.path / STRIP, _strip_arrays(watch, settled))
+        write_arrays(work.path / STRIP, _strip_arrays(watch, job))
     return latents
 
 
-def _strip_arrays(watch: Watch, settled: Settled) -> dict[str, NDArray[Any]]:
+def _strip_arrays(watch: Watch, job: SamplingJob) -> dict[str, NDArray[Any]]:
     """Per image two rows of `frames`, where the process stood and where it was expected to end; `t` per moment."""
-    generator = settled.generator
+    generator = job.generator
     latents = strip_latents(watch)
     pixels = generator.pixels(generator.raw(latents.flatten(0, 1).to(generator.device)))
     return {
@@ -124,69 +124,69 @@ def _strip_arrays(watch: Watch, settled: Settled) -> dict[str, NDArray[Any]]:
     }
 
 
-def _write_chunk(work: WorkFolder, chunk: int, latents: torch.Tensor, settled: Settled) -> None:
-    count = min(settled.batch_size, len(settled.labels) - chunk * settled.batch_size)
-    if settled.generator.vae is None:
+def _write_chunk(work: WorkFolder, chunk: int, latents: torch.Tensor, job: SamplingJob) -> None:
+    count = min(job.batch_size, len(job.labels) - chunk * job.batch_size)
+    if job.generator.vae is None:
         data: NDArray[Any] = latents.cpu().numpy()
     else:
-        with _named(chunk, settled):
-            data = settled.generator.pixels(latents)
+        with _named(chunk, job):
+            data = job.generator.pixels(latents)
     work.write(chunk, {"data": data[:count]})
 
 
 @contextmanager
-def _named(chunk: int, settled: Settled) -> Iterator[None]:
+def _named(chunk: int, job: SamplingJob) -> Iterator[None]:
     """Turn rows that are not finite into a `UserError` with the seed, the images' numbers and their classes."""
     try:
         yield
     except NotFiniteError as error:
-        known = settled.known
-        images = [chunk * settled.batch_size + row for row in error.rows]
-        labels = settled.labels.of_batch(chunk * settled.batch_size, settled.batch_size)
+        known = job.known
+        images = [chunk * job.batch_size + row for row in error.rows]
+        labels = job.labels.of_batch(chunk * job.batch_size, job.batch_size)
         classes = [describe_class(int(labels[row]), known.names, known.ids) for row in error.rows]
         named = [f"image {image} of class {name}" for image, name in zip(images, classes, strict=True)][:4]
         more = f" and {len(images) - 4} more" if len(images) > 4 else ""
         raise UserError(
-            f"{error.what} are not finite with seed {settled.generator.plan.seed}: {', '.join(named)}{more}; "
+            f"{error.what} are not finite with seed {job.generator.plan.seed}: {', '.join(named)}{more}; "
             f"try --mixed-precision no, --decode-dtype float32, a lower --guidance or other --weights"
         ) from error
 
 
-def _finish(work: WorkFolder, settled: Settled, options: SampleOptions) -> None:
+def _finish(work: WorkFolder, job: SamplingJob, options: SampleOptions) -> None:
     """Put the output together, unless another main process has; then the sidecar, then the work folder goes."""
     while not work.claim(work.chunks):
         time.sleep(POLL_SECONDS)
     if not work.is_open():
         return
-    out, labels = options.path, settled.labels.values
+    out, labels = options.path, job.labels.values
     clear(out)
     if options.trajectory is not None:
-        _write_strip(read_arrays(work.path / STRIP), settled, options)
+        _write_strip(read_arrays(work.path / STRIP), job, options)
     if options.kind == "folder":
         unfinished = work.path / "folder"
-        output = outputs.fill_folder(unfinished, work.parts(), labels, folder_name=settled.folder_name, final=out)
-        sidecar.write(out, settled.recipe, output)  # first, or a kill in between would leave a stranger's folder
+        output = outputs.fill_folder(unfinished, work.parts(), labels, folder_name=job.folder_name, final=out)
+        sidecar.write(out, job.recipe, output)  # first, or a kill in between would leave a stranger's folder
         publish_folder(unfinished, out)
     else:
-        sidecar.write(out, settled.recipe, _write_file(work, settled, options))
+        sidecar.write(out, job.recipe, _write_file(work, job, options))
     work.remove()
     say(f"wrote {options.out} ({len(labels)} samples) and {sidecar.sidecar_of(out)}")
 
 
-def _write_file(work: WorkFolder, settled: Settled, options: SampleOptions) -> dict[str, Any]:
-    out, labels = options.path, settled.labels.values
+def _write_file(work: WorkFolder, job: SamplingJob, options: SampleOptions) -> dict[str, Any]:
+    out, labels = options.path, job.labels.values
     if options.kind == "latents":
-        return outputs.write_latents(out, work.parts(), labels, shape=settled.generator.shape)
+        return outputs.write_latents(out, work.parts(), labels, shape=job.generator.shape)
     if options.kind == "npz":
         return outputs.write_npz(out, work.parts(), labels, pixels=next(work.parts()).shape[1:3])
-    columns = settled.labels.rule.get("samples_per_class", 1)
+    columns = job.labels.rule.get("samples_per_class", 1)
     return outputs.write_grid(
-        out, work.parts(), labels, class_name=settled.class_name, columns=columns if columns > 1 else None
+        out, work.parts(), labels, class_name=job.class_name, columns=columns if columns > 1 else None
     )
 
 
-def _write_strip(arrays: dict[str, NDArray[Any]], settled: Settled, options: SampleOptions) -> None:
-    names = [settled.class_name(int(settled.labels.values[row])) for row in arrays["rows"]]
+def _write_strip(arrays: dict[str, NDArray[Any]], job: SamplingJob, options: SampleOptions) -> None:
+    names = [job.class_name(int(job.labels.values[row])) for row in arrays["rows"]]
     outputs.write_strip(
         strip_of(options.path),
         arrays["frames"],
@@ -195,12 +195,12 @@ def _write_strip(arrays: dict[str, NDArray[Any]], settled: Settled, options: Sam
     )
 
 
-def _say_plan(settled: Settled, done: int) -> None:
-    recipe = settled.recipe
+def _say_plan(job: SamplingJob, done: int) -> None:
+    recipe = job.recipe
     held = f", {done} of them there already" if done else ""
     say(
-        f"{len(settled.labels)} samples{held}: {recipe['sampler']}, {recipe['steps']} steps, "
-        f"guidance {recipe['guidance']:g}, seed {recipe['seed']}, batches of {settled.batch_size} on "
+        f"{len(job.labels)} samples{held}: {recipe['sampler']}, {recipe['steps']} steps, "
+        f"guidance {recipe['guidance']:g}, seed {recipe['seed']}, batches of {job.batch_size} on "
         f"{recipe['device']} (mixed precision: {recipe['mixed_precision']}), {recipe['checkpoint']['weights']} "
         f"weights of step {recipe['checkpoint']['step']}"
     )

@@ -16,7 +16,7 @@ from sample.evaluate.image_set import digest_of, names_of
 from sample.evaluate.options import PART_IMAGES, EvaluateOptions
 from sample.generate import NotFiniteError
 from sample.options import ImageOptions, SampleOptions
-from sample.resolve import Settled, settle
+from sample.resolve import SamplingJob, resolve
 
 
 class StoreImages:
@@ -110,37 +110,37 @@ class CheckpointImages:
     kind = "checkpoint, sampled"
     sorted_by_name = False
 
-    def __init__(self, path: str, settled: Settled) -> None:
+    def __init__(self, path: str, job: SamplingJob) -> None:
         self.path = path
-        self.settled = settled
-        self.count = len(settled.labels)
-        self.part_size = settled.batch_size
-        latent = settled.recipe["latent"]
+        self.job = job
+        self.count = len(job.labels)
+        self.part_size = job.batch_size
+        latent = job.recipe["latent"]
         self.size = (latent["width"] * latent["downsample"], latent["height"] * latent["downsample"])
 
     def name_of(self, index: int) -> str:
-        label = self.settled.labels.values[min(index, self.count - 1)]  # past the end is padding
+        label = self.job.labels.values[min(index, self.count - 1)]  # past the end is padding
         return f"image {index} of class {label} of {self.path}"
 
     def key(self) -> str:
-        return digest_of({name: value for name, value in self.settled.recipe.items() if name != "versions"})
+        return digest_of({name: value for name, value in self.job.recipe.items() if name != "versions"})
 
     def describe(self) -> dict[str, Any]:
         return {
-            "recipe": {name: value for name, value in self.settled.recipe.items() if name not in {"output", "versions"}}
+            "recipe": {name: value for name, value in self.job.recipe.items() if name not in {"output", "versions"}}
         }
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[NDArray[np.uint8]]:
         """Give images start … stop − 1; the reverse process always runs on its own batch size, padded at the end."""
-        step = self.settled.batch_size
+        step = self.job.batch_size
         for at in range(start, stop, step):
-            labels = self.settled.labels.of_batch(at, step)
+            labels = self.job.labels.of_batch(at, step)
             images = self._sample(at, labels)[: min(step, stop - at)]
             for first in range(0, len(images), batch_size):
                 yield images[first : first + batch_size]
 
     def _sample(self, first: int, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-        generator = self.settled.generator
+        generator = self.job.generator
         try:
             return generator.pixels(generator.latents(first, labels))
         except NotFiniteError as error:
@@ -169,4 +169,4 @@ def open_checkpoint(path: str, options: EvaluateOptions) -> CheckpointImages:
         reverse=options.reverse,
         compute=options.compute,
     )
-    return CheckpointImages(path, settle(asked))
+    return CheckpointImages(path, resolve(asked))

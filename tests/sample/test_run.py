@@ -17,7 +17,7 @@ from pipeline.vae import load_vae
 from sample import run
 from sample.generate import Generator
 from sample.options import SampleOptions
-from sample.resolve import settle
+from sample.resolve import resolve
 from sample.work_folder import work_folder_of
 
 NPZ = ("--num-samples", 10, "--batch-size", 4)
@@ -112,10 +112,10 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(command, tmp_pa
     command("--out", tmp_path / "straight.npz", *NPZ)
     out, write = tmp_path / "a.npz", run._write_chunk
 
-    def interrupted(work, chunk, latents, settled):
+    def interrupted(work, chunk, latents, job):
         if chunk == 1:
             signal.raise_signal(signal.SIGTERM)
-        write(work, chunk, latents, settled)
+        write(work, chunk, latents, job)
 
     monkeypatch.setattr(run, "_write_chunk", interrupted)
     status, said = command("--out", out, *NPZ)
@@ -458,8 +458,8 @@ def test_classes_of_one_name_and_names_that_cannot_be_drawn_are_told_apart_in_pi
     ids = ["n1", "n2", "owl", "貓", "n5"]
     folder = make_checkpoint("names", num_classes=5, info={"classes": names, "class_ids": ids})
     options = SampleOptions(checkpoint=str(folder), out="a.png", vae=str(vae_folder))
-    settled = settle(options)
-    assert [settled.class_name(label) for label in range(5)] == ["crane (n1)", "crane (n2)", "owl", "3", "Crête"]
+    job = resolve(options)
+    assert [job.class_name(label) for label in range(5)] == ["crane (n1)", "crane (n2)", "owl", "3", "Crête"]
 
 
 def test_a_file_in_the_way_of_the_sidecar_or_the_output_is_not_lost(command, tmp_path):
