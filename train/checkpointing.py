@@ -227,7 +227,7 @@ class Saver:
                 self._thread.start()
         if wait:
             self.finish()
-            self._hardware.wait()
+            self._hardware.barrier()
 
     def take_pause(self) -> float:
         """How long training stood still for checkpoints since this was last asked, in seconds."""

@@ -64,13 +64,13 @@ class Hardware:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the device, in place."""
         if self.processes > 1:
             dist.all_reduce(values)
         return values
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of all processes' numbers, agreed between the hosts."""
         if self.processes == 1:
             return number
@@ -78,14 +78,14 @@ class Hardware:
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.hosts)
         return int(box)
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value on every process."""
         box = [value]
         if self.processes > 1:
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
-    def once(self, action: Callable[[], Any]) -> Any:
+    def on_main(self, action: Callable[[], Any]) -> Any:
         """Do something on the main process alone and give its result to all; an error is raised on all of them."""
         result: Any = None
         if self.is_main:
@@ -93,14 +93,14 @@ class Hardware:
                 result = action()
             except UserError as error:
                 result = error
-        result = self.from_main(result)
+        result = self.broadcast(result)
         if isinstance(result, UserError):
             if not self.is_main:
                 raise SystemExit(2)  # the main process says it for all
             raise result
         return result
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         if self.processes > 1:
             dist.barrier(group=self.hosts)

@@ -94,7 +94,7 @@ class StopVote:
         mine = int(self._stop.signal or 0)
         if not mine and self._deadline is not None and time.monotonic() >= self._deadline:
             mine = TIME_IS_UP
-        self.signal = self._hardware.largest(mine)
+        self.signal = self._hardware.all_reduce_max(mine)
         return self.signal != 0
 
 
@@ -197,7 +197,7 @@ def _log_step(trainer: Trainer, result: StepResult, waited_seconds: float) -> bo
     """Read this step's numbers, which waits for the device, and write them; whether to roll back to a checkpoint."""
     state, options = trainer.state, trainer.options
     assert result.sums is not None
-    means = result.sums.means(trainer.hardware.add_up)
+    means = result.sums.means(trainer.hardware.all_reduce_sum)
     counters = state.optimizer.counters()
     elapsed, seconds, waiting = trainer.timer.look(waited_seconds)
     state.seconds += elapsed
@@ -254,7 +254,7 @@ def _roll_back(trainer: Trainer) -> bool:
     trainer.saver.finish()
     next_batch, rollbacks = state.batch_number, state.rollbacks + 1
     in_a_row = options.optimizer.max_skipped_in_a_row
-    folder = trainer.hardware.once(lambda: newest_good(options.run.out))
+    folder = trainer.hardware.on_main(lambda: newest_good(options.run.out))
     if folder is None or rollbacks > options.optimizer.max_rollbacks:
         why = "there is no checkpoint to go back to" if folder is None else f"{rollbacks - 1} returns did not help"
         warn(
@@ -269,7 +269,7 @@ def _roll_back(trainer: Trainer) -> bool:
     state.batch_offset, state.rollbacks = next_batch - state.step, rollbacks
 
     # What was written since is the past of no run any more.
-    trainer.hardware.once(lambda: discard_after(options.run.out, state.step))
+    trainer.hardware.on_main(lambda: discard_after(options.run.out, state.step))
     warn(
         f"loss or gradient was not finite for {in_a_row} steps in a row; back to step {state.step:,}, going on with "
         f"the batches after the offending ones"

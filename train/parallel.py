@@ -114,7 +114,7 @@ class FullySharded:
 
     def add_up(self, value: Tensor) -> Tensor:
         """A sum over what all processes hold of the network."""
-        return self._hardware.add_up(value)
+        return self._hardware.all_reduce_sum(value)
 
     def whole(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         """The whole tensors of which each process holds `tensors`, gathered one at a time; all must take part."""

@@ -54,7 +54,7 @@ class Previews:
                 vae = find_vae(self._manifest["vae"], self._options.vae, device=self._hardware.device)
             except UserError as error:
                 message = f"no preview grids will be drawn: {error}"
-        self.possible = bool(self._hardware.from_main(vae is not None))
+        self.possible = bool(self._hardware.broadcast(vae is not None))
         if message:
             warn(message)
         return vae

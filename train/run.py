@@ -144,15 +144,15 @@ def _claim_run(
     options: TrainOptions, machine: Hardware, stack: contextlib.ExitStack, data_identity: str
 ) -> Path | None:
     """Hold the run folder, if it suits these options; the checkpoint to go on from."""
-    machine.once(lambda: stack.enter_context(claimed(options.run.out)))
-    machine.once(lambda: check_run(options, data_identity))
-    machine.once(lambda: sweep(options.run.out))
-    return None if options.run.overwrite else machine.once(lambda: newest_sound(options.run.out))
+    machine.on_main(lambda: stack.enter_context(claimed(options.run.out)))
+    machine.on_main(lambda: check_run(options, data_identity))
+    machine.on_main(lambda: sweep(options.run.out))
+    return None if options.run.overwrite else machine.on_main(lambda: newest_sound(options.run.out))
 
 
 def _begin(options: TrainOptions, machine: Hardware, data_identity: str) -> None:
     """Write the run's settings once everything else is found right, and see that every process sees them."""
-    machine.once(lambda: begin_run(options, data_identity))
+    machine.on_main(lambda: begin_run(options, data_identity))
     if not (options.run.out / CONFIG).is_file():
         raise UserError(
             f"process {machine.rank} does not see {options.run.out}; --out must lie on a disk that all machines share"

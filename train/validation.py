@@ -58,7 +58,7 @@ class Validation:
             if mine < chunks:
                 total += torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
         precision = torch.float32 if hardware.device.type == "mps" else torch.float64
-        summed = hardware.add_up(total.to(hardware.device, precision)).tolist()
+        summed = hardware.all_reduce_sum(total.to(hardware.device, precision)).tolist()
         return summed[0] / summed[1]
 
     def _chunk_losses(self, model: Model, chunk: int) -> Tensor:
