@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.network import _fill as fill_both
 from benchmarks.plain_dit import PlainDiT
-from pipeline.checkpoint.folder import Checkpoint
+from pipeline.checkpoint import Checkpoint
 from pipeline.diffusion import GaussianDiffusion
 from pipeline.dit import DiT, compile_blocks
 from pipeline.randomness import normal

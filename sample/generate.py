@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.checkpoint.folder import Checkpoint
+from pipeline.checkpoint import Checkpoint
 from pipeline.diffusion import SAMPLERS, classifier_free_guidance
 from pipeline.randomness import normal
 from pipeline.runtime.errors import UserError

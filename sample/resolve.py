@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.folder import Checkpoint, read_checkpoint
+from pipeline.checkpoint import Checkpoint, read_checkpoint
 from pipeline.classes import short_name
 from pipeline.diffusion.samplers import SAMPLERS, check_request, default_sampler, samplers_for
 from pipeline.dit import compile_blocks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.folder import read_stored
+from pipeline.checkpoint import read_stored
 from pipeline.diffusion.process import Process, process_from_flags
 from pipeline.dit import PRESETS, DiT, DiTConfig
 from pipeline.dit.config import BlockOptions

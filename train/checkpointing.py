@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.averages import MovingAverage
-from pipeline.checkpoint.folder import checkpoint_folders, write_model_files
+from pipeline.checkpoint.folder import STATE_FILES, checkpoint_folders, describe_files, find_damage, write_model_files
 from pipeline.checkpoint.tensor_files import save_safetensors
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
@@ -26,7 +26,6 @@ from pipeline.runtime.files import (
     publish_folder,
     read_json,
     remove_folder,
-    sha256_of,
     write_json,
 )
 from train.distributed import Hardware
@@ -127,37 +126,13 @@ def write_snapshot(folder: Path, snapshot: Snapshot, info: Mapping[str, Any]) ->
     inner.mkdir()
     save_safetensors(inner / "optimizer.safetensors", snapshot.files["optimizer"])
     write_json(inner / "trainer.json", snapshot.counters)
-    written = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in written
-    }
-    write_json(inner / "files.json", {"format": FORMAT, "version": VERSION, "files": listing})
+    listing = describe_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    write_json(folder / STATE_FILES, {"format": FORMAT, "version": VERSION, "files": listing})
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if every one is as it was written.
-
-    Raises:
-        OSError: a file is there and cannot be read, which says nothing about its contents.
-    """
-    try:
-        listing = read_json(folder / "state" / "files.json")["files"]
-        for name, known in listing.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != known["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}"
-            if sha256_of(path) != known["sha256"]:
-                return f"{name} has other contents than were written (SHA-256)"
-    except PermissionError:
-        raise
-    except (UserError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error.__cause__, PermissionError):
-            raise error.__cause__ from None
-        return f"state/files.json: {error}"
-    return None
+def why_not_resumable(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if every one is as it was written."""
+    return find_damage(folder) if (folder / STATE_FILES).exists() else f"{STATE_FILES} is missing"
 
 
 def restore(folder: Path, state: TrainState) -> None:
@@ -303,7 +278,7 @@ def discard(folder: Path) -> None:
 
 def discard_after(run: Path, step: int) -> None:
     """Remove the checkpoints of what was rolled back behind."""
-    for number, folder in all_checkpoints(run):
+    for number, folder in checkpoint_folders(run, whole=False):
         if number > step:
             discard(folder)
 
@@ -331,8 +306,8 @@ def newest_sound(run: Path) -> Path | None:
         UserError: there are checkpoints and none is whole; all stay as they are.
     """
     damaged: list[tuple[Path, str]] = []
-    for _, folder in reversed(all_checkpoints(run)):
-        damage = find_damage(folder)
+    for _, folder in reversed(checkpoint_folders(run, whole=False)):
+        damage = why_not_resumable(folder)
         if damage is None:
             _set_aside(damaged)
             return folder
@@ -352,14 +327,8 @@ def newest_good(run: Path) -> Path | None:
     Skipped steps leave the weights alone, so that one is good too; it only may stand close before the trouble.
     """
     newest = newest_sound(run)
-    before = (folder for _, folder in reversed(all_checkpoints(run)) if not is_amid_skips(folder))
-    return next((folder for folder in before if find_damage(folder) is None), newest)
-
-
-def all_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything that is named like a checkpoint, whole or not, oldest first."""
-    folders = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted((int(path.name[5:]), path) for path in folders)
+    before = (folder for _, folder in reversed(checkpoint_folders(run, whole=False)) if not is_amid_skips(folder))
+    return next((folder for folder in before if why_not_resumable(folder) is None), newest)
 
 
 def _set_aside(damaged: list[tuple[Path, str]]) -> None:

@@ -147,7 +147,8 @@ def _read(folder: Path, hub_name: str | None) -> tuple[dict[str, Tensor], DiTCon
     transformer = transformer_folder(folder)
     settings = _transformer_settings(transformer)
     depth = int(settings.get("num_layers", 28))
-    state = from_diffusers(_read_weights(transformer), depth=depth, origin=transformer)
+    tensors = {name: tensor for file in weight_paths(transformer) for name, tensor in load_tensors(file).items()}
+    state = from_diffusers(tensors, depth=depth, origin=transformer)
     names = _class_names(index or {})
     table = state["y_embedder.embedding_table.weight"]
     count = _class_count(table, len(names))
@@ -218,17 +219,22 @@ def _config(settings: Mapping[str, Any], count: int) -> DiTConfig:
     )
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def weight_paths(folder: Path) -> list[Path]:
+    """The files of a transformer folder's weights, whole or in shards.
+
+    Raises:
+        UserError: there are none, or the index names files outside the folder.
+    """
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
-            return load_tensors(folder / name)
+            return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
             files = sorted(set(read_json(index)["weight_map"].values()))
             outside = [file for file in files if Path(file).name != file]
             if outside:
                 raise UserError(f"{index} names files outside its folder: {join_names(outside)}")
-            return {key: tensor for file in files for key, tensor in load_tensors(folder / file).items()}
+            return [folder / file for file in files]
     raise UserError(f"{folder} has no weights; {' or '.join(_WEIGHT_FILES)} is expected there")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.diffusers_read import PIPELINE_NULL_CLASS, to_diffusers
-from pipeline.checkpoint.folder import Stored
+from pipeline.checkpoint.forms import Stored
 from pipeline.checkpoint.release import unlike_the_release
 from pipeline.checkpoint.tensor_files import read_safetensors, save_safetensors
 from pipeline.diffusion.process import make_process
@@ -51,6 +51,7 @@ def write_diffusers(folder: Path, stored: Stored, *, vae: str | None) -> None:
     save_safetensors(
         folder / "transformer" / "diffusion_pytorch_model.safetensors",
         to_diffusers(stored.state, config, label_rows=rows),
+        sealed=True,
     )
     info = {**stored.info, "vae": recorded_vae({} if vae else stored.info["vae"], used_vae)}
     names = info["classes"] or [str(label) for label in range(config.num_classes)]

@@ -1,4 +1,4 @@
-"""Tensor files that others wrote: pickles opened without running them, safetensors, and names made plain.
+"""Files of tensors: safetensors written and read, pickles of others opened without running them, damage noticed.
 
 The only module that calls `torch.load` and `torch.save`. Unpickling is restricted to tensors and plain containers
 (`weights_only=True`); a file that would call anything else is refused, not run.
@@ -6,10 +6,13 @@ The only module that calls `torch.load` and `torch.save`. Unpickling is restrict
 
 import argparse
 import errno
+import hashlib
+import json
 import pickletools
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -32,6 +35,8 @@ _HARMLESS = re.compile(
     r"|argparse\.Namespace|_codecs\.encode"
 )
 _MOST_PICKLES = 8
+_SUM, _UNKNOWN_SUM = "sha256", "0" * 64
+_PIECE_BYTES = 1 << 22
 
 
 def load_tensors(path: Path, *, weights: str = "ema") -> dict[str, Tensor]:
@@ -96,8 +101,11 @@ def save_pickled_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error
 
 
-def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool = False) -> None:
     """Write tensors as safetensors; the bytes depend on names and values alone, the file's rights on the umask.
+
+    Args:
+        sealed: put `contents_sha256` into the metadata, for a file with nothing beside it to say its checksum.
 
     Raises:
         UserError: the file cannot be written.
@@ -116,11 +124,64 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         path.touch()
         rights = path.stat().st_mode  # safetensors would leave the file to its owner alone
         try:
-            save_file(contents, path, metadata={"format": "pt"})
+            save_file(contents, path, metadata={"format": "pt"} | ({_SUM: _UNKNOWN_SUM} if sealed else {}))
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
         path.chmod(rights)
+        if sealed:
+            _seal(path)
+
+
+def _seal(path: Path) -> None:
+    """Put the sum into the place that was kept free for it, which moves no other byte."""
+    known = contents_sha256(path).encode()
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8 + header.index(_UNKNOWN_SUM.encode()))
+        file.write(known)
+
+
+def find_changed(path: Path) -> str | None:
+    """What differs in a lone file from what was written, or None if nothing does, or nothing was recorded.
+
+    Looked at are the CRC of every member of a .pt's archive, and the SHA-256 that a conversion leaves in a
+    safetensors file's metadata (`save_safetensors`).
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            try:
+                member = archive.testzip()
+            except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+                return f"{path.name} is no whole archive ({error})"
+        return f"{member} in {path.name} has other contents than were written (CRC-32)" if member else None
+    if path.suffix != ".safetensors":
+        return None
+    recorded = _header(path).get("__metadata__", {}).get(_SUM)
+    if recorded is None or recorded == contents_sha256(path):
+        return None
+    return f"{path.name} has other contents than were written (SHA-256)"
+
+
+def contents_sha256(path: Path) -> str:
+    """SHA-256, in hexadecimal, of a safetensors file apart from its metadata.
+
+    Hashed are the header without `__metadata__`, as JSON (sorted keys, separators `,` and `:`, ASCII only) and a
+    newline, then every byte behind the header.
+    """
+    header = {name: entry for name, entry in _header(path).items() if name != "__metadata__"}
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header
 
 
 def holds_tensors(path: Path) -> bool:

@@ -10,7 +10,8 @@ latents. Nothing in the files says which VAE made them; say it, or `find_vae` ca
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from pipeline.latents.writer import (
     StoreDescription,
     finish_store,
     read_record,
-    remove_files,
     store_files,
     unstorable_rows,
     write_shard,
@@ -36,7 +36,8 @@ from pipeline.latents.writer import (
 from pipeline.randomness import Permutation
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import make_folder, read_json
+from pipeline.runtime.files import make_folder, read_json, remove_folder
+from pipeline.runtime.publish import claimed, finish, making, work_folder_of
 from pipeline.vae import STABLE_DIFFUSION
 
 _DOWNSAMPLE = 8
@@ -123,34 +124,19 @@ def import_numpy_features(
         vae: the VAE that made the features, as `Vae.describe` gives it; its scaling_factor is divided out.
         downsample: pixels along one side of a latent cell.
         class_names: readable names, index = label; ImageNet's if the folders are named after it, else the numbers.
-        overwrite: begin anew, where an earlier import left a store; it goes once the features have been looked at.
+        overwrite: begin anew, where an earlier import left a store; it stays whole until the new one is.
 
     Raises:
         UserError: the folders are not there or do not fit together, a file is damaged, or `out` holds something else.
     """
     features = _list(Path(folder))
-    out = Path(out)
+    out = Path(out).absolute()
     labels = features.labels()
     class_ids, classes = _classes(features, labels, class_names)
     channels, height, width = features.shape
     settings = [features.names, features.shape, dict(vae), split, shard_format, store_dtype, samples_per_shard, seed]
     contents = [features.folder.name, features.fingerprint(), labels.tolist(), class_ids, classes]
     plan = hashlib.sha256(json.dumps([*settings, *contents]).encode()).hexdigest()
-    _check_out(out, split)
-    if overwrite:
-        _remove_import(out, split)
-    make_folder(out)
-    order = Permutation(len(labels), seed, "extract-order")[np.arange(len(labels), dtype=np.int64)]
-    parts = [order[start : start + samples_per_shard] for start in range(0, len(order), samples_per_shard)]
-    with progress(len(order), unit="samples", description="importing") as bar:
-        for shard, indices in enumerate(parts):
-            if read_record(out, split, shard, plan=plan) is None:
-                latents = features.latents(indices, vae, store_dtype)
-                keys = [f"{features.folder.name}/{features.names[index]}" for index in indices]
-                write_shard(
-                    out, split, shard, shard_format, latents, labels[indices], indices, keys, kind="point", plan=plan
-                )
-            bar.update(len(indices))
     description = StoreDescription(
         split=split,
         shard_format=shard_format,
@@ -165,9 +151,44 @@ def import_numpy_features(
         seed=seed,
         plan=plan,
     )
-    manifest = finish_store(out, description, shards=len(parts))
+    finish(out)
+    _check_out(out, split)
+    order = Permutation(len(labels), seed, "extract-order")[np.arange(len(labels), dtype=np.int64)]
+    parts = [order[start : start + samples_per_shard] for start in range(0, len(order), samples_per_shard)]
+    with (
+        _folder_for(out, overwrite=overwrite) as place,
+        progress(len(order), unit="samples", description="importing") as bar,
+    ):
+        for shard, indices in enumerate(parts):
+            if read_record(place, split, shard, plan=plan) is None:
+                latents = features.latents(indices, vae, store_dtype)
+                keys = [f"{features.folder.name}/{features.names[index]}" for index in indices]
+                write_shard(
+                    place, split, shard, shard_format, latents, labels[indices], indices, keys, kind="point", plan=plan
+                )
+            bar.update(len(indices))
+        manifest = finish_store(place, description, shards=len(parts))
     assert manifest is not None
     return manifest
+
+
+@contextmanager
+def _folder_for(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Where this process alone makes the store.
+
+    That is in place, so that an import goes on after a kill; or, where a store is to be replaced, out of sight until
+    the new one is whole.
+    """
+    if overwrite:
+        with making(out, overwrite=True) as stage:
+            place = stage.place(out)
+            make_folder(place)
+            yield place
+    else:
+        with claimed(work_folder_of(out)):
+            remove_folder(out / WORK_FOLDER)  # of a killed one
+            make_folder(out)
+            yield out
 
 
 def _list(folder: Path) -> _Features:
@@ -233,15 +254,11 @@ def _classes(
 
 
 def _check_out(out: Path, split: str) -> None:
+    """Raise UserError unless the folder is free, or holds what an earlier import left, whole or not."""
     ours = {path.name for path in store_files(out, split=split)} | {WORK_FOLDER}
     others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else []
     if others:
         raise UserError(f"{out} holds other things ({', '.join(others[:3])}); name an empty or a new folder")
-
-
-def _remove_import(out: Path, split: str) -> None:
-    """Remove the store that an earlier import left, whole or not."""
     manifest = read_json(out / MANIFEST_FILE) if (out / MANIFEST_FILE).is_file() else {}
     if "extraction" in manifest or (out / WORK_FOLDER / "settings.json").exists():
         raise UserError(f"{out} holds a store that dit-extract made, so it is not replaced; choose another folder")
-    remove_files(store_files(out, split=split))

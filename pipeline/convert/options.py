@@ -32,6 +32,8 @@ class ConvertOptions:
     class_names: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Text file with one class name per line, label 0 first, for weights that come without names. Default: the
     recorded names, or ImageNet's for 1000 classes."""
+    verify_weights: bool = True
+    """Compare the weights with the checksums that were recorded for them."""
     overwrite: bool = False
     """Replace what an earlier conversion left at --to. (A store that was begun is continued without it.)"""
 

@@ -1,13 +1,12 @@
-"""One form of checkpoint into another: written beside its target, read back, compared, and only then put in place."""
+"""One form of checkpoint into another: written out of sight, read back, compared, and only then put in place."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.diffusers_write import recorded_vae, write_diffusers
-from pipeline.checkpoint.folder import Stored, build_model, read_stored, write_model_files
+from pipeline.checkpoint.folder import write_model_files
+from pipeline.checkpoint.forms import Stored, build_model, read_stored
 from pipeline.checkpoint.release import unlike_the_release
 from pipeline.checkpoint.tensor_files import join_names, not_finite, save_pickled_tensors, save_safetensors
 from pipeline.convert.options import ConvertOptions
@@ -16,14 +15,8 @@ from pipeline.convert.target import check_sources, check_target
 from pipeline.dit import DiT, DiTConfig
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import (
-    explained_writes,
-    flush_file,
-    flush_folder,
-    make_folder,
-    publish_folder,
-    remove_folder,
-)
+from pipeline.runtime.files import explained_writes, make_folder
+from pipeline.runtime.publish import finish, making
 
 FIX = "norm1.emb.time_proj.downscale_freq_shift = 0 and norm3.eps = 1e-6 in every block"
 
@@ -36,9 +29,12 @@ def convert(options: ConvertOptions) -> list[str]:
             does not compute the same, in which case nothing is left behind.
     """
     target = Path(options.to)
+    finish(target.absolute())
     check_target(target, options.format, overwrite=options.overwrite)
     check_sources(target, [Path(options.from_)], options.from_)
-    stored = read_stored(options.from_, weights=options.weights, num_heads=options.num_heads)
+    stored = read_stored(
+        options.from_, weights=options.weights, num_heads=options.num_heads, verify=options.verify_weights
+    )
     check_sources(target, [folder for folder in (stored.folder, stored.diffusers) if folder], options.from_)
     wrong = not_finite(stored.state)
     if wrong:
@@ -51,9 +47,8 @@ def convert(options: ConvertOptions) -> list[str]:
     lines = [_summary(stored)]
     if stored.diffusers is not None:
         lines += _diffusers_lines(model, stored.diffusers)
-    with explained_writes(target), _work_folder(target) as work:
-        lines += _WRITERS[options.format](work / target.name, stored, model, options)
-        _put_in_place(work / target.name, target)
+    with explained_writes(target), making(target.absolute(), overwrite=options.overwrite) as stage:
+        lines += _WRITERS[options.format](stage.place(target.absolute()), stored, model, options)
     say(f"written: {target}")
     return lines
 
@@ -120,7 +115,7 @@ def _write_dit(path: Path, stored: Stored, model: DiT, options: ConvertOptions) 
     name = "model" if stored.weights == "raw" else stored.weights
     state = model.state_dict()
     raw = state if name == "model" else None
-    write_model_files(path, info=info, model=raw, averages={} if name == "model" else {name: state})
+    write_model_files(path, info=info, model=raw, averages={} if name == "model" else {name: state}, sums=True)
     return _read_back(path, model, weights=stored.weights)
 
 
@@ -135,7 +130,10 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
             f"them, takes it for something else; keep it with --format dit too"
         )
     tensors = {**model.state_dict(), "pos_embed": model.pos_embed}
-    (save_pickled_tensors if path.suffix == ".pt" else save_safetensors)(path, tensors)
+    if path.suffix == ".pt":
+        save_pickled_tensors(path, tensors)
+    else:
+        save_safetensors(path, tensors, sealed=True)
     return _read_back(path, model, num_heads=stored.config.num_heads)
 
 
@@ -200,36 +198,3 @@ def _read_names(path: str) -> list[str]:
         return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class-names {path} cannot be read as text: {error}") from error
-
-
-@contextmanager
-def _work_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, gone when the block ends."""
-    make_folder(target.absolute().parent)
-    work = target.absolute().with_name(f".{target.name}.{os.getpid()}.partial")
-    remove_folder(work)
-    make_folder(work)
-    try:
-        yield work
-    finally:
-        remove_folder(work)
-
-
-def _put_in_place(finished: Path, target: Path) -> None:
-    """Rename what is finished to its final name; what stood there goes once the new one is whole."""
-    if not finished.is_dir():
-        with explained_writes(target):
-            flush_file(finished)
-            finished.replace(target)
-            flush_folder(target.absolute().parent)
-        return
-    replaced = finished.with_name(f"{target.name}.replaced") if target.exists() else None
-    with explained_writes(target):
-        if replaced:
-            target.rename(replaced)
-        try:
-            publish_folder(finished, target)
-        except BaseException:
-            if replaced:
-                replaced.rename(target)
-            raise

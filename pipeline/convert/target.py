@@ -16,6 +16,8 @@ def check_target(target: Path, form: str, *, overwrite: bool) -> None:
     """Raise UserError unless the target is free, or holds what an earlier conversion left and may be replaced."""
     if not target.exists() and not target.is_symlink():
         return
+    if form != "facebook" and target.is_dir() and not any(target.iterdir()):
+        return
     if not overwrite:
         raise UserError(f"{target} exists; choose another --to, or pass --overwrite to replace it")
     if form == "facebook":

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.folder import Stored, build_model, checkpoint_folders, read_stored, weight_files
+from pipeline.checkpoint.folder import checkpoint_folders, find_damage, weight_files
+from pipeline.checkpoint.forms import Stored, build_model, read_stored
 from pipeline.checkpoint.tensor_files import not_finite
 from pipeline.dit import PRESETS, DiTConfig
 from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.inspect.tables import facts, shortened
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import read_json, sha256_of
+from pipeline.runtime.files import sha256_of
 from pipeline.runtime.units import size
 
 
@@ -106,9 +107,9 @@ def _files_of(folder: Path) -> dict[str, str]:
 
 def _verified(path: str, stored: Stored, num_heads: int | None) -> list[str]:
     """Every kind of weights loaded strictly and searched for values that are no numbers."""
-    damage = _damaged_files(stored.folder) if stored.folder is not None else []
+    damage = find_damage(stored.folder) if stored.folder is not None else None
     if damage:
-        raise UserError(f"{stored.folder} is damaged: {'; '.join(damage)}; restore it or take an earlier checkpoint")
+        raise UserError(f"{stored.folder} is damaged: {damage}; restore it or take an earlier checkpoint")
     if stored.folder is None:
         kinds = [stored]
     else:
@@ -123,18 +124,3 @@ def _verified(path: str, stored: Stored, num_heads: int | None) -> list[str]:
             )
     names = " and ".join(each.weights for each in kinds)
     return ["", f"verified: {names} fit the network exactly, every value is finite"]
-
-
-def _damaged_files(folder: Path) -> list[str]:
-    """What differs from the checksums that training wrote beside its state; nothing where there are none."""
-    listing = folder / "state" / "files.json"
-    if not listing.is_file():
-        return []
-    damage = []
-    for name, known in read_json(listing)["files"].items():
-        file = folder / name
-        if not file.is_file():
-            damage.append(f"{name} is missing")
-        elif sha256_of(file) != known["sha256"]:
-            damage.append(f"{name} has other contents than were written")
-    return damage

@@ -12,6 +12,7 @@ from pipeline.inspect.options import InspectOptions
 from pipeline.inspect.tables import facts, shortened, table
 from pipeline.latents import LatentStore
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.publish import making
 from pipeline.runtime.units import size
 
 _SHOWN_CLASSES = 10
@@ -109,7 +110,8 @@ def draw_store(path: str, picture: Path, options: InspectOptions) -> list[str]:
         images = _padded(images, [len(indices) for indices in rows.values()], columns)
     names = [short_name(label, manifest["classes"], manifest["class_ids"]) for label in rows if label is not None]
     sheet = grid(images, columns, row_labels=names or None, title=f"{Path(path).name}: decoded latents")
-    save_png(picture, sheet, {"vae": str(manifest["vae"]["name"])})
+    with making(picture.absolute(), overwrite=True) as stage:
+        save_png(stage.place(picture.absolute()), sheet, {"vae": str(manifest["vae"]["name"])})
     return ["", f"written: {picture}, {len(images)} images"]
 
 

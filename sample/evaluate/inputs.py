@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.folder import HUB_NAME
+from pipeline.checkpoint.forms import HUB_NAME
 from pipeline.latents.manifest import is_store
 from pipeline.runtime.errors import UserError
 from sample.evaluate.folder import FolderImages

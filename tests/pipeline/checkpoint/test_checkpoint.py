@@ -10,14 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.checkpoint.folder import (
-    checkpoint_folders,
-    load_checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-    read_stored,
-    write_model_files,
-)
+from pipeline.checkpoint import checkpoint_folders, load_checkpoint, newest_checkpoint, read_checkpoint, read_stored
+from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.release import default_info
 from pipeline.diffusion import GaussianDiffusion, RectifiedFlow
 from pipeline.dit import DiT, DiTConfig

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint import folder
+from pipeline.checkpoint import folder, load_checkpoint, read_checkpoint
 from pipeline.checkpoint.diffusers_read import from_diffusers, to_diffusers
 from pipeline.checkpoint.diffusers_write import fold_normalization
-from pipeline.checkpoint.folder import load_checkpoint, read_checkpoint, write_model_files
+from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.release import default_info
 from pipeline.convert import __main__
 from pipeline.convert.parity import fix
@@ -191,6 +191,7 @@ def test_there_and_back_through_diffusers_loses_nothing(tmp_path, ours, vae_fold
     assert "diffusers as it is: max abs difference 0." in out
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (ours, tmp_path / "back"))
     assert (before["vae"].pop("name"), after["vae"].pop("name")) == (str(vae_folder), vae_folder.name)
+    assert list(after.pop("files")) == ["ema.safetensors"]
     assert after == before, "and the VAE is no longer known by a path"
     assert (tmp_path / "back" / "ema.safetensors").read_bytes() == (ours / "ema.safetensors").read_bytes()
 

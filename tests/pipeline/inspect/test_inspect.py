@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint.folder import write_model_files
+from pipeline.checkpoint.folder import describe_files, write_model_files
 from pipeline.checkpoint.release import default_info
 from pipeline.dit import DiT, DiTConfig
 from pipeline.inspect import __main__
@@ -120,7 +120,7 @@ def test_a_damaged_average_is_not_passed_over(run_folder, run):
 def test_verify_names_every_file_of_a_checkpoint_that_is_not_as_training_wrote_it(run_folder, run):
     folder = run_folder / "checkpoints" / "step-0000020"
     files = ["ema.safetensors", "model.safetensors", "state/optimizer.bin"]
-    listing = {"files": {name: {"bytes": 1, "sha256": sha256_of(folder / name)} for name in files}}
+    listing = {"files": describe_files(folder, [folder / name for name in files])}
     (folder / "state" / "files.json").write_text(json.dumps(listing))
     assert run(run_folder, "--verify")[0] == 0
     content = bytearray((folder / "ema.safetensors").read_bytes())

@@ -1,0 +1,269 @@
+"""Every form of a trained DiT that exists, read the same way and strictly.
+
+Our own folders come through `folder`, bare state dicts through `release`, diffusers' through `diffusers_read`.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pipeline.checkpoint.diffusers_read import read_diffusers, recorded_weights, transformer_folder, weight_paths
+from pipeline.checkpoint.folder import FORMAT, find_damage, newest_checkpoint, read_info, recorded_files, weight_files
+from pipeline.checkpoint.release import default_info, infer_config
+from pipeline.checkpoint.tensor_files import SUFFIXES, find_changed, join_names, load_tensors, read_safetensors
+from pipeline.diffusion.process import Process, make_process
+from pipeline.dit import DiT, DiTConfig
+from pipeline.hub import fetch_pipeline
+from pipeline.runtime.console import say
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json
+from pipeline.runtime.publish import finish
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class Stored(NamedTuple):
+    """A network's weights as they lie on disk, in the release's names, and what is known of them."""
+
+    state: dict[str, Tensor]
+    config: DiTConfig
+    info: dict[str, Any]
+    """The content of a checkpoint's config.json; the release's facts for weights that came without one."""
+    weights: str
+    """Which weights these are: "raw", "ema", "ema-NAME"."""
+    folder: Path | None
+    """The checkpoint folder they came from; None for other people's forms."""
+    diffusers: Path | None = None
+    """The diffusers transformer folder they came from, if they did."""
+    checks: tuple[Callable[[], str | None], ...] = ()
+    """Each reads one of the files again and says what differs from what was written, if anything does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A network ready to use, in eval mode on the CPU, and all that sampling needs to know."""
+
+    model: DiT
+    config: DiTConfig
+    info: dict[str, Any]
+    process: Process
+    weights: str
+    folder: Path | None
+
+
+def load_checkpoint(path: str | Path, num_heads: int | None = None) -> tuple[DiT, DiTConfig]:
+    """A network in eval mode and its configuration, from any form of checkpoint (see `read_checkpoint`); EMA weights.
+
+    Args:
+        num_heads: attention heads; needed only for a bare state dict of unknown width.
+
+    Raises:
+        UserError: as `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path, num_heads=num_heads)
+    return checkpoint.model, checkpoint.config
+
+
+def read_checkpoint(
+    path: str | Path, *, weights: str = "ema", num_heads: int | None = None, verify: bool = True
+) -> Checkpoint:
+    """A network in eval mode with all that sampling needs, from any form that exists.
+
+    Forms: a run folder (its newest checkpoint), a checkpoint folder, one weight file of it, a bare state dict in the
+    release's names (.pt, .pth, .safetensors), a diffusers DiT folder (pipeline or transformer), a Hub name of one.
+
+    Args:
+        weights: "ema", "raw", or the NAME of a further average.
+        verify: compare the files that are read with the checksums that were recorded, while they are read.
+
+    Raises:
+        UserError: nothing is there, it is damaged or of an unknown version, the weights are not in it, or its tensors
+            are not exactly those of its configuration.
+    """
+    stored = _find(path, weights, num_heads)
+    with _checked_meanwhile(stored, path, verify=verify):
+        model = build_model(stored, origin=path)
+    return Checkpoint(
+        model=model,
+        config=stored.config,
+        info=stored.info,
+        process=make_process(stored.info["diffusion"]),
+        weights=stored.weights,
+        folder=stored.folder,
+    )
+
+
+def build_model(stored: Stored, *, origin: object) -> DiT:
+    """The network of these weights, in eval mode.
+
+    Raises:
+        UserError: tensors are missing, surplus or of another shape; every one is listed.
+    """
+    model = DiT(stored.config, seed=None)
+    load_strictly(model, stored.state, origin=origin)
+    return model.eval()
+
+
+def load_strictly(model: DiT, state: Mapping[str, Tensor], *, origin: object) -> None:
+    """Copy a state dict into a network, if it has exactly the network's tensors; `pos_embed` is passed over.
+
+    Raises:
+        UserError: tensors are missing, surplus or of another shape; every one is listed.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in state.items() if name != "pos_embed"}
+    shapes = [
+        f"{name} {found[name]} instead of {wanted[name]}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name] != found[name]
+    ]
+    faults = {
+        "of no floating-point type": [
+            f"{name} {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()
+        ],
+        "missing": wanted.keys() - found.keys(),
+        "surplus": found.keys() - wanted.keys(),
+        "of another shape": shapes,
+    }
+    if any(faults.values()):
+        lists = "; ".join(f"{len(names)} {kind}: {join_names(names)}" for kind, names in faults.items() if names)
+        raise UserError(f"{origin} does not fit its network and is not loaded: {lists}")
+    model.load_state_dict({name: state[name] for name in wanted})
+
+
+def read_stored(path: str | Path, *, weights: str = "ema", num_heads: int | None = None, verify: bool = True) -> Stored:
+    """Weights and what is known of them, from any form, without building the network.
+
+    Args:
+        verify: compare the files that are read with the checksums that were recorded.
+
+    Raises:
+        UserError: nothing is there, it is damaged or of an unknown version, or the weights are not in it.
+    """
+    stored = _find(path, weights, num_heads)
+    with _checked_meanwhile(stored, path, verify=verify):
+        return stored
+
+
+@contextmanager
+def _checked_meanwhile(stored: Stored, origin: object, *, verify: bool) -> Iterator[None]:
+    """Look at the checksums in another thread while the block reads the same files; say what has none.
+
+    Raises:
+        UserError: a file differs from what was written. That comes before whatever the block found wrong.
+    """
+    if not verify:
+        yield
+        return
+    if not stored.checks and stored.folder is not None:
+        say(f"{origin} has no checksums, so that its weights are not checked for damage")
+    with ThreadPoolExecutor(1, "checksums") as pool:
+        damage = pool.submit(lambda: [fault for check in stored.checks if (fault := check())])
+        try:
+            yield
+        finally:
+            if damage.result():
+                raise UserError(
+                    f"{origin} is damaged: {'; '.join(damage.result())}; restore it or take another one (or pass "
+                    f"--no-verify-weights, if it was changed on purpose)"
+                )
+
+
+def _find(path: str | Path, weights: str, num_heads: int | None) -> Stored:
+    place = Path(path)
+    finish(place.absolute())
+    if place.is_dir():
+        return _from_folder(place, weights, num_heads)
+    if place.is_file():
+        return _from_file(place, weights, num_heads)
+    if HUB_NAME.fullmatch(str(path)) and place.suffix not in SUFFIXES:
+        return _from_diffusers(fetch_pipeline(str(path)), weights, num_heads, hub_name=str(path))
+    raise UserError(
+        f"there is no checkpoint at {path}; give a run folder, a checkpoint folder, a weight file "
+        f"({', '.join(SUFFIXES)}), a diffusers folder or a Hub name (OWNER/NAME)"
+    )
+
+
+def _from_folder(folder: Path, weights: str, num_heads: int | None) -> Stored:
+    if (folder / "model_index.json").is_file() or _is_diffusers_config(folder / "config.json"):
+        return _from_diffusers(folder, weights, num_heads)
+    if (folder / "config.json").is_file():
+        return _from_checkpoint(folder, weights, num_heads)
+    run = folder.parent if folder.name == "checkpoints" else folder
+    newest = newest_checkpoint(run)
+    if newest is not None:
+        return _from_checkpoint(newest, weights, num_heads)
+    if (run / "checkpoints").is_dir() or (run / "config.yaml").is_file():
+        raise UserError(f"{run} is a run without a checkpoint yet; let dit-train go on until it has saved one")
+    raise UserError(
+        f"{folder} is no checkpoint: it has neither config.json, nor checkpoints/step-… inside, nor model_index.json"
+    )
+
+
+def _from_checkpoint(folder: Path, weights: str, num_heads: int | None) -> Stored:
+    have = weight_files(folder)
+    name = weights if weights in have else f"ema-{weights}"
+    if name not in have:
+        read_info(folder)
+        names = [known.removeprefix("ema-") for known in have]
+        raise UserError(
+            f"{folder} has no {weights} weights; pass --weights {' or '.join(names)} (--init-weights to dit-train)"
+            if names
+            else f"{folder} has no weights (*.safetensors); the checkpoint is not whole, restore it"
+        )
+    return _own_weights(folder, have[name], name, num_heads)
+
+
+def _own_weights(folder: Path, file: Path, weights: str, num_heads: int | None) -> Stored:
+    info = read_info(folder)
+    try:
+        config = DiTConfig.from_json(info["model"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    _check_heads(num_heads, config, folder)
+    names = ("config.json", file.name)
+    checks = () if recorded_files(folder) is None else (partial(find_damage, folder, names),)
+    return Stored(read_safetensors(file), config, info, weights, folder, checks=checks)
+
+
+def _from_file(file: Path, weights: str, num_heads: int | None) -> Stored:
+    beside = file.with_name("config.json")
+    if file.suffix == ".safetensors" and _is_diffusers_config(beside):
+        return _from_diffusers(file.parent, weights, num_heads)
+    if file.suffix == ".safetensors" and beside.is_file() and _format_of(beside) == FORMAT:
+        return _own_weights(file.parent, file, file.stem.replace("model", "raw"), num_heads)
+    if weights not in {"ema", "raw"}:
+        raise UserError(f"{file} has no {weights} weights, only its own; pass --weights ema or raw")
+    state = load_tensors(file, weights=weights)
+    config = infer_config(state, num_heads=num_heads, origin=file)
+    return Stored(state, config, default_info(config), weights, None, checks=(partial(find_changed, file),))
+
+
+def _from_diffusers(folder: Path, weights: str, num_heads: int | None, *, hub_name: str | None = None) -> Stored:
+    state, config, info = read_diffusers(folder, hub_name=hub_name)
+    _check_heads(num_heads, config, hub_name or folder)
+    transformer = transformer_folder(folder)
+    checks = tuple(partial(find_changed, file) for file in weight_paths(transformer))
+    return Stored(state, config, info, recorded_weights(folder) or weights, None, transformer, checks)
+
+
+def _check_heads(num_heads: int | None, config: DiTConfig, origin: object) -> None:
+    if num_heads not in {None, config.num_heads}:
+        raise UserError(f"--num-heads {num_heads} contradicts {origin}, whose network has {config.num_heads}; drop it")
+
+
+def _format_of(path: Path) -> object:
+    content = read_json(path)
+    return content.get("format") if isinstance(content, dict) else None
+
+
+def _is_diffusers_config(path: Path) -> bool:
+    content = read_json(path) if path.is_file() else None
+    return isinstance(content, dict) and "_class_name" in content
