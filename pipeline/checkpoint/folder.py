@@ -117,7 +117,7 @@ def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
         elif path.stat().st_size != known["bytes"]:
             faults.append(f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}")
         elif sha256_of(path) != known["sha256"]:
-            faults.append(f"{name} has other contents than were written (SHA-256)")
+            faults.append(f"{name} has other contents than were written")
     return "; ".join(faults) or None
 
 

@@ -45,6 +45,10 @@ class Stored(NamedTuple):
     checks: tuple[Callable[[], str | None], ...] = ()
     """Each reads one of the files again and says what differs from what was written, if anything does."""
 
+    def damage(self) -> str | None:
+        """What differs from what was written in the files that these weights were read from, or None."""
+        return "; ".join(fault for check in self.checks if (fault := check())) or None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
@@ -165,13 +169,13 @@ def _checked_meanwhile(stored: Stored, origin: object, *, verify: bool) -> Itera
     if not stored.checks and stored.folder is not None:
         say(f"{origin} has no checksums, so that its weights are not checked for damage")
     with ThreadPoolExecutor(1, "checksums") as pool:
-        damage = pool.submit(lambda: [fault for check in stored.checks if (fault := check())])
+        damage = pool.submit(stored.damage)
         try:
             yield
         finally:
             if damage.result():
                 raise UserError(
-                    f"{origin} is damaged: {'; '.join(damage.result())}; restore it or take another one (or pass "
+                    f"{origin} is damaged: {damage.result()}; restore it or take another one (or pass "
                     f"--no-verify-weights, if it was changed on purpose)"
                 )
 

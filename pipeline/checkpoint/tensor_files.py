@@ -154,13 +154,13 @@ def find_changed(path: Path) -> str | None:
                 member = archive.testzip()
             except (zipfile.BadZipFile, EOFError, zlib.error) as error:
                 return f"{path.name} is no whole archive ({error})"
-        return f"{member} in {path.name} has other contents than were written (CRC-32)" if member else None
+        return f"{member} in {path.name} has other contents than were written" if member else None
     if path.suffix != ".safetensors":
         return None
     recorded = _header(path).get("__metadata__", {}).get(_SUM)
     if recorded is None or recorded == contents_sha256(path):
         return None
-    return f"{path.name} has other contents than were written (SHA-256)"
+    return f"{path.name} has other contents than were written"
 
 
 def contents_sha256(path: Path) -> str:

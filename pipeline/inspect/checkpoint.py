@@ -37,10 +37,10 @@ def describe_checkpoint(path: str, *, verify: bool, num_heads: int | None = None
 def _any_weights(path: str, num_heads: int | None) -> Stored:
     """The EMA weights, or the raw ones where there is no average (a damaged one is an error)."""
     try:
-        return read_stored(path, num_heads=num_heads)
+        return read_stored(path, num_heads=num_heads, verify=False)
     except UserError as error:
         try:
-            raw = read_stored(path, weights="raw", num_heads=num_heads)
+            raw = read_stored(path, weights="raw", num_heads=num_heads, verify=False)
         except UserError:
             raise error from None
         if raw.folder is not None and "ema" in weight_files(raw.folder):
@@ -107,13 +107,14 @@ def _files_of(folder: Path) -> dict[str, str]:
 
 def _verified(path: str, stored: Stored, num_heads: int | None) -> list[str]:
     """Every kind of weights loaded strictly and searched for values that are no numbers."""
-    damage = find_damage(stored.folder) if stored.folder is not None else None
+    damage = find_damage(stored.folder) if stored.folder is not None else stored.damage()
     if damage:
-        raise UserError(f"{stored.folder} is damaged: {damage}; restore it or take an earlier checkpoint")
+        raise UserError(f"{stored.folder or path} is damaged: {damage}; restore it or take an earlier checkpoint")
     if stored.folder is None:
         kinds = [stored]
     else:
-        kinds = [read_stored(stored.folder, weights=name, num_heads=num_heads) for name in weight_files(stored.folder)]
+        names = weight_files(stored.folder)
+        kinds = [read_stored(stored.folder, weights=name, num_heads=num_heads, verify=False) for name in names]
     for each in kinds:
         build_model(each, origin=path)
         wrong = not_finite(each.state)
@@ -122,5 +123,5 @@ def _verified(path: str, stored: Stored, num_heads: int | None) -> list[str]:
                 f"the {each.weights} weights of {path} hold values that are not finite: {', '.join(wrong)}; "
                 f"take an earlier checkpoint"
             )
-    names = " and ".join(each.weights for each in kinds)
-    return ["", f"verified: {names} fit the network exactly, every value is finite"]
+    fit = " and ".join(each.weights for each in kinds)
+    return ["", f"verified: {fit} fit the network exactly, every value is finite"]
