@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+from filelock import FileLock
 from torch import Tensor
 
 from extract.encoder import Encoder, Latents
@@ -21,7 +22,6 @@ from pipeline.latents.writer import unstorable_rows, write_shard
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import StopRequest
-from pipeline.runtime.work_queue import Lock
 
 NOT_FINITE = "the VAE's latent is not finite in the precision that is asked for"
 
@@ -65,7 +65,7 @@ class Claims:
 
     def __init__(self, output: OutputFolder) -> None:
         self._output = output
-        self._locks: dict[int, Lock] = {}
+        self._locks: dict[int, FileLock] = {}
 
     def take(self, shard: int) -> bool:
         lock = self._output.claim(shard)

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from pipeline.latents.manifest import MANIFEST_FILE, read_manifest
 from pipeline.latents.records import SKIPPED_FILE, ShardRecord, read_record, skipped_lines
 from pipeline.latents.writer import WORK_FOLDER, remove_files, store_files
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, remove_folder, write_bytes, write_json
-from pipeline.runtime.work_queue import Lock, locked, try_lock
+from pipeline.runtime.work_queue import Presence, exclusive, try_claim
 
 _WAIT_FOR_MAIN_S = 60.0
 REMOVAL = "removal"
@@ -88,33 +90,24 @@ class OutputFolder:
         return dict(read_json(self._settings)) if self._settings.exists() else None
 
     @contextmanager
-    def occupied(self) -> Iterator[Lock]:
-        """Make the folder and mark this process as working in it; the last one to leave a finished store tidies up."""
+    def occupied(self) -> Iterator[Presence]:
+        """Make the folder and mark this process as working in it; the last one to leave a finished store cleans up."""
         is_new = not self.path.exists()
-        presence = self._enter()
-        try:
-            yield presence
-        finally:
-            if (self.is_finished or not self._settings.exists()) and presence.take_alone():
+        with Presence(self.work) as here:
+            make_folder(self.work / "locks")
+            try:
+                yield here
+            finally:
+                if self.is_finished or not self._settings.exists():
+                    self._clean_up(here, is_new=is_new)
+
+    def _clean_up(self, here: Presence, *, is_new: bool) -> None:
+        """Remove the work folder, unless another process is at work in it."""
+        with here.gate():
+            if here.is_alone():
                 remove_folder(self.work)
                 if is_new and not any(self.path.iterdir()):
                     self.path.rmdir()
-            presence.release()
-
-    def _enter(self) -> Lock:
-        """A shared lock on the presence file; tried again if a leaving process removes that file meanwhile."""
-        while True:
-            make_folder(self.work / "locks")
-            path = self.work / "presence.lock"
-            try:
-                presence = try_lock(path, shared=True)
-            except FileNotFoundError:
-                continue
-            if presence is not None and presence.is_at(path):
-                return presence
-            if presence is not None:
-                presence.release()
-            time.sleep(0.05)
 
     def tidy(self) -> None:
         """Remove what a process left that was killed right after it wrote the manifest."""
@@ -125,7 +118,7 @@ class OutputFolder:
     @contextmanager
     def turn(self, what: str) -> Iterator[None]:
         """Hold what one process at a time may do; the others wait here."""
-        with locked(self.work / f"{what}.lock"):
+        with exclusive(self.work / f"{what}.lock"):
             yield
 
     def check_settings(self, wanted: Mapping[str, Any]) -> None:
@@ -191,11 +184,11 @@ class OutputFolder:
         numbers = {int(match[1]) for entry in self.path.iterdir() if (match := pattern.fullmatch(entry.name))}
         return sorted(shard for shard in numbers if shard in shards)
 
-    def claim(self, shard: int) -> Lock | None:
+    def claim(self, shard: int) -> FileLock | None:
         """The right to make a shard, or None if it is made or another process makes it."""
         if self.is_done(shard):
             return None
-        lock = try_lock(self.work / "locks" / f"{shard:05d}.lock")
+        lock = try_claim(self.work / "locks" / f"{shard:05d}.lock")
         if lock is not None and self.is_done(shard):
             lock.release()
             return None
@@ -218,7 +211,7 @@ class OutputFolder:
         write_bytes(path, skipped_lines(records), work_folder=self.work)
         return path
 
-    def remove_store(self, presence: Lock) -> None:
+    def remove_store(self, presence: Presence) -> None:
         """Remove a store that is here, and nothing else (`--overwrite`). Nobody can begin a new one meanwhile.
 
         What tells that the others may go on (`wait_for_removal`) goes last. The listing stays, it is not the store's.
@@ -229,14 +222,16 @@ class OutputFolder:
         Raises:
             UserError: another process is working in it.
         """
-        if not presence.take_alone():
-            raise UserError(f"another process is writing to {self.path}; stop it before --overwrite removes its work")
-        settings = self._recorded_settings() or {}
-        remove_files(store_files(self.path, split=settings.get("split")))
-        for left in self.work.glob("*.partial"):
-            left.unlink(missing_ok=True)
-        self._settings.unlink(missing_ok=True)
-        presence.share()
+        with presence.gate():
+            if not presence.is_alone():
+                raise UserError(
+                    f"another process is writing to {self.path}; stop it before --overwrite removes its work"
+                )
+            settings = self._recorded_settings() or {}
+            remove_files(store_files(self.path, split=settings.get("split")))
+            for left in self.work.glob("*.partial"):
+                left.unlink(missing_ok=True)
+            self._settings.unlink(missing_ok=True)
 
     def wait_for_removal(self, since: float) -> None:
         """Return when the store from before that time is gone, which another process of this launch sees to.
@@ -260,7 +255,7 @@ class OutputFolder:
         yield from self.path.glob(f"{self.split}-*.json")
 
     def _is_being_removed(self) -> bool:
-        lock = None if not self.work.exists() else try_lock(self.work / f"{REMOVAL}.lock", shared=True)
+        lock = None if not self.work.exists() else try_claim(self.work / f"{REMOVAL}.lock")
         if lock is not None:
             lock.release()
         return lock is None and self.work.exists()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.image_grid import grid, save_png
-from pipeline.runtime.files import explained_writes, remove_folder, replacing, sha256_of
+from pipeline.runtime.files import explained_writes, replacing, sha256_of
 
 Parts = Iterable[NDArray[Any]]
 Labels = NDArray[np.int64]
@@ -74,20 +74,17 @@ def _describe_file(written: Path, final: Path) -> dict[str, Any]:
     return {"file": final.name, "bytes": written.stat().st_size, "sha256": sha256_of(written)}
 
 
-def fill_folder(
-    unfinished: Path, images: Parts, labels: Labels, *, folder_name: ClassName, final: Path
-) -> dict[str, Any]:
+def fill_folder(out: Path, images: Parts, labels: Labels, *, folder_name: ClassName) -> dict[str, Any]:
     """`CLASS/INDEX.png` in a fresh folder that the caller publishes; images without a class have no CLASS/."""
-    remove_folder(unfinished)
     names = [str(Path(folder_name(int(label)), f"{index:06d}.png")) for index, label in enumerate(labels)]
     lines: list[str] = []
-    with explained_writes(final), ThreadPoolExecutor(_PNG_WRITERS) as pool:
-        for folder in {(unfinished / name).parent for name in names}:
+    with explained_writes(out), ThreadPoolExecutor(_PNG_WRITERS) as pool:
+        for folder in {(out / name).parent for name in names}:
             folder.mkdir(parents=True, exist_ok=True)
         for part in images:
             batch = names[len(lines) : len(lines) + len(part)]
-            lines += pool.map(_write_png, (unfinished / name for name in batch), part, batch)
-    return {"folder": final.name, "files": len(lines), "sha256": _digest(lines)}
+            lines += pool.map(_write_png, (out / name for name in batch), part, batch)
+    return {"folder": out.name, "files": len(lines), "sha256": _digest(lines)}
 
 
 def _write_png(path: Path, image: NDArray[np.uint8], name: str) -> str:
@@ -101,19 +98,16 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def is_intact(path: Path, description: dict[str, Any], *, thorough: bool) -> bool:
-    """Whether an output still is what its sidecar says: by size and count, or `thorough`, by every byte."""
+def is_intact(path: Path, description: dict[str, Any]) -> bool:
+    """Whether an output still is what its sidecar says, byte for byte."""
     if "file" in description:
-        return (
-            path.is_file()
-            and path.stat().st_size == description.get("bytes")
-            and (not thorough or sha256_of(path) == description.get("sha256"))
-        )
+        same_size = path.is_file() and path.stat().st_size == description.get("bytes")
+        return same_size and sha256_of(path) == description.get("sha256")
     files = sorted(path.rglob("*.png")) if path.is_dir() else []
     if len(files) != description.get("files"):
         return False
     lines = (f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n" for file in files)
-    return not thorough or _digest(lines) == description.get("sha256")
+    return _digest(lines) == description.get("sha256")
 
 
 def write_grid(

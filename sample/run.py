@@ -1,9 +1,10 @@
-"""One `dit-sample` from its options to its output: settle, check, make the missing chunks, put them together."""
+"""One `dit-sample` from its options to its output: resolve, check, make the missing chunks, put them together."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.classes import describe_class
-from pipeline.runtime.console import progress, say
+from pipeline.runtime.console import progress, say, warn
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import publish_folder
+from pipeline.runtime.files import remove_folder
 from pipeline.runtime.processes import StopRequest, launch
+from pipeline.runtime.publish import Stage, finish, publish, work_folder_of
 from sample import outputs, sidecar
 from sample.generate import NotFiniteError, overlapping
 from sample.options import SampleOptions
 from sample.progress import Pace, Stopped, finished_images
 from sample.resolve import SamplingJob, resolve
-from sample.sidecar import clear, is_finished, strip_of, sweep
+from sample.sidecar import is_finished, strip_of, sweep
 from sample.trajectory import Watch, strip_latents
-from sample.work_folder import POLL_SECONDS, WorkFolder, begin, join, read_arrays, work_folder_of, write_arrays
+from sample.work_folder import POLL_SECONDS, WorkFolder, begin, join
 
 STRIP = "trajectory.safetensors"
 STRIP_IMAGES = 4
@@ -44,6 +46,10 @@ def make_samples(options: SampleOptions) -> int:
     with StopRequest() as stop:
         try:
             _make_chunks(work, job, options, stop)
+            strip = None if options.trajectory is None else STRIP
+            while launch().is_main and work.is_open() and (bad := work.drop_damaged(together=strip)):
+                warn(f"{bad} finished parts in {work.path} were damaged, and are made again")
+                _make_chunks(work, job, options, stop)
             if launch().is_main:
                 _finish(work, job, options)
         except Stopped:
@@ -62,18 +68,15 @@ def make_samples(options: SampleOptions) -> int:
 def _open_work(options: SampleOptions, job: SamplingJob) -> WorkFolder | None:
     """The work folder, with the plan in it; None if the output is finished, by an earlier run or by others just now."""
     recipe, folder, main = job.recipe, work_folder_of(options.path), launch().is_main
-    if is_finished(options, recipe, thorough=main and options.overwrite):
+    if main:
+        finish(options.path)  # what a killed command had begun to publish
+    if is_finished(options, recipe):
         if main:
             sweep(options.path, recipe)
         return None
     if main:
-        begin(folder, recipe, overwrite=options.overwrite)
-    elif not join(folder, recipe, finished=lambda: is_finished(options, recipe, thorough=False)):
-        return None
-    try:
-        return WorkFolder(folder, chunks=job.chunks)
-    except FileNotFoundError:  # the others have put the output together and removed the folder
-        return None
+        return begin(folder, recipe, chunks=job.chunks, overwrite=options.overwrite)
+    return join(folder, recipe, chunks=job.chunks, finished=lambda: is_finished(options, recipe))
 
 
 def _make_chunks(work: WorkFolder, job: SamplingJob, options: SampleOptions, stop: StopRequest) -> None:
@@ -108,7 +111,7 @@ def _latents(chunk: int, work: WorkFolder, job: SamplingJob, options: SampleOpti
     with _named(chunk, job):
         latents = job.generator.latents(first, labels, on_step=pace.step, watch=watch)
     if watch is not None:
-        write_arrays(work.path / STRIP, _strip_arrays(watch, job))
+        work.write_part(STRIP, _strip_arrays(watch, job))
     return latents
 
 
@@ -158,23 +161,24 @@ def _finish(work: WorkFolder, job: SamplingJob, options: SampleOptions) -> None:
         time.sleep(POLL_SECONDS)
     if not work.is_open():
         return
-    out, labels = options.path, job.labels.values
-    clear(out)
+    out, labels, stage = options.path, job.labels.values, Stage(work.path)
+    remove_folder(stage.ready)
     if options.trajectory is not None:
-        _write_strip(read_arrays(work.path / STRIP), job, options)
-    if options.kind == "folder":
-        unfinished = work.path / "folder"
-        output = outputs.fill_folder(unfinished, work.parts(), labels, folder_name=job.folder_name, final=out)
-        sidecar.write(out, job.recipe, output)  # first, or a kill in between would leave a stranger's folder
-        publish_folder(unfinished, out)
-    else:
-        sidecar.write(out, job.recipe, _write_file(work, job, options))
+        arrays = work.read_part(STRIP)
+        assert arrays is not None, "looked at by drop_damaged"
+        _write_strip(stage.place(strip_of(out)), arrays, job)
+    output = _write_output(stage.place(out), work, job, options)
+    sidecar.write(stage.place(sidecar.sidecar_of(out)), job.recipe, output)
+    publish(work.path, stage, overwrite=options.overwrite)
     work.remove()
     say(f"wrote {options.out} ({len(labels)} samples) and {sidecar.sidecar_of(out)}")
 
 
-def _write_file(work: WorkFolder, job: SamplingJob, options: SampleOptions) -> dict[str, Any]:
-    out, labels = options.path, job.labels.values
+def _write_output(out: Path, work: WorkFolder, job: SamplingJob, options: SampleOptions) -> dict[str, Any]:
+    """Make the output at its place in the stage; what the sidecar says of it."""
+    labels = job.labels.values
+    if options.kind == "folder":
+        return outputs.fill_folder(out, work.parts(), labels, folder_name=job.folder_name)
     if options.kind == "latents":
         return outputs.write_latents(out, work.parts(), labels, shape=job.generator.shape)
     if options.kind == "npz":
@@ -185,10 +189,10 @@ def _write_file(work: WorkFolder, job: SamplingJob, options: SampleOptions) -> d
     )
 
 
-def _write_strip(arrays: dict[str, NDArray[Any]], job: SamplingJob, options: SampleOptions) -> None:
+def _write_strip(path: Path, arrays: dict[str, NDArray[Any]], job: SamplingJob) -> None:
     names = [job.class_name(int(job.labels.values[row])) for row in arrays["rows"]]
     outputs.write_strip(
-        strip_of(options.path),
+        path,
         arrays["frames"],
         row_labels=[label for name in names for label in (f"{name} x_t".strip(), "expected x_0")],
         captions=[*(f"t = {t:.0f}" for t in arrays["t"][:-1]), "result"],

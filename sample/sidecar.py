@@ -1,5 +1,6 @@
 """What a set of samples was made of: enough to make the same again, and nothing about the machine's folders."""
 
+import contextlib
 import hashlib
 import platform
 import re
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json, remove_folder, write_json
+from pipeline.runtime.publish import finish, work_folder_of
+from pipeline.runtime.work_queue import Presence
 from sample.options import SampleOptions
 from sample.outputs import is_intact
-from sample.work_folder import differences, is_plan, work_folder_of
+from sample.work_folder import PLAN, differences, is_plan
 
 FORMAT = "dit-samples"
 VERSION = 1
@@ -57,10 +60,9 @@ def _without_versions(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name != "versions"}
 
 
-def write(out: Path, recipe: Mapping[str, Any], output: Mapping[str, Any]) -> None:
-    """Write the sidecar; it comes after the output, so that it never describes one that is not whole."""
-    content = {"format": FORMAT, "version": VERSION, "recipe": dict(recipe), "output": dict(output)}
-    write_json(sidecar_of(out), content)
+def write(path: Path, recipe: Mapping[str, Any], output: Mapping[str, Any]) -> None:
+    """Write the sidecar at its place in the stage; it appears together with its output."""
+    write_json(path, {"format": FORMAT, "version": VERSION, "recipe": dict(recipe), "output": dict(output)})
 
 
 def read_sidecar(out: Path) -> dict[str, Any] | None:
@@ -69,6 +71,8 @@ def read_sidecar(out: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it was written by a newer version.
     """
+    with contextlib.suppress(OSError):  # a folder that may not be written to
+        finish(out)
     path = sidecar_of(out)
     if not path.is_file():
         return None
@@ -93,30 +97,25 @@ def strip_of(out: Path) -> Path:
     return out.with_name(f"{out.stem}.trajectory.png")
 
 
-def is_finished(options: SampleOptions, recipe: dict[str, Any], *, thorough: bool) -> bool:
+def is_finished(options: SampleOptions, recipe: dict[str, Any]) -> bool:
     """Whether the output is there already, made by this very recipe; if not, whether it may be made.
-
-    Args:
-        thorough: compare every byte with the sidecar, so that --overwrite makes an output again that was changed since.
 
     Raises:
         UserError: something else is in the way that may not, or not without --overwrite, be replaced.
     """
-    out = options.path
+    out, strip = options.path, strip_of(options.path)
     sidecar = read_sidecar(out)
-    ours = is_plan(work_folder_of(out), recipe)  # a kill may have come between the output and its sidecar
     if sidecar is not None and same_recipe(sidecar.get("recipe"), recipe) and out.exists():
-        strip_there = options.trajectory is None or strip_of(out).is_file()
-        if strip_there and is_intact(out, sidecar.get("output", {}), thorough=thorough):
+        strip_there = options.trajectory is None or strip.is_file()
+        if strip_there and is_intact(out, sidecar.get("output", {})):
             return True
-        if not strip_there and not options.overwrite and not ours:
-            raise UserError(f"{strip_of(out)} is gone, though {out} is there; pass --overwrite to make both again")
-        if not options.overwrite and not ours:
-            raise UserError(f"{out} is not what {sidecar_of(out)} says it is; pass --overwrite to make it again")
+        if not options.overwrite:
+            what = f"{strip} is gone, though {out} is there" if not strip_there else f"{out} is not what its JSON says"
+            raise UserError(f"{what} ({sidecar_of(out)}); pass --overwrite to make it again")
         _check_kind(out, options.kind, ours=True)
         return False
     _check_kind(out, options.kind, ours=sidecar is not None)
-    if not ours and not options.overwrite:
+    if not options.overwrite:
         _check_free(options, sidecar, recipe)
     return False
 
@@ -124,8 +123,11 @@ def is_finished(options: SampleOptions, recipe: dict[str, Any], *, thorough: boo
 def sweep(out: Path, recipe: dict[str, Any]) -> None:
     """Remove the work folder that a kill left behind after its output was finished."""
     folder = work_folder_of(out)
-    if is_plan(folder, recipe):
-        remove_folder(folder)
+    if not folder.exists():
+        return
+    with Presence(folder) as here, here.gate():
+        if here.is_alone() and (is_plan(folder, recipe) or not (folder / PLAN).exists()):
+            remove_folder(folder)
 
 
 def _check_kind(out: Path, kind: str, *, ours: bool) -> None:
@@ -159,12 +161,3 @@ def _check_free(options: SampleOptions, sidecar: dict[str, Any] | None, recipe: 
     for path in others:
         if path.exists():
             raise UserError(f"{path} is in the way; pass --overwrite to replace it, or name another --out")
-
-
-def clear(out: Path) -> None:
-    """Remove a folder of ours that is to be replaced; the sidecar goes first, so that nothing claims it is whole."""
-    if out.is_dir():
-        ours = read_sidecar(out) is not None
-        sidecar_of(out).unlink(missing_ok=True)
-        if ours:
-            remove_folder(out)

@@ -1,22 +1,26 @@
 """The work folder of one output: its plan, and chunks of finished images that appear whole or not at all.
 
-Chunk c holds images c·B … (c + 1)·B − 1, B the batch size. Any number of processes, started together or not, share
-the work through files alone: a process claims a chunk by locking one byte of a file, and the system frees the byte
-when the process ends, however it ends. So nothing waits for a process that is gone, and nothing is made twice.
+Chunk c holds images c·B … (c + 1)·B − 1, B the batch size. Any number of processes, started together or not, share the
+work through files alone (`pipeline.runtime.work_queue`): a claim ends with its process, so nothing waits for one that
+is gone and nothing is made twice. Every chunk carries the plan's digest and its own checksum: a part of something else,
+or a damaged one, is never taken and simply made again.
 """
 
-import errno
-import fcntl
-import os
+import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes, make_folder, read_json, remove_folder, replacing, write_json
+from pipeline.runtime.files import read_json, remove_folder, replacing, write_json
+from pipeline.runtime.work_queue import Presence, try_claim
 
 PLAN = "plan.json"
 CLAIMS = "claims"
@@ -26,31 +30,31 @@ PATIENCE_SECONDS = 600.0
 Arrays = dict[str, NDArray[Any]]
 
 
-def work_folder_of(out: Path) -> Path:
-    """Where unfinished work for `out` stands: hidden beside it, so that the last rename stays on one disk."""
-    return out.with_name(f".{out.name}.work")
-
-
 class WorkFolder:
     """The chunks of one plan, made and claimed by any number of processes."""
 
-    def __init__(self, path: Path, *, chunks: int) -> None:
-        """Open the folder of a plan that `begin` or `join` has found in place."""
+    def __init__(self, path: Path, plan: dict[str, Any], *, chunks: int, here: Presence) -> None:
+        """Work in the folder of a plan that `begin` or `join` has found in place."""
         self.path = path
         self.chunks = chunks
-        self._held: set[int] = set()
-        with explained_writes(path):
-            # Closing any descriptor of this file would free all of the process's claims: it is opened once.
-            self._claims = os.open(path / CLAIMS, os.O_RDWR | os.O_CREAT, 0o666)
+        self._digest = _digest_of(plan)
+        self._here = here
+        self._held: dict[int, FileLock] = {}
+        self._found: set[int] = set()
 
     def close(self) -> None:
-        os.close(self._claims)
+        for chunk in list(self._held):
+            self.release(chunk)
+        self._here.leave()
 
     def chunk_path(self, chunk: int) -> Path:
         return self.path / f"chunk-{chunk:06d}.safetensors"
 
     def has(self, chunk: int) -> bool:
-        return self.chunk_path(chunk).exists()
+        """Whether a chunk of this plan is there; its contents are looked at by `drop_damaged`."""
+        if chunk not in self._found and _seal_of(self.chunk_path(chunk)).get("plan") == self._digest:
+            self._found.add(chunk)
+        return chunk in self._found and self.chunk_path(chunk).exists()
 
     def is_open(self) -> bool:
         """Whether the output still waits to be put together."""
@@ -62,12 +66,8 @@ class WorkFolder:
         remove_folder(self.path)
 
     def missing(self) -> list[int]:
-        """The chunks that are not there yet."""
-        try:
-            names = {path.name for path in self.path.iterdir()}
-        except FileNotFoundError:  # another process has put the output together and removed the folder
-            return []
-        return [chunk for chunk in range(self.chunks) if self.chunk_path(chunk).name not in names]
+        """The chunks that are not there yet; none where another process has put the output together."""
+        return [chunk for chunk in range(self.chunks) if not self.has(chunk)] if self.is_open() else []
 
     def claim(self, chunk: int) -> bool:
         """Whether this process alone now works on the chunk, until `release` or its end.
@@ -77,21 +77,21 @@ class WorkFolder:
         Raises:
             UserError: the file system has no locks.
         """
+        if chunk in self._held:
+            return True
         try:
-            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, chunk)
-        except OSError as error:
-            if error.errno in {errno.EACCES, errno.EAGAIN}:
-                return False
-            raise UserError(
-                f"the file system of {self.path} cannot lock files ({error.strerror}), which keeps processes from "
-                f"making the same images twice; choose an --out on another disk"
-            ) from error
-        self._held.add(chunk)
-        return True
+            (self.path / CLAIMS).mkdir(exist_ok=True)
+            lock = try_claim(self.path / CLAIMS / f"{chunk:06d}.lock")
+        except FileNotFoundError:  # the folder has gone with its finished output
+            return False
+        if lock is not None:
+            self._held[chunk] = lock
+        return lock is not None
 
     def release(self, chunk: int) -> None:
-        fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, chunk)
-        self._held.discard(chunk)
+        lock = self._held.pop(chunk, None)
+        if lock is not None:
+            lock.release()
 
     def unclaimed(self, *, rank: int, world_size: int, wait: bool, idle: Callable[[], None]) -> Iterator[int]:
         """Each missing chunk, claimed for this process, until every chunk is there or in someone's hands.
@@ -118,88 +118,154 @@ class WorkFolder:
 
     def write(self, chunk: int, arrays: Arrays) -> None:
         """The chunk under its final name, flushed, or nothing; the claim ends."""
-        write_arrays(self.chunk_path(chunk), arrays)
+        self.write_part(self.chunk_path(chunk).name, arrays)
         self.release(chunk)
 
+    def write_part(self, name: str, arrays: Arrays) -> None:
+        """One safetensors file of the folder, sealed with the plan's digest and its own checksum."""
+        from safetensors.numpy import save
+
+        seal = {"plan": self._digest, "sha256": _checksum(arrays)}
+        with replacing(self.path / name) as temporary:
+            temporary.write_bytes(save(arrays, metadata=seal))
+
+    def read_part(self, name: str) -> Arrays | None:
+        """The arrays of such a file; None where it is missing, damaged, or part of another plan."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self.path / name
+        try:
+            seal, arrays = _seal_of(path), dict(load_file(path))
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return None
+        return arrays if seal == {"plan": self._digest, "sha256": _checksum(arrays)} else None
+
+    def drop_damaged(self, *, together: str | None = None) -> int:
+        """Remove every chunk that is not as it was written, so that it is made again; how many there were.
+
+        Args:
+            together: a part that was made with chunk 0, and is made again with it.
+        """
+        bad = [chunk for chunk in range(self.chunks) if self.read_part(self.chunk_path(chunk).name) is None]
+        if together is not None and self.read_part(together) is None:
+            bad = sorted({0, *bad})
+        for chunk in bad:
+            self._found.discard(chunk)
+            self.chunk_path(chunk).unlink(missing_ok=True)
+        return len(bad)
+
     def parts(self) -> Iterator[NDArray[Any]]:
-        """The data of every chunk in order, one at a time."""
+        """The data of every chunk in order, one at a time.
+
+        Raises:
+            UserError: one was damaged since `drop_damaged` looked.
+        """
         for chunk in range(self.chunks):
-            yield read_arrays(self.chunk_path(chunk))["data"]
+            arrays = self.read_part(self.chunk_path(chunk).name)
+            if arrays is None:
+                raise UserError(f"{self.chunk_path(chunk)} was changed just now; run the same command again")
+            yield arrays["data"]
 
 
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """One safetensors file, flushed and renamed."""
-    from safetensors.numpy import save
-
-    with replacing(path) as temporary:
-        temporary.write_bytes(save(arrays))
+def _digest_of(plan: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def read_arrays(path: Path) -> Arrays:
-    """The arrays of one safetensors file."""
-    from safetensors.numpy import load_file
+def _checksum(arrays: Arrays) -> str:
+    """The SHA-256 over every array's name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name}\0{arrays[name].dtype}\0{list(arrays[name].shape)}\0".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data.cast("B") if arrays[name].size else b"")
+    return digest.hexdigest()
 
-    return dict(load_file(path))
+
+def _seal_of(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; nothing where there is no sound header."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 1 << 20)))
+    except (OSError, ValueError):
+        return {}
+    return dict(header.get("__metadata__", {})) if isinstance(header, dict) else {}
 
 
-def begin(path: Path, plan: dict[str, Any], *, overwrite: bool) -> None:
-    """Put the plan into the work folder, or find the same plan there already and continue.
+def begin(path: Path, plan: dict[str, Any], *, chunks: int, overwrite: bool) -> WorkFolder:
+    """The work folder with the plan in it: a new one, or what a command with the same plan has begun.
 
     Raises:
         UserError: work of another plan is there and goes on, or is unfinished and `overwrite` is not set; or the
             folder cannot be written.
     """
-    if (path / PLAN).exists():
-        other = read_json(path / PLAN)
-        if other == plan:
-            return
-        difference = differences(other, plan)
-        if _is_worked_on(path):
-            raise UserError(f"another command ({difference}) is at work in {path}; wait for it or stop it")
-        if not overwrite and any(path.glob("chunk-*")):
-            raise UserError(
-                f"{path} holds unfinished work of another command ({difference}); "
-                f"give that command again to finish it, or --overwrite to drop it"
-            )
-        remove_folder(path)
-    make_folder(path)
-    write_json(path / PLAN, plan)
-
-
-def _is_worked_on(path: Path) -> bool:
-    """Whether some process has claimed a chunk in the folder."""
+    here = Presence(path)
     try:
-        descriptor = os.open(path / CLAIMS, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+        with here.gate():
+            if _plan_in(path) != plan:
+                _make_room(path, plan, here, overwrite=overwrite)
+                write_json(path / PLAN, plan)
+    except BaseException:
+        here.leave()
+        raise
+    return WorkFolder(path, plan, chunks=chunks, here=here)
 
 
-def join(path: Path, plan: dict[str, Any], *, finished: Callable[[], bool]) -> bool:
-    """Wait until the main process has put the plan there; False if the output is finished instead.
+def _make_room(path: Path, plan: dict[str, Any], here: Presence, *, overwrite: bool) -> None:
+    """Drop what is there of another plan, if that is right."""
+    other = _plan_in(path)
+    difference = "its plan is damaged" if other is None else differences(other, plan)
+    if not here.is_alone():
+        raise UserError(f"another command ({difference}) is at work in {path}; wait for it or stop it")
+    if other is not None and not overwrite and any(path.glob("chunk-*")):
+        raise UserError(
+            f"{path} holds unfinished work of another command ({difference}); "
+            f"give that command again to finish it, or --overwrite to drop it"
+        )
+    (path / PLAN).unlink(missing_ok=True)
+    for entry in path.iterdir():
+        ours = _seal_of(entry).get("plan") == _digest_of(plan)
+        if not ours and entry.name not in {"present", "gate.lock"}:
+            remove_folder(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _plan_in(path: Path) -> Any:
+    """The plan of a work folder; None where there is none that can be read."""
+    with contextlib.suppress(UserError):
+        return read_json(path / PLAN)
+    return None
+
+
+def join(path: Path, plan: dict[str, Any], *, chunks: int, finished: Callable[[], bool]) -> WorkFolder | None:
+    """The work folder, once the main process has put the plan there; None if the output is finished instead.
 
     Raises:
         UserError: neither happens within ten minutes, which only a main process that has failed explains.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
-        if is_plan(path, plan):
-            return True
+        if _plan_in(path) == plan:
+            here = Presence(path)
+            if _plan_in(path) == plan:
+                return WorkFolder(path, plan, chunks=chunks, here=here)
+            leave_nothing(here)  # the others have put the output together just now, and removed the folder
         if finished():
-            return False
+            return None
         time.sleep(POLL_SECONDS)
     raise UserError(f"the main process has not opened {path} within {PATIENCE_SECONDS:.0f} s; start the command again")
 
 
+def leave_nothing(here: Presence) -> None:
+    """Leave a work folder, and take it away where nobody is left and nothing was begun."""
+    with here.gate():
+        if here.is_alone() and not (here.folder / PLAN).exists():
+            remove_folder(here.folder)
+    here.leave()
+
+
 def is_plan(path: Path, plan: dict[str, Any]) -> bool:
     """Whether the work folder is there and holds this plan."""
-    return (path / PLAN).exists() and read_json(path / PLAN) == plan
+    return bool(_plan_in(path) == plan)
 
 
 def differences(found: Any, wanted: dict[str, Any]) -> str:

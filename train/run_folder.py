@@ -1,7 +1,6 @@
 """A run's folder: made, claimed by one command at a time, and refused to settings that would alter its past."""
 
 import contextlib
-import fcntl
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ import yaml
 from pipeline.checkpoint.folder import checkpoint_folders
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, flush_file, make_folder, remove_folder, write_bytes
+from pipeline.runtime.work_queue import exclusive
 from train.options import TrainOptions, may_change, plain_values
 
 CONFIG, METRICS, DATA_IDENTITY = "config.yaml", "metrics.jsonl", "data_identity"
@@ -119,18 +119,11 @@ def claimed(folder: Path) -> Iterator[None]:
         raise UserError(f"--out {folder} is a file, but a run needs a folder; choose another --out")
     made = [path for path in (folder, folder / _LOCK) if not path.exists()]
     make_folder(folder)
-    with explained_writes(folder):
-        lock = (folder / _LOCK).open("a")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is training in {folder}; wait for it, or choose another --out (processes of one run "
-                f"must be started together, by accelerate launch or torchrun)"
-            ) from error
-        except OSError:  # a file system without locks: nothing to check with
-            pass
+    refusal = (
+        f"another process is training in {folder}; wait for it, or choose another --out (processes of one run "
+        f"must be started together, by accelerate launch or torchrun)"
+    )
+    with exclusive(folder / _LOCK, needed=False, refusal=refusal):
         try:
             yield
         finally:

@@ -4,19 +4,18 @@ Copies are named by their SHA-256, so they are checked once, when they arrive, a
 processes share them. A copy arrives under another name and is renamed, so half a copy is never read.
 """
 
-import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from pipeline.latents.manifest import MANIFEST_FILE, ShardEntry, read_manifest_bytes
 from pipeline.latents.shards import size_fault
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes, make_folder, replacing, sha256_of
+from pipeline.runtime.files import make_folder, replacing, sha256_of
+from pipeline.runtime.work_queue import exclusive
 
 CACHE_VARIABLE = "DIT_LATENTS_CACHE"
 _ATTEMPTS = 3
@@ -142,7 +141,7 @@ class RemoteFolder:
         if _has_size(copy, shard.bytes):
             return copy
         make_folder(self.cache)
-        with _alone(copy.with_name(f".{copy.name}.lock")):
+        with exclusive(copy.with_name(f".{copy.name}.lock"), needed=False):
             if not _has_size(copy, shard.bytes):
                 self._retry(lambda: self._download(shard, copy), shard.file)
         return copy
@@ -193,16 +192,3 @@ def _has_size(path: Path, size: int) -> bool:
         return path.stat().st_size == size
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock between processes, so that a shard is copied once; the kernel frees it if its holder dies."""
-    with explained_writes(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        with suppress(OSError):  # a file system without locks: the worst is a second copy, renamed over the first
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

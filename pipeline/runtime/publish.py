@@ -18,6 +18,7 @@ import ctypes
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ from pipeline.runtime.files import (
     remove_folder,
     write_json,
 )
-from pipeline.runtime.work_queue import Presence, exclusive, try_claim
+from pipeline.runtime.work_queue import OccupiedError, Presence, exclusive, try_claim
 
 READY = "ready"
 RECORD = "publish.json"
+_POLL_SECONDS = 0.2
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -63,7 +65,9 @@ class Stage:
 
 
 @contextlib.contextmanager
-def making(out: Path, *, overwrite: bool, beside: tuple[Path, ...] = (), flag: str = "--overwrite") -> Iterator[Stage]:
+def making(
+    out: Path, *, overwrite: bool, beside: tuple[Path, ...] = (), flag: str = "--overwrite", wait: bool = False
+) -> Iterator[Stage]:
     """Make an output and publish it when the block ends without an error.
 
     Args:
@@ -71,13 +75,14 @@ def making(out: Path, *, overwrite: bool, beside: tuple[Path, ...] = (), flag: s
         overwrite: whether to replace what is there.
         beside: further names that must be free, too.
         flag: how a user says so.
+        wait: for another command that is making it, instead of being refused.
 
     Raises:
         UserError: something of these names is there, another command is making it, or the disk is full.
     """
     work = work_folder_of(out)
     make_folder(out.parent)
-    with claimed(work):
+    with claimed(work, wait=wait):
         finish(out, locked=True)
         if not overwrite:
             refuse_taken((out, *beside), flag)
@@ -88,24 +93,30 @@ def making(out: Path, *, overwrite: bool, beside: tuple[Path, ...] = (), flag: s
 
 
 @contextlib.contextmanager
-def claimed(work: Path) -> Iterator[None]:
-    """Be the only process that makes what the work folder is of; the folder goes with the last one that leaves it.
+def claimed(work: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only process that makes what the work folder is of; the folder goes when this one leaves it.
 
     Raises:
-        UserError: another process is at it.
+        UserError: another process is at it, and it is not waited for.
     """
-    with Presence(work) as here:
-        with here.gate():
-            alone = here.is_alone()
-        if not alone:
-            name = work.name.removeprefix(".").removesuffix(".work")
-            raise UserError(f"another command is making {work.with_name(name)}; wait for it or stop it")
+    with _alone_in(work, wait=wait) as here:
         try:
             yield
         finally:
-            with here.gate():
-                if here.is_alone() and not (work / READY / RECORD).exists():
+            if not (work / READY / RECORD).exists():
+                with here.gate():
                     remove_folder(work)
+
+
+def _alone_in(work: Path, *, wait: bool) -> Presence:
+    while True:
+        try:
+            return Presence(work, alone=True)
+        except OccupiedError as error:
+            if not wait:
+                out = work.with_name(work.name.removeprefix(".").removesuffix(".work"))
+                raise UserError(f"another command is making {out}; wait for it or stop it") from error
+            time.sleep(_POLL_SECONDS)
 
 
 def refuse_taken(names: tuple[Path, ...], flag: str = "--overwrite") -> None:

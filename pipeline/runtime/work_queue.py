@@ -36,42 +36,43 @@ def try_claim(path: Path) -> FileLock | None:
     Raises:
         UserError: the disk has no locks.
     """
-    return _acquire(path, timeout=0)
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+    try:
+        _acquire(lock, path, needed=True)
+    except Timeout:
+        return None
+    return lock
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, *, needed: bool = True) -> Iterator[None]:
-    """Be alone with what the file stands for, after waiting for whoever is.
+def exclusive(path: Path, *, needed: bool = True, refusal: str | None = None) -> Iterator[None]:
+    """Be alone with what the file stands for.
 
     Args:
-        needed: whether work cannot be shared out without it.
+        needed: whether work cannot be shared out without the lock.
+        refusal: what to say, instead of waiting, where another process is there.
 
     Raises:
-        UserError: the disk has no locks, and one is needed.
+        UserError: the disk has no locks, and one is needed; or the refusal.
     """
-    with hold(_acquire(path, timeout=-1, needed=needed)):
-        yield
-
-
-@contextlib.contextmanager
-def hold(lock: FileLock | None) -> Iterator[None]:
-    """Release a lock when the block ends."""
+    timeout = -1 if refusal is None else 0
+    lock = FileLock(path, timeout=timeout, poll_interval=_POLL_SECONDS, thread_local=False, fallback_to_soft=False)
+    try:
+        _acquire(lock, path, needed=needed)
+    except Timeout as error:
+        raise UserError(refusal or "") from error
     try:
         yield
     finally:
-        if lock is not None:
-            lock.release()
+        lock.release()
 
 
-def _acquire(path: Path, *, timeout: float, needed: bool = True) -> FileLock | None:
-    lock = FileLock(path, timeout=timeout, poll_interval=_POLL_SECONDS, thread_local=False, fallback_to_soft=False)
+def _acquire(lock: FileLock, path: Path, *, needed: bool) -> None:
     try:
         with explained_writes(path):
             lock.acquire()
-    except Timeout:
-        return None
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
+        if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in _UNSUPPORTED):
             raise
         if needed:
             raise UserError(
@@ -79,17 +80,23 @@ def _acquire(path: Path, *, timeout: float, needed: bool = True) -> FileLock | N
                 "twice; give --out a local folder or one on NFS 4, Lustre (mounted with flock) or the like"
             ) from error
         warn(f"the file system of {path.parent} cannot lock files: see to it that no second command works there")
-        return None
-    return lock
+
+
+class OccupiedError(UserError):
+    """Another process is at work where this one wants to be alone."""
 
 
 class Presence:
     """This process among those at work in a folder, known by a lock file of its own in `FOLDER/present/`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, alone: bool = False) -> None:
         """Come in; waits while another process decides about the folder, and makes it anew if that one removed it.
 
+        Args:
+            alone: come in only where nobody else is.
+
         Raises:
+            OccupiedError: somebody is.
             UserError: the disk has no locks, or the folder cannot be made.
         """
         self.folder = folder
@@ -99,6 +106,8 @@ class Presence:
         while self._lock is None:
             make_folder(self._others)
             with contextlib.suppress(FileNotFoundError), self.gate():
+                if alone and not self.is_alone():
+                    raise OccupiedError(f"another process is at work in {folder}; wait for it or stop it")
                 self._lock = try_claim(self._others / name)
             if self._lock is None:
                 time.sleep(_POLL_SECONDS)

@@ -8,18 +8,19 @@ from pipeline.runtime.cli import flag_values
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import make_folder, read_json, write_json
+from pipeline.runtime.files import read_json, write_json
 from pipeline.runtime.processes import Launch, launch
+from pipeline.runtime.publish import Stage, making
 from sample.evaluate import report
 from sample.evaluate.features import DIGESTS, Blocks, make_features
 from sample.evaluate.image_set import pixels_fingerprint
 from sample.evaluate.inception import FIDInception
 from sample.evaluate.inception_weights import load_inception
-from sample.evaluate.metrics import FEWEST_FOR_FID
+from sample.evaluate.metrics import FEWEST_FOR_FID, Gaussian
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import write_statistics
 from sample.evaluate.scoring import Comparison, Side, compute_scores, warn_of_few
-from sample.evaluate.task import Task, settle_task
+from sample.evaluate.task import REFERENCE_FEATURES, Task, settle_task
 from sample.run import too_large
 from sample.sidecar import sidecar_of
 from sample.work_folder import WorkFolder, begin
@@ -57,13 +58,12 @@ def _begin(
         for side in task.sides.values():
             at_the_end.callback(side.close)
         network = load_inception(task.weights) if task.weights is not None and task.extractions else None
-        if place.is_main:
-            for folder, extraction in task.extractions.items():
-                begin(folder, extraction.plan, overwrite=True)
-        barrier()
-        work = {folder: WorkFolder(folder, chunks=extraction.parts) for folder, extraction in task.extractions.items()}
-        for made in work.values():
-            at_the_end.callback(made.close)
+        work: dict[Path, WorkFolder] = {}
+        for is_turn in (place.is_main, not place.is_main):  # the main process puts the plans there
+            for folder, made in task.extractions.items() if is_turn else ():
+                work[folder] = begin(folder, made.plan, chunks=made.parts, overwrite=True)
+                at_the_end.callback(work[folder].close)
+            barrier()
         barrier()  # nobody comes late to a folder that the main process has finished and removed
     return task, network, work
 
@@ -89,16 +89,19 @@ def _tell_again(task: Task, place: Launch) -> int:
 
 def _make_all_features(task: Task, network: FIDInception, work: dict[Path, WorkFolder], place: Launch) -> None:
     for folder, extraction in task.extractions.items():
-        with memory_explained(lambda: too_large(task.batch_size)):
-            make_features(
-                extraction.images,
-                network,
-                extraction.wanted,
-                work[folder],
-                place=place,
-                batch_size=task.batch_size,
-                device=task.device,
-            )
+        again = True
+        while again:
+            with memory_explained(lambda: too_large(task.batch_size)):
+                make_features(
+                    extraction.images,
+                    network,
+                    extraction.wanted,
+                    work[folder],
+                    place=place,
+                    batch_size=task.batch_size,
+                    device=task.device,
+                )
+            again = place.is_main and work[folder].drop_damaged() > 0  # a part that is not as it was written
 
 
 def _finish(task: Task, work: dict[Path, WorkFolder]) -> None:
@@ -115,7 +118,7 @@ def _finish(task: Task, work: dict[Path, WorkFolder]) -> None:
 
 
 def _write_reference(task: Task) -> None:
-    """Write --make-reference; its sidecar first, so that the file itself means that both are there."""
+    """Write --make-reference and its sidecar, which appear together."""
     side, path = task.reference_source, Path(task.options.make_reference or "")
     images = side.given.images
     assert images is not None, "settled: a reference is made of images"
@@ -128,16 +131,24 @@ def _write_reference(task: Task) -> None:
         "batch_size": task.batch_size,
         "versions": report.all_versions(),
     }
-    path.unlink(missing_ok=True)
-    write_json(sidecar_of(path), {"request": task.reference_request, **provenance, "source": side.given.path})
-    write_statistics(
-        path,
-        {feature: side.fitted(feature) for feature in ("features_2048", "spatial")},
-        count=images.count,
-        features=side.blocks["features_2048"].rows() if task.options.reference_features else None,
-        provenance=provenance,
-    )
+    features = side.blocks["features_2048"].rows() if task.options.reference_features else None
+    sidecar = {"request": task.reference_request, **provenance, "source": side.given.path}
+    with _made_once(path, task, is_made=lambda: task.has_reference) as stage:
+        write_json(stage.place(sidecar_of(path)), sidecar)
+        gaussians: dict[str, Gaussian] = {feature: side.fitted(feature) for feature in REFERENCE_FEATURES}
+        write_statistics(stage.place(path), gaussians, count=images.count, features=features, provenance=provenance)
     say(f"wrote {path} (statistics of {images.count} images)")
+
+
+@contextmanager
+def _made_once(path: Path, task: Task, *, is_made: Callable[[], bool]) -> Iterator[Stage]:
+    """Publish an output; where another command has just published the very same, that one stays and serves."""
+    try:
+        with making(path, overwrite=task.options.overwrite, wait=True) as stage:
+            yield stage
+    except UserError:
+        if not is_made():
+            raise
 
 
 def _score(task: Task) -> None:
@@ -169,9 +180,10 @@ def _score(task: Task) -> None:
         batch_size=task.batch_size,
     )
     if options.out is not None:
-        make_folder(Path(options.out).parent)
-        write_json(Path(options.out), result)
-        say(f"wrote {options.out}")
+        out = Path(options.out)
+        with _made_once(out, task, is_made=lambda: report.request_of(out) == task.score_request) as stage:
+            write_json(stage.place(out), result)
+        say(f"wrote {out}")
     print(report.table(result["metrics"], result["std"]))
 
 

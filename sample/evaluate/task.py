@@ -10,6 +10,7 @@ from pipeline.runtime.console import warn
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json
+from pipeline.runtime.publish import finish
 from sample.evaluate import report
 from sample.evaluate.image_set import ImageSet, digest_of
 from sample.evaluate.inception_weights import InceptionWeights, cache_folder, find_inception
@@ -18,7 +19,6 @@ from sample.evaluate.metrics import METRICS, FeatureName
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.scoring import Side, settle_metrics
 from sample.sidecar import sidecar_of
-from sample.work_folder import work_folder_of
 
 FEATURE_BATCH = {"cpu": 32, "cuda": 256}
 REFERENCE_FEATURES: tuple[FeatureName, ...] = ("features_2048", "spatial")
@@ -79,14 +79,20 @@ class Task:
         if self.options.make_reference is None:
             return False
         path = Path(self.options.make_reference)
+        finish(path)
         if not path.exists() or self.options.overwrite:
             return True
-        sidecar = sidecar_of(path)
-        if sidecar.is_file() and read_json(sidecar).get("request") == self.reference_request:
+        if self.has_reference:
             return False
         raise UserError(
             f"--make-reference {path} is there already and holds something else; choose another name or --overwrite"
         )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether --make-reference is there, made from these very inputs."""
+        sidecar = sidecar_of(Path(self.options.make_reference or ""))
+        return sidecar.is_file() and read_json(sidecar).get("request") == self.reference_request
 
     @cached_property
     def scores(self) -> bool:
@@ -148,7 +154,7 @@ class Task:
         out = self.options.out or self.options.make_reference
         if self.options.work is not None:
             return Path(self.options.work)
-        return cache_folder() / "evaluate" if out is None else work_folder_of(Path(out))
+        return cache_folder() / "evaluate" if out is None else Path(out).with_name(f".{Path(out).name}.features")
 
 
 def settle_task(options: EvaluateOptions) -> Task:

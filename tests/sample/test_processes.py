@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sample.work_folder import work_folder_of
+from pipeline.runtime.publish import work_folder_of
 from tests.families import kill_family
 
 ROOT = Path(__file__).parent.parent.parent

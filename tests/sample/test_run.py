@@ -13,12 +13,12 @@ from PIL import Image
 
 from pipeline.checkpoint import read_checkpoint
 from pipeline.diffusion import RectifiedFlow
+from pipeline.runtime.publish import work_folder_of
 from pipeline.vae import load_vae
 from sample import run
 from sample.generate import Generator
 from sample.options import SampleOptions
 from sample.resolve import resolve
-from sample.work_folder import work_folder_of
 
 NPZ = ("--num-samples", 10, "--batch-size", 4)
 
@@ -132,7 +132,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(command, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["a.npz", "f"])
-@pytest.mark.parametrize("at", ["sidecar.write", "publish_folder", "WorkFolder.remove"])
+@pytest.mark.parametrize("at", ["sidecar.write", "publish", "WorkFolder.remove"])
 def test_an_interruption_while_the_output_is_put_together_is_mended_too(command, tmp_path, monkeypatch, kind, at):
     class Killed(BaseException):
         pass
@@ -143,9 +143,8 @@ def test_an_interruption_while_the_output_is_put_together_is_mended_too(command,
     out = tmp_path / kind
     with monkeypatch.context() as broken:
         broken.setattr(f"sample.run.{at}", kill)
-        if not (at == "publish_folder" and kind == "a.npz"):
-            with pytest.raises(Killed):
-                command("--out", out, *NPZ)
+        with pytest.raises(Killed):
+            command("--out", out, *NPZ)
     status, _ = command("--out", out, *NPZ)
     assert status == 0
     assert [name for name in listing(tmp_path) if name.startswith(".")] == []

@@ -1,5 +1,6 @@
 """Work shared through files: claims that end with their process, chunks that are whole or not there."""
 
+import contextlib
 import errno
 import subprocess
 import sys
@@ -7,17 +8,19 @@ import threading
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.publish import work_folder_of
 from sample import work_folder
-from sample.work_folder import WorkFolder, begin, join, read_arrays, work_folder_of
+from sample.work_folder import begin, join
 
 PLAN = {"steps": 3}
 HOLDER = """
 import sys
 from pathlib import Path
-from sample.work_folder import WorkFolder
-work = WorkFolder(Path(sys.argv[1]), chunks=3)
+from sample.work_folder import begin
+work = begin(Path(sys.argv[1]), {"steps": 3}, chunks=3, overwrite=False)
 print(work.claim(1), flush=True)
 sys.stdin.read()
 """
@@ -26,13 +29,13 @@ sys.stdin.read()
 @pytest.fixture
 def folder(tmp_path):
     path = work_folder_of(tmp_path / "out.npz")
-    begin(path, PLAN, overwrite=False)
+    open_work(path).close()
     return path
 
 
 @pytest.fixture
 def work(folder):
-    opened = WorkFolder(folder, chunks=3)
+    opened = open_work(folder)
     yield opened
     opened.close()
 
@@ -40,6 +43,10 @@ def work(folder):
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(work_folder, "POLL_SECONDS", 0.01)
+
+
+def open_work(path, plan=PLAN, *, overwrite=False):
+    return begin(path, plan, chunks=3, overwrite=overwrite)
 
 
 def take(work, *, wait=False, rank=0, world_size=1, idle=lambda: None):
@@ -85,11 +92,11 @@ def test_work_that_goes_on_is_not_dropped(folder):
         assert holder.stdout.readline() == "True\n"
         for overwrite in (False, True):
             with pytest.raises(UserError, match=r"another command \(steps 3, not 4\) is at work in"):
-                begin(folder, {"steps": 4}, overwrite=overwrite)
+                open_work(folder, {"steps": 4}, overwrite=overwrite)
     finally:
         holder.kill()
         holder.communicate()
-    begin(folder, {"steps": 4}, overwrite=False)  # no chunk is finished, so nothing is lost
+    open_work(folder, {"steps": 4}).close()  # no chunk is finished, so nothing is lost
 
 
 def test_a_chunk_in_this_process_own_hands_is_not_given_out_twice(work):
@@ -118,46 +125,90 @@ def test_an_interrupted_chunk_is_not_there(work, monkeypatch):
     assert not list(work.path.glob("*partial*"))
 
 
-def test_unfinished_work_of_another_command_is_kept_unless_it_is_dropped(folder, work):
-    work.write(0, part())
+def test_unfinished_work_of_another_command_is_kept_unless_it_is_dropped(folder):
+    with contextlib.closing(open_work(folder)) as work:
+        work.write(0, part())
     with pytest.raises(UserError, match=r"unfinished work of another command \(steps 3, not 4\).*--overwrite"):
-        begin(folder, {"steps": 4}, overwrite=False)
-    begin(folder, PLAN, overwrite=True)
-    assert work.missing() == [1, 2]
-    begin(folder, {"steps": 4}, overwrite=True)
-    assert work.missing() == [0, 1, 2]
+        open_work(folder, {"steps": 4})
+    with contextlib.closing(open_work(folder, overwrite=True)) as work:
+        assert work.missing() == [1, 2]
+    with contextlib.closing(open_work(folder, {"steps": 4}, overwrite=True)) as work:
+        assert work.missing() == [0, 1, 2]
+
+
+def test_parts_of_another_plan_are_never_taken_also_where_the_plan_is_gone(folder):
+    with contextlib.closing(open_work(folder)) as work:
+        for chunk in range(3):
+            work.write(chunk, part(chunk))
+    (folder / "plan.json").unlink()
+    with contextlib.closing(open_work(folder, {"steps": 4}, overwrite=True)) as work:
+        assert work.missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("plan", ["", "{", "[1]"])
+def test_a_damaged_plan_is_no_dead_end_and_finished_chunks_stay(folder, plan):
+    with contextlib.closing(open_work(folder)) as work:
+        work.write(1, part(1))
+    (folder / "plan.json").write_text(plan)
+    with contextlib.closing(open_work(folder, overwrite=plan == "[1]")) as work:
+        assert work.missing() == [0, 2]
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut", "empty"])
+def test_a_damaged_part_is_made_again(work, damage):
+    for chunk in range(3):
+        work.write(chunk, part(chunk))
+    path = work.chunk_path(1)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes({"a flipped bit": bytes(data), "cut": bytes(data[:-3]), "empty": b""}[damage])
+    assert work.drop_damaged() == 1
+    assert work.missing() == [1]
+    assert work.drop_damaged() == 1  # it is still to be made
+
+
+def test_a_damaged_strip_is_made_again_with_the_chunk_that_it_came_from(work):
+    for chunk in range(3):
+        work.write(chunk, part(chunk))
+    work.write_part("strip.safetensors", part())
+    assert work.drop_damaged(together="strip.safetensors") == 0
+    (work.path / "strip.safetensors").write_bytes(b"")
+    assert work.drop_damaged(together="strip.safetensors") == 1
+    assert work.missing() == [0]
 
 
 def test_who_comes_when_the_output_is_put_together_finds_no_work(folder, work):
     work.remove()
     assert list(take(work)) == []
     assert not work.is_open()
-    assert not join(folder, PLAN, finished=lambda: True)
+    assert join(folder, PLAN, chunks=3, finished=lambda: True) is None
 
 
 def test_other_processes_wait_for_the_plan_of_the_main_one(tmp_path):
     path = tmp_path / "work"
-    later = threading.Timer(0.1, lambda: begin(path, PLAN, overwrite=False))
+    later = threading.Timer(0.1, lambda: open_work(path).close())
     later.start()
-    assert join(path, PLAN, finished=lambda: False)
+    joined = join(path, PLAN, chunks=3, finished=lambda: False)
+    assert joined.missing() == [0, 1, 2]
     later.join()
+    joined.close()
 
 
 def test_other_processes_do_not_wait_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(work_folder, "PATIENCE_SECONDS", 0.05)
     with pytest.raises(UserError, match="the main process has not opened"):
-        join(tmp_path / "work", PLAN, finished=lambda: False)
+        join(tmp_path / "work", PLAN, chunks=3, finished=lambda: False)
 
 
 def test_a_disk_without_locks_is_refused_instead_of_waited_for(work, monkeypatch):
     def fails(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.lockf", fails)
-    with pytest.raises(UserError, match="cannot lock files"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot lock files"):
+        patch.setattr("fcntl.flock", fails)
         work.claim(0)
 
 
 def test_a_chunk_is_plain_safetensors(work):
     work.write(1, part(7))
-    assert (read_arrays(work.chunk_path(1))["data"] == 7).all()
+    assert (load_file(work.chunk_path(1))["data"] == 7).all()
