@@ -9,8 +9,9 @@ from torch import Tensor
 from pipeline import randomness
 from pipeline.latents import LatentSpec
 from pipeline.latents.manifest import FORMAT, VERSION, Manifest, latent_json, write_manifest
+from pipeline.latents.names import shard_name
 from pipeline.latents.safetensors_shards import pieces
-from pipeline.latents.shards import row_type, shard_name
+from pipeline.latents.shards import row_type
 from pipeline.latents.writer import StoreDescription, finish_store, write_shard
 
 CLASSES = 1000

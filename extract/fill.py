@@ -13,10 +13,10 @@ import numpy as np
 from filelock import FileLock
 from torch import Tensor
 
-from extract.encoder import Encoder, Latents
+from extract.encoder import Encoder
 from extract.inputs import Loaded, Loader, read_ahead
 from extract.plan import Plan
-from extract.progress import Meter
+from extract.progress import ExtractProgress
 from extract.store_folder import OutputFolder
 from pipeline.latents.writer import unstorable_rows, write_shard
 from pipeline.runtime.console import warn
@@ -27,7 +27,7 @@ NOT_FINITE = "the VAE's latent is not finite in the precision that is asked for"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class ExtractJob:
     """All that filling a store needs."""
 
     output: OutputFolder
@@ -50,7 +50,7 @@ class Draft:
     """A shard in the making."""
 
     shard: int
-    moments: Tensor
+    latents: Tensor
     """[rows, views, values, h, w]; rows beyond those kept are unused."""
     kept: list[int] = field(default_factory=list)
     """Positions in the listing of the samples so far."""
@@ -81,21 +81,21 @@ class Claims:
             self.release(shard)
 
 
-def fill(work: Work, stop: StopRequest, meter: Meter) -> None:
+def fill(job: ExtractJob, stop: StopRequest, progress: ExtractProgress) -> None:
     """Make every shard of the span that no other process makes; return early if asked to stop.
 
     Raises:
         UserError: the disk is full, an input vanished, or a bad input was met under --on-error fail.
     """
-    claims = Claims(work.output)
-    tasks = _tasks(work, claims, stop)
-    window = (work.encoder.batches_ahead + 2) * work.encoder.batch_size + 2 * work.workers
+    claims = Claims(job.output)
+    tasks = _tasks(job, claims, stop)
+    window = (job.encoder.batches_ahead + 2) * job.encoder.batch_size + 2 * job.workers
     try:
         with (
             ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-            read_ahead(tasks, lambda task: work.loader(task[1]), workers=work.workers, window=window) as loaded,
+            read_ahead(tasks, lambda task: job.loader(task[1]), workers=job.workers, window=window) as loaded,
         ):
-            filling = _Filling(work, claims, meter, writer)
+            filling = _Filling(job, claims, progress, writer)
             for (shard, index), result in loaded:
                 if stop.signal:
                     break
@@ -105,38 +105,38 @@ def fill(work: Work, stop: StopRequest, meter: Meter) -> None:
         claims.release_all()
 
 
-def _tasks(work: Work, claims: Claims, stop: StopRequest) -> Iterator[tuple[int, int]]:
+def _tasks(job: ExtractJob, claims: Claims, stop: StopRequest) -> Iterator[tuple[int, int]]:
     """(shard, input) of one free shard after another; the next is claimed when the loader has come to its end."""
-    for shard in work.span:
+    for shard in job.span:
         if stop.signal:
             return
         if claims.take(shard):
-            yield from ((shard, int(index)) for index in work.plan.rows(shard))
+            yield from ((shard, int(index)) for index in job.plan.rows(shard))
 
 
 class _Filling:
     """Loaded inputs on their way into shards, in order: batch, encode, collect, write."""
 
-    def __init__(self, work: Work, claims: Claims, meter: Meter, writer: ThreadPoolExecutor) -> None:
-        self._work, self._claims, self._meter, self._writer = work, claims, meter, writer
+    def __init__(self, job: ExtractJob, claims: Claims, progress: ExtractProgress, writer: ThreadPoolExecutor) -> None:
+        self._job, self._claims, self._progress, self._writer = job, claims, progress, writer
         self._draft: Draft | None = None
         self._batch: list[tuple[int, Loaded]] = []
-        self._running: deque[tuple[Draft, list[int], Latents | None]] = deque()  # None: the draft is complete
+        self._running: deque[tuple[Draft, list[int], Future[Tensor] | None]] = deque()  # None: the draft is complete
         self._writing: Future[None] | None = None
 
     def take(self, shard: int, index: int, loaded: Loaded) -> None:
         """The next input of a shard."""
         if self._draft is None or self._draft.shard != shard:
             self._seal()
-            self._draft = Draft(shard=shard, moments=self._work.encoder.room_for(len(self._work.plan.rows(shard))))
-        self._meter.read(loaded.bytes_read)
+            self._draft = Draft(shard=shard, latents=self._job.encoder.room_for(len(self._job.plan.rows(shard))))
+        self._progress.read(loaded.bytes_read)
         if loaded.crops is None:
             self._skip(self._draft, index, loaded.reason)
-            self._meter.done(0, skipped=1)
+            self._progress.done(0, skipped=1)
             return
         self._draft.checksums[index] = loaded.checksum
         self._batch.append((index, loaded))
-        if len(self._batch) == self._work.encoder.batch_size:
+        if len(self._batch) == self._job.encoder.batch_size:
             self._start()
 
     def end(self, *, keep_last: bool) -> None:
@@ -151,9 +151,9 @@ class _Filling:
     def _start(self) -> None:
         assert self._draft is not None
         crops = [loaded.crops for _, loaded in self._batch if loaded.crops is not None]
-        self._running.append((self._draft, [index for index, _ in self._batch], self._work.encoder.start(crops)))
+        self._running.append((self._draft, [index for index, _ in self._batch], self._job.encoder.start(crops)))
         self._batch = []
-        while len(self._running) > self._work.encoder.batches_ahead:
+        while len(self._running) > self._job.encoder.batches_ahead:
             self._collect()
 
     def _seal(self) -> None:
@@ -170,48 +170,48 @@ class _Filling:
         if latents is None:
             if self._writing is not None:
                 self._writing.result()  # at most one shard waits for the disk
-            self._writing = self._writer.submit(_write, self._work, draft, self._claims)
+            self._writing = self._writer.submit(_write, self._job, draft, self._claims)
             return
-        values = latents()
-        bad = set(unstorable_rows(values, self._work.store_dtype).tolist())
+        values = latents.result()
+        bad = set(unstorable_rows(values, self._job.store_dtype).tolist())
         if len(bad) == len(indices) > 1:
             raise UserError(
                 f"every latent of a batch is infinite or not a number (the first is of {self._key(indices[0])}); use "
                 "--encode-dtype float32 and --store-dtype float32, or another --vae"
             )
         good = [row for row in range(len(indices)) if row not in bad]
-        draft.moments[len(draft.kept) : len(draft.kept) + len(good)] = values[good]
+        draft.latents[len(draft.kept) : len(draft.kept) + len(good)] = values[good]
         draft.kept += [indices[row] for row in good]
         for row in sorted(bad):
             warn(f"{self._key(indices[row])}: {NOT_FINITE}")
             self._skip(draft, indices[row], NOT_FINITE)
-        self._meter.done(len(good), skipped=len(bad))
+        self._progress.done(len(good), skipped=len(bad))
 
     def _skip(self, draft: Draft, index: int, reason: str) -> None:
-        if self._work.fail_on_error:
+        if self._job.fail_on_error:
             raise UserError(f"{self._key(index)}: {reason}; mend or remove it, or go on without it by --on-error skip")
         draft.skipped[index] = reason
 
     def _key(self, index: int) -> str:
-        return self._work.loader.key(index)
+        return self._job.loader.key(index)
 
 
-def _write(work: Work, draft: Draft, claims: Claims) -> None:
+def _write(job: ExtractJob, draft: Draft, claims: Claims) -> None:
     """Publish a shard and its commit record, then let go of it."""
-    loader = work.loader
+    loader = job.loader
     kept = np.array(draft.kept, dtype=np.int64)
     write_shard(
-        work.output.path,
-        work.output.split,
+        job.output.place,
+        job.output.split,
         draft.shard,
-        work.shard_format,
-        draft.moments[: len(kept)],
+        job.shard_format,
+        draft.latents[: len(kept)],
         loader.listing.labels[kept],
         kept,
         [loader.key(index) for index in draft.kept],
-        kind=work.encoder.vae.kind,
+        kind=job.encoder.vae.kind,
         skipped=[(loader.key(index), draft.skipped[index]) for index in sorted(draft.skipped)],
-        plan=work.plan_hash,
+        plan=job.plan_hash,
         input_crc32=[draft.checksums[index] for index in draft.kept],
     )
     claims.release(draft.shard)

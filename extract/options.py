@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from extract.sources.selection import data_help
-from pipeline.latents.shards import ShardFormat
+from pipeline.latents.names import ShardFormat
 from pipeline.runtime.errors import UserError
 
 

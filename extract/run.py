@@ -6,7 +6,6 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,17 @@ import numpy as np
 import torch
 
 from extract.class_names import class_names
-from extract.encoder import Encoder, arithmetic, cores_of_this_process
-from extract.fill import Work, fill
+from extract.encoder import Encoder, arithmetic, cores_of_this_process, lane_of
+from extract.fill import ExtractJob, fill
 from extract.inputs import Loader
 from extract.options import ExtractOptions
 from extract.plan import Plan
 from extract.preview import draw_preview
-from extract.progress import Amount, Meter, duration
+from extract.progress import Amount, ExtractProgress, duration
 from extract.sources.listing import Listing, Source, UnreadableInputError, cached_listing
 from extract.sources.selection import open_source
-from extract.store_folder import REMOVAL, OutputFolder
-from pipeline.latents.manifest import LatentSpec
+from extract.store_folder import BEGINNING, LANE, OutputFolder
+from pipeline.latents.manifest import LatentSpec, read_manifest
 from pipeline.latents.records import ShardRecord, read_record
 from pipeline.latents.writer import DTYPES, StoreDescription, finish_store
 from pipeline.randomness import Permutation
@@ -35,6 +34,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import Launch, StopRequest, launch
 from pipeline.vae import Vae, load_vae
 from pipeline.vae_folder import find_folder, fingerprint
+
+_CHECKED_SHARDS, _CHECKED_INPUTS = 8, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,51 +67,75 @@ def extract(options: ExtractOptions, *, began: float) -> int:
         with tempfile.TemporaryDirectory(prefix="dit-extract-") as folder:
             source = open_source(options.source, Path(folder))
             return _preview(options, _inputs(options, source, None), place)
+
+    # Which store it is, and what others have done about it
     output = OutputFolder(path=options.out, split=options.source.split)
     if options.overwrite and not place.is_main:
-        output.wait_for_removal(began)
+        output.wait_for_main(began)
     output.check()
+    output.put_in_place()
     source = open_source(options.source, output.remote_copies, left_out=options.out)
-    replaces = options.overwrite and place.is_main and output.holds_store
-    if not replaces and output.is_finished and not output.lost_shards():
-        output.tidy()
-        return _already_finished(options, output, source, place)
-    with output.occupied() as presence:
-        with output.turn(REMOVAL) if replaces else nullcontext():
-            with output.turn("listing"):
-                inputs = _inputs(options, source, output.listing_cache)
-            if replaces:
-                _check(options, source, inputs, place)
-                output.remove_store(presence)
+    is_anew = options.overwrite and place.is_main and output.holds_store
+    if not is_anew and output.has_manifest and not output.lost_shards() and _is_done(options, output, source, place):
+        return 0
+
+    # The work, with others
+    with output.occupied() as here:
+        if is_anew:
+            with output.exclusive(BEGINNING):
+                inputs = _shared_inputs(options, output, source)
+                output.begin_anew(here, _check(options, inputs, place))
+        else:
+            inputs = _shared_inputs(options, output, source)
         if options.preview is not None and place.is_main:
             _preview(options, inputs, place)
-        return _extract(options, output, inputs, place)
+        return _make(options, output, inputs, place)
 
 
-def _check(options: ExtractOptions, source: Source, inputs: Inputs, place: Launch) -> None:
-    """Find everything that is asked for right, before a store goes that another one is to replace."""
-    _settings(options, source, inputs)
+def _is_done(options: ExtractOptions, output: OutputFolder, source: Source, place: Launch) -> bool:
+    """Whether the finished store in the folder is the one that is asked for, and nothing is to replace it.
+
+    Raises:
+        UserError: it is another one.
+    """
+    inputs = None if source.is_remote else _inputs(options, source, None)
+    settings = _settings(options, source, inputs)
+    if output.replaces_by(settings):
+        return False
+    output.clean_up()
+    output.check_settings(settings, read_manifest(output.path).get("extraction", {}))
+    if inputs is not None and output.is_finished:
+        check_same_data(output, inputs.plan, inputs.loader)
+    say(f"{output.path} is already finished; nothing to do")
+    if inputs is not None and options.preview is not None and place.is_main:
+        _preview(options, inputs, place)
+    return True
+
+
+def _check(options: ExtractOptions, inputs: Inputs, place: Launch) -> dict[str, Any]:
+    """Find everything that is asked for right before a store is begun anew; gives the settings."""
+    settings = _settings(options, inputs.loader.source, inputs)
     device, _ = choose_device(options.work.device, place)
     with arithmetic(device):
         _vae(options, device)
+    return settings | _lane(options, device)
 
 
-def _vae(options: ExtractOptions, device: torch.device) -> Vae:
-    vae = load_vae(options.vae, device=device, dtype=DTYPES[options.work.encode_dtype])
-    vae.check_size(options.pixels.image_size, options.pixels.image_size)
-    return vae
-
-
-def _extract(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: Launch) -> int:
+def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: Launch) -> int:
+    """Fill the store and finish it."""
     settings = _settings(options, inputs.loader.source, inputs)
-    output.check_settings(settings)
+    plan_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    output.check_settings(settings, output.recorded())
     check_same_data(output, inputs.plan, inputs.loader)
     if output.is_finished:
         if not output.lost_shards():
-            return _already_finished(options, output, inputs.loader.source, place)
+            say(f"{output.path} is already finished; nothing to do")
+            return 0
         output.reopen()
-    plan_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    # The shards that are missing
     device, reason = choose_device(options.work.device, place)
+    settings |= _lane(options, device)
     with arithmetic(device):
         vae = _vae(options, device)
         say(f"encoding on {device} ({reason}) in {options.work.encode_dtype}")
@@ -122,6 +147,8 @@ def _extract(options: ExtractOptions, output: OutputFolder, inputs: Inputs, plac
         again = "run the same command again" + (", without --overwrite," if options.overwrite else "")
         say(f"stopped; {done} of {inputs.plan.shards} shards are in place; {again} to continue")
         return stop.exit_status
+
+    # The manifest
     description = describe_store(
         options, settings, plan_hash, vae, classes=inputs.classes, class_ids=inputs.listing.class_ids
     )
@@ -144,7 +171,7 @@ def _fill(
         image_px=options.pixels.image_size,
         compiled=options.work.compile,
     ) as encoder:
-        work = Work(
+        job = ExtractJob(
             output=output,
             plan=inputs.plan,
             plan_hash=plan_hash,
@@ -157,9 +184,54 @@ def _fill(
             fail_on_error=options.work.on_error == "fail",
         )
         amount = Amount(plan=inputs.plan, span=span, sample_bytes=encoder.sample_bytes)
-        with Meter(output, amount, batches_ahead=encoder.batches_ahead) as meter:
-            fill(work, stop, meter)
-    say(f"{meter.images:,} images encoded here in {duration(meter.seconds)}, {meter.skipped} left out")
+        with ExtractProgress(output, amount, batches_ahead=encoder.batches_ahead) as progress:
+            fill(job, stop, progress)
+    say(f"{progress.images:,} images encoded here in {duration(progress.seconds)}, {progress.skipped} left out")
+
+
+def finish(output: OutputFolder, plan: Plan, description: StoreDescription, *, allow_skips: float) -> int:
+    """Write the manifest if every shard is in place and few enough inputs were left out; gives the exit status.
+
+    Raises:
+        UserError: more inputs were left out than --allow-skips permits, or a shard is damaged.
+    """
+    missing = plan.shards - len(output.done(range(plan.shards)))
+    if missing:
+        say(
+            f"{missing} of {plan.shards} shards are not in place yet: other processes are at them, or they are outside "
+            "--shard-range; whichever process makes the last one finishes the store"
+        )
+        return 0
+    with output.exclusive("finish"):
+        output.put_in_place()  # by a process that was killed meanwhile
+        records = [_record(output, shard, description.plan) for shard in range(plan.shards)]
+        skipped = [entry for record in records for entry in record.skipped]
+        if len(skipped) > allow_skips * plan.samples:
+            raise UserError(_too_many(output, plan, records, allow_skips))
+        manifest = finish_store(output.place, description, shards=plan.shards)
+        output.put_in_place()
+    assert manifest is not None
+    left_out = f"; {len(skipped)} left out, skipped.jsonl says why" if skipped else ""
+    finished = f"{output.path} is finished: {manifest.samples:,} samples, {plan.shards} shards{left_out}"
+    say(finished, every_process=True)
+    return 0
+
+
+def _preview(options: ExtractOptions, inputs: Inputs, place: Launch) -> int:
+    assert options.preview is not None
+    device, _ = choose_device(options.work.device, place)
+    with arithmetic(device):
+        draw_preview(options.preview, inputs.loader, inputs.plan, _vae(options, device), count=options.preview_images)
+    return 0
+
+
+# ---- what is asked for
+
+
+def _shared_inputs(options: ExtractOptions, output: OutputFolder, source: Source) -> Inputs:
+    """The inputs, listed by one process and read from its cache by the others."""
+    with output.exclusive("listing"):
+        return _inputs(options, source, output.listing_cache)
 
 
 def _inputs(options: ExtractOptions, source: Source, cache: Path | None) -> Inputs:
@@ -205,50 +277,15 @@ def _settings(options: ExtractOptions, source: Source, inputs: Inputs | None) ->
     return settings
 
 
-def _already_finished(options: ExtractOptions, output: OutputFolder, source: Source, place: Launch) -> int:
-    """Nothing to do, if the finished store is the one that is asked for."""
-    inputs = None if source.is_remote else _inputs(options, source, None)
-    output.check_settings(_settings(options, source, inputs))
-    if inputs is not None:
-        check_same_data(output, inputs.plan, inputs.loader)
-    say(f"{output.path} is already finished; nothing to do")
-    if inputs is not None and options.preview is not None and place.is_main:
-        _preview(options, inputs, place)
-    return 0
+def _lane(options: ExtractOptions, device: torch.device) -> dict[str, int]:
+    """The setting that keeps batches of two sizes from one store, where the default depends on the image's size."""
+    return {} if device.type == "cpu" else {LANE: options.work.batch_size or lane_of(device, options.pixels.image_size)}
 
 
-def _preview(options: ExtractOptions, inputs: Inputs, place: Launch) -> int:
-    assert options.preview is not None
-    device, _ = choose_device(options.work.device, place)
-    with arithmetic(device):
-        draw_preview(options.preview, inputs.loader, inputs.plan, _vae(options, device), count=options.preview_images)
-    return 0
-
-
-def finish(output: OutputFolder, plan: Plan, description: StoreDescription, *, allow_skips: float) -> int:
-    """Write the manifest if every shard is in place and few enough inputs were left out; gives the exit status.
-
-    Raises:
-        UserError: more inputs were left out than --allow-skips permits, or a shard is damaged.
-    """
-    missing = plan.shards - len(output.done(range(plan.shards)))
-    if missing:
-        say(
-            f"{missing} of {plan.shards} shards are not in place yet: other processes are at them, or they are outside "
-            "--shard-range; whichever process makes the last one finishes the store"
-        )
-        return 0
-    with output.turn("finish"):
-        records = [_record(output, shard, description.plan) for shard in range(plan.shards)]
-        skipped = [entry for record in records for entry in record.skipped]
-        if len(skipped) > allow_skips * plan.samples:
-            raise UserError(_too_many(output, plan, records, allow_skips))
-        manifest = finish_store(output.path, description, shards=plan.shards)
-    assert manifest is not None
-    left_out = f"; {len(skipped)} left out, skipped.jsonl says why" if skipped else ""
-    finished = f"{output.path} is finished: {manifest.samples:,} samples, {plan.shards} shards{left_out}"
-    say(finished, every_process=True)
-    return 0
+def _vae(options: ExtractOptions, device: torch.device) -> Vae:
+    vae = load_vae(options.vae, device=device, dtype=DTYPES[options.work.encode_dtype])
+    vae.check_size(options.pixels.image_size, options.pixels.image_size)
+    return vae
 
 
 def describe_store(
@@ -293,8 +330,11 @@ def describe_store(
     )
 
 
+# ---- what is there
+
+
 def _record(output: OutputFolder, shard: int, plan_hash: str) -> ShardRecord:
-    record = read_record(output.path, output.split, shard, plan=plan_hash)
+    record = read_record(output.place, output.split, shard, plan=plan_hash)
     if record is None:
         output.forget(shard)
         raise UserError(
@@ -323,24 +363,17 @@ def _above(share: float) -> str:
     return f"{min(1.0, (int(share * 1000) + 1) / 1000):g}"
 
 
-_SHARDS, _INPUTS = 8, 8
-
-
 def check_same_data(output: OutputFolder, plan: Plan, loader: Loader) -> None:
-    """Nothing, if a few inputs, of a few of the shards that are there, still have the bytes they had.
-
-    Raises:
-        UserError: one has other bytes, or is gone.
-    """
+    """Raise UserError unless a few inputs, of a few of the shards that are there, still have the bytes they had."""
     done = output.done(range(plan.shards))
-    for shard in _few(done, _SHARDS):
-        record = read_record(output.path, output.split, shard)
+    for shard in _few(done, _CHECKED_SHARDS):
+        record = read_record(output.place, output.split, shard)
         if record is None or not record.input_crc32:
             continue
         left_out = {key for key, _ in record.skipped}
         kept = [int(index) for index in plan.rows(shard) if loader.key(int(index)) not in left_out]
         known = dict(zip(kept, record.input_crc32, strict=False))
-        for index in _few(kept, _INPUTS):
+        for index in _few(kept, _CHECKED_INPUTS):
             if _checksum(loader, index) != known.get(index):
                 raise UserError(_changed(output.path, loader.key(index)))
 

@@ -2,7 +2,10 @@
 
     STORE/.work/settings.json   what the store is made of, written before the first shard
     STORE/.work/listing.npz     the listing's cache
-    STORE/.work/locks/          one lock file per shard, and one that every process holds while it works here
+    STORE/.work/locks/          one lock file per shard
+    STORE/.work/present/        one for each process that works here
+    STORE/.work/replacement/    with --overwrite: the new store, until it takes the place of the finished one
+    STORE/.work/ready/          the same while it does
 
 `.work` goes when the store is finished; what stays is the store alone.
 """
@@ -11,24 +14,27 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from pipeline.latents.manifest import MANIFEST_FILE, read_manifest
-from pipeline.latents.records import SKIPPED_FILE, ShardRecord, read_record, skipped_lines
-from pipeline.latents.writer import WORK_FOLDER, remove_files, store_files
+from pipeline.latents.manifest import read_manifest
+from pipeline.latents.names import MANIFEST_FILE, SKIPPED_FILE, WORK_FOLDER, record_name, recorded_shards
+from pipeline.latents.records import ShardRecord, read_record, skipped_lines
+from pipeline.latents.writer import remove_files, replace_store, store_files
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import make_folder, read_json, remove_folder, write_bytes, write_json
+from pipeline.runtime.files import flush_folder, make_folder, read_json, remove_folder, write_bytes, write_json
 from pipeline.runtime.work_queue import Presence, exclusive, try_claim
 
 _WAIT_FOR_MAIN_S = 60.0
-REMOVAL = "removal"
-"""The turn of the process that looks whether all is right and then removes a store."""
+LANE = "batch-size"
+"""The setting that is compared only where both the store's and this run's are known (`Encoder.lane`)."""
+BEGINNING = "removal"
+"""The lock of the process that looks whether all is right and then begins anew (`--overwrite`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,19 +57,39 @@ class OutputFolder:
         return self.work / "remote"
 
     @property
-    def is_finished(self) -> bool:
-        return (self.path / MANIFEST_FILE).exists()
-
-    @property
     def _settings(self) -> Path:
         return self.work / "settings.json"
 
-    def check(self) -> None:
-        """Nothing, if the folder is absent, empty, or a store of ours.
+    @property
+    def _replacement(self) -> Path:
+        return self.work / "replacement"
 
-        Raises:
-            UserError: it is a file, or holds anything else.
-        """
+    @property
+    def _ready(self) -> Path:
+        return self.work / "ready"
+
+    @property
+    def place(self) -> Path:
+        """Where shards and records are put: here, or aside while a finished store stands here."""
+        return self._replacement if self._replacement.is_dir() else self.path
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether a finished store stands here, to be replaced or not."""
+        return (self.path / MANIFEST_FILE).exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the store that is being made is finished."""
+        return self.has_manifest and not self._replacement.is_dir() and not self._ready.is_dir()
+
+    @property
+    def holds_store(self) -> bool:
+        """Whether a store is here, finished or not."""
+        return self._settings.exists() or bool(store_files(self.path))
+
+    def check(self) -> None:
+        """Raise UserError unless the folder is absent, empty, or a store of ours."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; name a folder for the latent store")
         try:
@@ -75,10 +101,33 @@ class OutputFolder:
             shown = ", ".join(entries[:3]) + (", …" if len(entries) > 3 else "")
             raise UserError(f"--out {self.path} holds other things ({shown}); name an empty or a new folder")
 
-    @property
-    def holds_store(self) -> bool:
-        """Whether a store is here, finished or not."""
-        return self._settings.exists() or bool(store_files(self.path))
+    # ---- who is here
+
+    @contextmanager
+    def occupied(self) -> Iterator[Presence]:
+        """Make the folder and be known to work in it; the last process to leave a finished store cleans up."""
+        is_new = not self.path.exists()
+        with Presence(self.work) as here:
+            try:
+                yield here
+            finally:
+                with here.gate():
+                    if (self.is_finished or not self._settings.exists()) and here.is_alone():
+                        remove_folder(self.work)
+                        if is_new and not any(self.path.iterdir()):
+                            self.path.rmdir()
+
+    def clean_up(self) -> None:
+        """Remove what a process left that was killed right after it wrote the manifest."""
+        if self.work.exists():
+            with self.occupied():
+                pass
+
+    def exclusive(self, what: str) -> AbstractContextManager[None]:
+        """Hold what one process at a time may do; the others wait here."""
+        return exclusive(self.work / f"{what}.lock")
+
+    # ---- of what settings
 
     def recorded(self) -> Mapping[str, Any] | None:
         """The settings that the store was begun with, or None before its first shard."""
@@ -89,52 +138,19 @@ class OutputFolder:
     def _recorded_settings(self) -> dict[str, Any] | None:
         return dict(read_json(self._settings)) if self._settings.exists() else None
 
-    @contextmanager
-    def occupied(self) -> Iterator[Presence]:
-        """Make the folder and mark this process as working in it; the last one to leave a finished store cleans up."""
-        is_new = not self.path.exists()
-        with Presence(self.work) as here:
-            make_folder(self.work / "locks")
-            try:
-                yield here
-            finally:
-                if self.is_finished or not self._settings.exists():
-                    self._clean_up(here, is_new=is_new)
+    def replaces_by(self, wanted: Mapping[str, Any]) -> bool:
+        """Whether a store of these settings is being made that is to replace the finished one here."""
+        recorded = self._recorded_settings() if self._replacement.is_dir() else None
+        if recorded is not None and _differences(recorded, wanted):
+            warn(
+                f"an unfinished store of other settings, which is to replace this one, waits in {self._replacement}; "
+                "the command that began it goes on with it, --overwrite drops it"
+            )
+        return recorded is not None and not _differences(recorded, wanted)
 
-    def _clean_up(self, here: Presence, *, is_new: bool) -> None:
-        """Remove the work folder, unless another process is at work in it."""
-        with here.gate():
-            if here.is_alone():
-                remove_folder(self.work)
-                if is_new and not any(self.path.iterdir()):
-                    self.path.rmdir()
-
-    def tidy(self) -> None:
-        """Remove what a process left that was killed right after it wrote the manifest."""
-        if self.work.exists():
-            with self.occupied():
-                pass
-
-    @contextmanager
-    def turn(self, what: str) -> Iterator[None]:
-        """Hold what one process at a time may do; the others wait here."""
-        with exclusive(self.work / f"{what}.lock"):
-            yield
-
-    def check_settings(self, wanted: Mapping[str, Any]) -> None:
-        """Nothing, if the store was begun with these settings, or not begun.
-
-        Raises:
-            UserError: it was begun with others; names each, with both values.
-        """
-        recorded = self.recorded()
-        if recorded is None:
-            return
-        differences = [
-            f"--{key} {_short(recorded.get(key))} there, {_short(wanted[key])} now"
-            for key in wanted
-            if recorded.get(key) != wanted[key]
-        ]
+    def check_settings(self, wanted: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> None:
+        """Raise UserError unless a store was begun with the wanted settings, or not begun; names each difference."""
+        differences = [] if recorded is None else _differences(recorded, wanted)
         if differences:
             raise UserError(
                 f"{self.path} was begun with other settings ({'; '.join(differences)}); "
@@ -147,12 +163,49 @@ class OutputFolder:
         Raises:
             UserError: they are not, or shards of another plan are there.
         """
-        with self.turn("settings"):
-            self.check_settings(settings)
-            if self.recorded() is None:
+        with self.exclusive("settings"):
+            recorded = self.recorded()
+            self.check_settings(settings, recorded)
+            if recorded is None:
                 for shard in self.done(range(sys.maxsize))[:1]:  # records whose settings were lost with the manifest
-                    read_record(self.path, self.split, shard, plan=plan)
+                    read_record(self.place, self.split, shard, plan=plan)
                 write_json(self._settings, settings)
+
+    # ---- shards
+
+    def is_done(self, shard: int) -> bool:
+        return self._ready.is_dir() or (self.place / record_name(self.split, shard)).exists()
+
+    def done(self, shards: range) -> list[int]:
+        """Those of the shards that have their commit record."""
+        if self._ready.is_dir():
+            return list(shards)
+        place = self.place
+        try:
+            found = recorded_shards((entry.name for entry in place.iterdir()), self.split)
+        except FileNotFoundError:
+            if place == self.path:
+                raise
+            return self.done(shards)  # another process has put the new store in its place meanwhile
+        return sorted(shard for shard in found if shard in shards)
+
+    def claim(self, shard: int) -> FileLock | None:
+        """The right to make a shard, or None if it is made or another process makes it."""
+        if self.is_done(shard):
+            return None
+        make_folder(self.work / "locks")
+        lock = try_claim(self.work / "locks" / f"{shard:05d}.lock")
+        if lock is not None and self.is_done(shard):
+            lock.release()
+            return None
+        if lock is not None:
+            for left in (self.place / WORK_FOLDER).glob(f"{self.split}-{shard:05d}.*.partial"):
+                left.unlink(missing_ok=True)  # what a killed process left half-written
+        return lock
+
+    def forget(self, shard: int) -> None:
+        """Remove the commit record of a shard that turned out not to be whole."""
+        (self.place / record_name(self.split, shard)).unlink(missing_ok=True)
 
     def lost_shards(self) -> list[int]:
         """The shards that the manifest lists and that are not there any more, or not of their size."""
@@ -160,12 +213,12 @@ class OutputFolder:
             number
             for number, shard in enumerate(read_manifest(self.path).shards)
             if not _has_size(self.path / shard.file, shard.bytes)
-            or not _has_size(self.path / f"{self.split}-{number:05d}.json")
+            or not _has_size(self.path / record_name(self.split, number))
         ]
 
     def reopen(self) -> None:
         """Make a finished store that has lost shards an unfinished one, which lacks just these."""
-        with self.turn("settings"):
+        with self.exclusive("settings"):
             if not self.is_finished:
                 return
             settings, lost = self.recorded(), self.lost_shards()
@@ -175,90 +228,88 @@ class OutputFolder:
                 self.forget(shard)
             (self.path / MANIFEST_FILE).unlink()
 
-    def is_done(self, shard: int) -> bool:
-        return (self.path / f"{self.split}-{shard:05d}.json").exists()
-
-    def done(self, shards: range) -> list[int]:
-        """Those of the shards that have their commit record."""
-        pattern = re.compile(rf"{re.escape(self.split)}-(\d{{5,}})\.json")
-        numbers = {int(match[1]) for entry in self.path.iterdir() if (match := pattern.fullmatch(entry.name))}
-        return sorted(shard for shard in numbers if shard in shards)
-
-    def claim(self, shard: int) -> FileLock | None:
-        """The right to make a shard, or None if it is made or another process makes it."""
-        if self.is_done(shard):
-            return None
-        lock = try_claim(self.work / "locks" / f"{shard:05d}.lock")
-        if lock is not None and self.is_done(shard):
-            lock.release()
-            return None
-        if lock is not None:
-            self._remove_leftovers(shard)
-        return lock
-
-    def _remove_leftovers(self, shard: int) -> None:
-        """Remove what a killed process left half-written of this shard."""
-        for path in self.work.glob(f"{self.split}-{shard:05d}.*.partial"):
-            path.unlink(missing_ok=True)
-
-    def forget(self, shard: int) -> None:
-        """Remove the commit record of a shard that turned out not to be whole."""
-        (self.path / f"{self.split}-{shard:05d}.json").unlink(missing_ok=True)
-
     def write_skipped(self, records: Sequence[ShardRecord]) -> Path:
         """List inputs that were left out, as in a finished store."""
-        path = self.path / SKIPPED_FILE
+        path = self.place / SKIPPED_FILE
         write_bytes(path, skipped_lines(records), work_folder=self.work)
         return path
 
-    def remove_store(self, presence: Presence) -> None:
-        """Remove a store that is here, and nothing else (`--overwrite`). Nobody can begin a new one meanwhile.
+    # ---- anew
 
-        What tells that the others may go on (`wait_for_removal`) goes last. The listing stays, it is not the store's.
+    def begin_anew(self, here: Presence, settings: Mapping[str, Any]) -> None:
+        """Drop a store that is unfinished; one that is finished stands until the new one is (`put_in_place`).
 
-        Args:
-            presence: this process's mark (`occupied`).
+        Nobody can come in meanwhile. The settings, by which the others see that they may go on (`wait_for_main`), come
+        last. The listing and copies of remote tars stay, they are not the store's.
 
         Raises:
-            UserError: another process is working in it.
+            UserError: another process is working here.
         """
-        with presence.gate():
-            if not presence.is_alone():
+        with here.gate():
+            if not here.is_alone():
                 raise UserError(
                     f"another process is writing to {self.path}; stop it before --overwrite removes its work"
                 )
-            settings = self._recorded_settings() or {}
-            remove_files(store_files(self.path, split=settings.get("split")))
+            recorded = self._recorded_settings() or {}
+            self._settings.unlink(missing_ok=True)
+            remove_folder(self._replacement)
+            if self.has_manifest:
+                make_folder(self._replacement)
+            else:
+                remove_files(store_files(self.path, split=recorded.get("split")))
             for left in self.work.glob("*.partial"):
                 left.unlink(missing_ok=True)
-            self._settings.unlink(missing_ok=True)
+            write_json(self._settings, settings)
 
-    def wait_for_removal(self, since: float) -> None:
-        """Return when the store from before that time is gone, which another process of this launch sees to.
+    def put_in_place(self) -> None:
+        """Let the new store take the place of the old one, if it is whole; goes on where a killed process stopped."""
+        if not self._ready.is_dir() and not (self._replacement / MANIFEST_FILE).exists():
+            return
+        with self.exclusive("replace"):
+            if (self._replacement / MANIFEST_FILE).exists():
+                self._replacement.rename(self._ready)
+                flush_folder(self.work)
+            if self._ready.is_dir():
+                replace_store(self.path, self._ready)
+
+    def wait_for_main(self, since: float) -> None:
+        """Return when the main process of this launch, which was started about then, has begun the store anew.
 
         Gives up when that process has not been at it for a minute, and goes on with what is there: if it is the store
         asked for, it is continued.
         """
         end = time.monotonic() + _WAIT_FOR_MAIN_S
-        while any(_is_older(path, since) for path in self._marks()):
-            if self._is_being_removed():
+        while self._is_from_before(since):
+            if self._is_beginning():
                 end = time.monotonic() + _WAIT_FOR_MAIN_S
             if time.monotonic() > end:
                 warn(f"the main process has not removed the old store in {self.path}; going on with what is there")
                 return
             time.sleep(0.1)
 
-    def _marks(self) -> Iterator[Path]:
-        """What tells that a store is here, finished or not."""
-        yield self.path / MANIFEST_FILE
-        yield self._settings
-        yield from self.path.glob(f"{self.split}-*.json")
+    def _is_from_before(self, since: float) -> bool:
+        """Whether what tells that a store is here, finished or not, is older."""
+        if self._settings.exists() and not _is_older(self._settings, since):
+            return False
+        marks = (self._settings, self.path / MANIFEST_FILE, *self.path.glob(f"{self.split}-*.json"))
+        return any(_is_older(path, since) for path in marks)
 
-    def _is_being_removed(self) -> bool:
-        lock = None if not self.work.exists() else try_claim(self.work / f"{REMOVAL}.lock")
+    def _is_beginning(self) -> bool:
+        try:
+            lock = try_claim(self.work / f"{BEGINNING}.lock") if self.work.is_dir() else None
+        except FileNotFoundError:
+            return False
         if lock is not None:
             lock.release()
-        return lock is None and self.work.exists()
+        return lock is None and self.work.is_dir()
+
+
+def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [
+        f"--{key} {_short(recorded.get(key))} there, {_short(wanted[key])} now"
+        for key in wanted
+        if recorded.get(key) != wanted[key] and (key != LANE or key in recorded)
+    ]
 
 
 def _is_older(path: Path, since: float) -> bool:

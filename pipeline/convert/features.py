@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.classes import imagenet_classes
-from pipeline.latents.manifest import MANIFEST_FILE, LatentSpec, Manifest
+from pipeline.latents.manifest import LatentSpec, Manifest
+from pipeline.latents.names import MANIFEST_FILE, WORK_FOLDER
 from pipeline.latents.writer import (
     DTYPES,
-    WORK_FOLDER,
     StoreDescription,
     finish_store,
     read_record,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.inspect.options import InspectOptions
-from pipeline.latents.manifest import is_store
+from pipeline.latents.names import is_store
 from pipeline.runtime.console import run_command
 from pipeline.runtime.errors import UserError
 

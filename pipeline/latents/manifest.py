@@ -2,22 +2,22 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.latents.names import FORMATS, MANIFEST_FILE, WORK_FOLDER, is_plain_name
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_bytes
 
 FORMAT = "dit-latents"
 VERSION = 1
-MANIFEST_FILE = "manifest.json"
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 KINDS = ("moments", "point")
-SUFFIXES = {"safetensors": ".safetensors", "webdataset": ".tar"}
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SEAL = "checksum"
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
     "shard_format": str,
     "split": str,
@@ -166,8 +166,13 @@ class Manifest(Mapping[str, Any]):
         return sealed(self._values)
 
 
-def parse_manifest(data: bytes, origin: str) -> Manifest:
+def parse_manifest(data: bytes, origin: str, *, check_seal: bool = True) -> Manifest:
     """The manifest in a file's bytes.
+
+    Args:
+        data: the file.
+        origin: what to call it.
+        check_seal: refuse one that was changed after it was written.
 
     Raises:
         UserError: it is damaged, or of a format or version that is not known.
@@ -178,7 +183,13 @@ def parse_manifest(data: bytes, origin: str) -> Manifest:
         raise UserError(f"{origin} is not valid JSON ({error}); it is damaged, restore it or extract again") from error
     if not isinstance(values, dict):
         raise UserError(f"{origin} holds no JSON object, so it is no manifest of a latent store; check the path")
-    return Manifest(values, origin=origin)
+    manifest = Manifest(values, origin=origin)
+    if check_seal and not is_intact(data):
+        raise UserError(
+            f"{origin} was changed after it was written: it does not fit its `{_SEAL}`; restore it, or, if it was "
+            f"edited on purpose, take the line `{_SEAL}` out"
+        )
+    return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -210,7 +221,7 @@ def _why_missing(folder: Path) -> str:
         return f"there is no latent store at {folder}: the folder does not exist; check the path"
     if not folder.is_dir():
         return f"{folder} is a file, not a latent store; give the folder that holds {MANIFEST_FILE}"
-    if any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9]*")) or (folder / ".work").exists():
+    if any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9]*")) or (folder / WORK_FOLDER).exists():
         return (
             f"the latent store {folder} is not finished: it has no {MANIFEST_FILE} yet; "
             "run the dit-extract command that began it again, and it will continue where it stopped"
@@ -229,9 +240,41 @@ def write_manifest(folder: Path, manifest: Manifest, *, work_folder: Path | None
     write_bytes(folder / MANIFEST_FILE, manifest.to_bytes(), work_folder=work_folder)
 
 
-def is_plain_name(name: Any) -> bool:
-    """Whether a name stays inside its folder on every system: no separator, no leading dot."""
-    return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
+def latent_json(latent: LatentSpec) -> dict[str, Any]:
+    """The manifest's `latent` object."""
+    return asdict(latent)
+
+
+def sealed(values: Mapping[str, Any]) -> bytes:
+    """The file of a manifest or record, its own checksum last; equal values (in equal order) give equal bytes.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    content = {key: value for key, value in values.items() if key != _SEAL}
+    digest = hashlib.sha256(_json_bytes({**content, _SEAL: ""})).hexdigest()
+    return _json_bytes({**content, _SEAL: digest})
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether these are, to the byte, the bytes that `sealed` gave; True for JSON that was never sealed."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(values, dict) or not values:
+        return False
+    last = list(values)[-1]
+    if _SEAL not in values and not (isinstance(values[last], str) and re.fullmatch(r"[0-9a-f]{64}", values[last])):
+        return True  # by another program; a bit flipped in our key's name would have left the digest in its place
+    try:
+        return data == sealed(values)
+    except ValueError:
+        return False
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def _check(values: Mapping[str, Any], origin: str) -> None:
@@ -250,6 +293,8 @@ def _check(values: Mapping[str, Any], origin: str) -> None:
     ]
     if not faults:
         faults = [*_latent_faults(values["latent"]), *_shape_faults(values), *_shard_faults(values)]
+    if not faults:
+        faults = _number_faults(values, values["latent"]["channels"])
     if faults:
         raise UserError(f"{origin} is damaged: {'; '.join(faults[:8])}; restore it or extract again")
 
@@ -268,8 +313,8 @@ def _latent_faults(latent: Mapping[str, Any]) -> list[str]:
 
 def _shape_faults(values: Mapping[str, Any]) -> list[str]:
     faults = []
-    if values["shard_format"] not in SUFFIXES:
-        faults.append(f"shard_format is {_short(values['shard_format'])}, known are {', '.join(SUFFIXES)}")
+    if values["shard_format"] not in FORMATS:
+        faults.append(f"shard_format is {_short(values['shard_format'])}, known are {', '.join(FORMATS)}")
     if not values["views"] or not all(isinstance(view, str) for view in values["views"]):
         faults.append("views is no list of names")
     faults += [
@@ -291,7 +336,7 @@ def _shard_faults(values: Mapping[str, Any]) -> list[str]:
             faults.append(f"shards[{number}] is no object")
             continue
         name = entry.get("file")
-        if not is_plain_name(name) or not str(name).endswith(SUFFIXES.get(values["shard_format"], "")):
+        if not is_plain_name(name) or not str(name).endswith(FORMATS.get(values["shard_format"], "")):
             faults.append(f"shards[{number}].file is {_short(name)}, which is no plain file name of a shard")
         elif name in seen:
             faults.append(f"shards[{number}].file {name} is listed twice")
@@ -309,6 +354,37 @@ def _shard_faults(values: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+def _number_faults(values: Mapping[str, Any], channels: int) -> list[str]:
+    """What cannot be true of the statistics and of the VAE's factors, whoever wrote them."""
+    statistics, vae = values["statistics"], values["vae"]
+    scale, shift = vae.get("scaling_factor"), vae.get("shift_factor")
+    means, deviations = statistics.get("mean"), statistics.get("std")
+    checks = (
+        ("statistics.mean", means, _are_numbers(means, channels)),
+        ("statistics.std", deviations, _are_numbers(deviations, channels) and min(deviations) >= 0),
+        ("vae.scaling_factor", scale, _is_factor(scale, channels) and 0 not in (scale if _is_list(scale) else [scale])),
+        ("vae.shift_factor", shift, shift is None or _is_factor(shift, channels)),
+    )
+    return [f"{name} is {_short(value)}" for name, value, is_good in checks if not is_good]
+
+
+def _is_factor(value: Any, channels: int) -> bool:
+    """Whether it is one finite number, or one for each channel."""
+    return _are_numbers(value if _is_list(value) else [value] * channels, channels)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        _is_list(values)
+        and len(values) == count
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -316,47 +392,3 @@ def _is_count(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def latent_json(latent: LatentSpec) -> dict[str, Any]:
-    """The manifest's `latent` object."""
-    return asdict(latent)
-
-
-_KEY = "checksum"
-
-
-def sealed(values: Mapping[str, Any]) -> bytes:
-    """The file; equal values (in equal order) give equal bytes. NaN is refused."""
-    content = {key: value for key, value in values.items() if key != _KEY}
-    digest = hashlib.sha256(_serialised({**content, _KEY: ""})).hexdigest()
-    return _serialised({**content, _KEY: digest})
-
-
-def _serialised(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
-def is_intact(data: bytes) -> bool:
-    """Whether these are, to the byte, the bytes that `sealed` gave; True for JSON that was never sealed."""
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        return False
-    if not isinstance(values, dict) or not values:
-        return False
-    last = list(values)[-1]
-    if _KEY not in values and not (isinstance(values[last], str) and re.fullmatch(r"[0-9a-f]{64}", values[last])):
-        return True  # by another program; a bit flipped in our key's name would have left the digest in its place
-    try:
-        return data == sealed(values)
-    except ValueError:
-        return False
-
-
-def is_store(path: str) -> bool:
-    """Whether a path is, or was going to be, a latent store: it has a manifest, or shards with their records."""
-    if "://" in path:
-        return True
-    folder = Path(path)
-    return (folder / "manifest.json").exists() or any(folder.glob("*-[0-9][0-9][0-9][0-9][0-9].json"))

@@ -1,4 +1,6 @@
-"""Mean and spread of the latents that a store holds, exactly, from sums that any process can make of its shards.
+"""Commit records of shards, and the statistics of a whole store from the sums in them.
+
+A record is written after its shard; a shard without its record is not there.
 
 A latent drawn from a sample is z = m + exp(l/2) · ε with m the posterior's mean and l its log-variance, so over all
 samples, views and cells of a channel  E[z] = E[m]  and  Var[z] = E[m²] − E[m]² + E[exp l].
@@ -18,8 +20,8 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.latents.manifest import is_intact, is_plain_name
-from pipeline.latents.shards import record_name
+from pipeline.latents.manifest import is_intact
+from pipeline.latents.names import is_plain_name, record_name, recorded_shards
 from pipeline.runtime.errors import UserError
 
 _LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp
@@ -86,9 +88,6 @@ def combine(parts: Iterable[Sums]) -> dict[str, list[float]]:
 
 def _totals(columns: list[list[float]]) -> list[float]:
     return [math.fsum(values) for values in zip(*columns, strict=True)]
-
-
-SKIPPED_FILE = "skipped.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,8 +179,8 @@ def parse_record(data: bytes, path: Path) -> ShardRecord:
 
 def missing_shards(folder: Path, split: str, shards: int) -> list[int]:
     """The shards that have no commit record yet; one listing of the folder, no file is opened."""
-    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-    return [shard for shard in range(shards) if record_name(split, shard) not in names]
+    done = recorded_shards((entry.name for entry in folder.iterdir()), split) if folder.exists() else set()
+    return [shard for shard in range(shards) if shard not in done]
 
 
 def row_checksums(rows: NDArray[np.uint8], labels: NDArray[np.int64], indices: NDArray[np.int64]) -> list[int]:

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from pipeline.latents.manifest import MANIFEST_FILE, ShardEntry, read_manifest_bytes
+from pipeline.latents.manifest import ShardEntry, read_manifest_bytes
+from pipeline.latents.names import MANIFEST_FILE
 from pipeline.latents.shards import size_fault
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, replacing, sha256_of

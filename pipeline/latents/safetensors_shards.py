@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pipeline.latents.shards import Column, Layout, RowType, ShardFile
 from pipeline.runtime.errors import UserError
 
-SUFFIX = ".safetensors"
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _LARGEST_HEADER = 1 << 20
 

@@ -1,18 +1,15 @@
-"""Shards: their formats and names, an open one read by offset, and many ranges of many read at once.
+"""Shards: what one stores per sample and where, an open one read by offset, and many ranges of many read at once.
 
 `pread` instead of a memory map: a file that is truncated or vanishes under a map ends the process with SIGBUS;
 here it becomes an error that names shard and row.
 """
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Literal
 
 from pipeline.latents.manifest import DTYPE_BYTES, LatentSpec
 from pipeline.runtime.errors import UserError
@@ -24,6 +21,54 @@ _THREADS = 16
 _MOST_BUFFERS = 512  # of the kernel's 1024 in one call
 _LARGEST_GAP = 4096
 """Two ranges with no more bytes than this between them are read in one call; the gap goes to waste."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowType:
+    """What a shard stores per sample beside its label and index."""
+
+    tensor: str
+    """`moments` or `latent`."""
+    dtype: str
+    """`float16`, `bfloat16` or `float32`."""
+    shape: tuple[int, int, int, int]
+    """[views, values, height, width]."""
+    bytes: int
+    """Bytes of one sample's tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """A field of every sample: row r's begins at byte start + r · stride and takes `bytes`."""
+
+    start: int
+    stride: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The columns of one shard."""
+
+    latents: Column
+    labels: Column
+    indices: Column
+
+    def row_at(self, offset: int) -> int:
+        """The sample that a byte of the latents belongs to; of any byte, where samples lie whole one after another."""
+        first = self.indices if self.indices.stride == self.latents.stride else self.latents
+        return max(0, (offset - first.start) // max(1, first.stride))
+
+
+def row_type(latent: LatentSpec, views: int) -> RowType:
+    """What is stored per sample."""
+    return row_type_of(latent.tensor, latent.dtype, latent.row_shape(views))
+
+
+def row_type_of(tensor: str, dtype: str, shape: tuple[int, int, int, int]) -> RowType:
+    """What is stored per sample, from the tensor's name, type and shape without the first axis."""
+    views, values, height, width = shape
+    return RowType(tensor=tensor, dtype=dtype, shape=shape, bytes=views * values * height * width * DTYPE_BYTES[dtype])
 
 
 class ShardFile:
@@ -177,75 +222,3 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path} is missing, but the manifest lists it; restore it, or extract again")
     return UserError(f"{path} cannot be opened ({error.strerror}); check its rights and the disk")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowType:
-    """What a shard stores per sample beside its label and index."""
-
-    tensor: str
-    """`moments` or `latent`."""
-    dtype: str
-    """`float16`, `bfloat16` or `float32`."""
-    shape: tuple[int, int, int, int]
-    """[views, values, height, width]."""
-    bytes: int
-    """Bytes of one sample's tensor."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Column:
-    """A field of every sample: row r's begins at byte start + r · stride and takes `bytes`."""
-
-    start: int
-    stride: int
-    bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """The columns of one shard."""
-
-    latents: Column
-    labels: Column
-    indices: Column
-
-    def row_at(self, offset: int) -> int:
-        """The sample that a byte of the latents belongs to; of any byte, where samples lie whole one after another."""
-        first = self.indices if self.indices.stride == self.latents.stride else self.latents
-        return max(0, (offset - first.start) // max(1, first.stride))
-
-
-FORMATS = {"safetensors": "safetensors_shards", "webdataset": "webdataset_shards"}
-"""Shard formats by name, each with its file in this folder; the files have the same verbs."""
-
-if TYPE_CHECKING:
-    ShardFormat = str
-else:
-    ShardFormat = Literal[tuple(FORMATS)]
-
-
-def format_of(name: str) -> ModuleType:
-    """The file that writes and reads shards of a format; imported late, as it needs the types above."""
-    return importlib.import_module(f"pipeline.latents.{FORMATS[name]}")
-
-
-def shard_name(split: str, shard: int, shard_format: str) -> str:
-    """The file name of a shard, as `train-00000.safetensors`."""
-    return f"{split}-{shard:05d}{format_of(shard_format).SUFFIX}"
-
-
-def record_name(split: str, shard: int) -> str:
-    """The file name of a shard's commit record, as `train-00000.json`."""
-    return f"{split}-{shard:05d}.json"
-
-
-def row_type(latent: LatentSpec, views: int) -> RowType:
-    """What is stored per sample."""
-    return row_type_of(latent.tensor, latent.dtype, latent.row_shape(views))
-
-
-def row_type_of(tensor: str, dtype: str, shape: tuple[int, int, int, int]) -> RowType:
-    """What is stored per sample, from the tensor's name, type and shape without the first axis."""
-    views, values, height, width = shape
-    return RowType(tensor=tensor, dtype=dtype, shape=shape, bytes=views * values * height * width * DTYPE_BYTES[dtype])

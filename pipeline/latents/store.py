@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.latents.manifest import parse_manifest
+from pipeline.latents.names import MANIFEST_FILE, format_of
 from pipeline.latents.remote import Folder, open_folder
-from pipeline.latents.shards import Column, Layout, Range, Run, ShardFile, format_of, read_runs, row_type, runs_of
+from pipeline.latents.shards import Column, Layout, Range, Run, ShardFile, read_runs, row_type, runs_of
 from pipeline.latents.writer import DTYPES
 from pipeline.runtime.errors import UserError
 
@@ -41,8 +42,9 @@ class _Unread:
 class LatentStore:
     """A finished latent store: `len(store)`, `store.manifest`, `store[i]`, `store[indices]`, `store.gather(…)`.
 
-    Samples are read with `pread` at known offsets, whatever the shard format; nothing is kept in memory but the
-    labels of the shards in use. It may be used from several threads and survives a fork; pickling it opens it anew.
+    Samples are read with `pread` at known offsets, whatever the shard format; no latent is kept in memory. Labels that
+    were read stay, 4 bytes each: 0.4 GB for 100 million samples. It may be used from several threads and survives a
+    fork; pickling it opens it anew.
     """
 
     def __init__(self, path: str | Path, cache: str | Path | None = None) -> None:
@@ -58,7 +60,7 @@ class LatentStore:
         self._arguments = (path, cache)
         self._folder: Folder = open_folder(path, cache)
         self.path = str(path)
-        self.manifest = parse_manifest(self._folder.manifest_bytes(), self._folder.describe("manifest.json"))
+        self.manifest = parse_manifest(self._folder.manifest_bytes(), self._folder.describe(MANIFEST_FILE))
         self._shards = self.manifest.shards
         self._module = format_of(self.manifest.shard_format)
         self._row = row_type(self.manifest.latent, len(self.manifest.views))
@@ -152,7 +154,7 @@ class LatentStore:
             list(threads.map(self._folder.fetch, self._shards))
 
     def verify(self) -> None:
-        """Nothing, if every byte of the store is what was written.
+        """Raise UserError unless every byte of the store is what was written.
 
         Raises:
             UserError: a shard, a record or the manifest is damaged; all are named.

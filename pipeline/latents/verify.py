@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.latents.manifest import MANIFEST_FILE, Manifest, ShardEntry, is_intact, parse_manifest
-from pipeline.latents.records import SKIPPED_FILE, ShardRecord, combine, parse_record, row_checksums, skipped_lines
+from pipeline.latents.manifest import Manifest, ShardEntry, is_intact, parse_manifest
+from pipeline.latents.names import MANIFEST_FILE, SKIPPED_FILE, format_of, record_of
+from pipeline.latents.records import ShardRecord, combine, parse_record, row_checksums, skipped_lines
 from pipeline.latents.remote import Folder, open_folder
-from pipeline.latents.shards import ShardFile, format_of, row_type
+from pipeline.latents.shards import ShardFile, row_type
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
@@ -31,7 +32,7 @@ def faults_of(folder: Folder) -> list[str]:
     data = folder.manifest_bytes()
     origin = folder.describe(MANIFEST_FILE)
     faults = [] if is_intact(data) else [f"{origin} was changed after it was written (its checksum differs)"]
-    manifest = parse_manifest(data, origin)
+    manifest = parse_manifest(data, origin, check_seal=False)
     with ThreadPoolExecutor(_THREADS) as threads:
         results = list(threads.map(lambda shard: _check_shard(folder, manifest, shard), manifest.shards))
     records = [record for record, _ in results if record is not None]
@@ -60,7 +61,7 @@ def _check_shard(folder: Folder, manifest: Manifest, shard: ShardEntry) -> tuple
 
 
 def _check_record(folder: Folder, shard: ShardEntry) -> tuple[ShardRecord | None, list[str]]:
-    name = f"{Path(shard.file).stem}.json"
+    name = record_of(shard.file)
     place = folder.describe(name)
     data = folder.small_file(name)
     if data is None:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pipeline.latents.shards import Column, Layout, RowType, ShardFile
 from pipeline.runtime.errors import UserError
 
-SUFFIX = ".tar"
 _BLOCK = 512
 _END = 2 * _BLOCK
 _RECORD = 10240

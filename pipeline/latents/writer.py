@@ -6,7 +6,6 @@ process may make any shard: the bytes depend on what goes in, not on who writes.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,18 +20,25 @@ from torch import Tensor
 
 from pipeline.latents.manifest import (
     FORMAT,
-    MANIFEST_FILE,
     VERSION,
     LatentSpec,
     Manifest,
-    is_plain_name,
     latent_json,
     read_manifest,
     sealed,
     write_manifest,
 )
-from pipeline.latents.records import (
+from pipeline.latents.names import (
+    MANIFEST_FILE,
     SKIPPED_FILE,
+    WORK_FOLDER,
+    format_of,
+    is_plain_name,
+    parse_name,
+    record_name,
+    shard_name,
+)
+from pipeline.latents.records import (
     ShardRecord,
     combine,
     missing_shards,
@@ -42,11 +48,10 @@ from pipeline.latents.records import (
     skipped_lines,
     sums_of,
 )
-from pipeline.latents.shards import format_of, record_name, row_type_of, shard_name
+from pipeline.latents.shards import row_type_of
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, make_folder, read_json, replacing, write_bytes
 
-WORK_FOLDER = ".work"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 __all__ = [
     "DTYPES",
@@ -232,9 +237,6 @@ def _manifest_of(description: StoreDescription, records: Sequence[ShardRecord]) 
     return Manifest(values)
 
 
-_NUMBERED = re.compile(r"(?P<split>[A-Za-z0-9][A-Za-z0-9._-]*)-(?:\d{5}|[1-9]\d{5,})\.(?:safetensors|tar|json)")
-
-
 def store_files(folder: Path, *, split: str | None = None) -> list[Path]:
     """The files of the store in a folder, finished or not, in the order to remove them; none if it holds no store.
 
@@ -248,13 +250,13 @@ def store_files(folder: Path, *, split: str | None = None) -> list[Path]:
         return []
     names = sorted(path.name for path in folder.iterdir())
     splits = ({split} if split else set()) | _split_of_manifest(folder / MANIFEST_FILE)
-    numbered = [(name, match["split"]) for name in names if (match := _NUMBERED.fullmatch(name))]
-    for name, begins in numbered:
-        if name.endswith(".json") and begins not in splits and _is_record(folder / name):
-            splits.add(begins)
-    ours = [name for name, begins in numbered if begins in splits]
-    shards = [name for name in ours if not name.endswith(".json")]
-    records = [name for name in ours if name.endswith(".json")]
+    numbered = [(name, found) for name in names if (found := parse_name(name))]
+    for name, found in numbered:
+        if found.is_record and found.split not in splits and _is_record(folder / name):
+            splits.add(found.split)
+    ours = [(name, found.is_record) for name, found in numbered if found.split in splits]
+    shards = [name for name, is_record in ours if not is_record]
+    records = [name for name, is_record in ours if is_record]
     last = [name for name in (SKIPPED_FILE, MANIFEST_FILE) if splits and name in names]
     return [folder / name for name in (*shards, *records, *last)]
 

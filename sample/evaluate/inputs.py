@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.forms import HUB_NAME
-from pipeline.latents.manifest import is_store
+from pipeline.latents.names import is_store
 from pipeline.runtime.errors import UserError
 from sample.evaluate.folder import FolderImages
 from sample.evaluate.image_set import ImageSet

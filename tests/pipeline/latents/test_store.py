@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from pipeline.latents import LatentStore, shards
-from pipeline.latents.shards import format_of, row_type
+from pipeline.latents.names import format_of
+from pipeline.latents.shards import row_type
 from pipeline.latents.writer import finish_store, write_shard
 from pipeline.runtime.errors import UserError
 

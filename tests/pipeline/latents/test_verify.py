@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.latents import LatentStore
 from pipeline.latents.manifest import is_intact, read_manifest, sealed
-from pipeline.latents.shards import ShardFile, format_of, row_type
+from pipeline.latents.names import format_of
+from pipeline.latents.shards import ShardFile, row_type
 from pipeline.latents.verify import verify
 from pipeline.runtime.errors import UserError
 
