@@ -27,11 +27,11 @@ import torch
 from PIL import Image
 
 from extract.encoder import Encoder, arithmetic, cores_of_this_process
-from extract.fill import Work, fill
+from extract.fill import ExtractJob, fill
 from extract.inputs import Loader
 from extract.options import PixelOptions
 from extract.plan import Plan
-from extract.progress import Amount, Meter, duration
+from extract.progress import Amount, ExtractProgress, duration
 from extract.sources.folders import FolderSource
 from extract.sources.listing import cached_listing
 from extract.store_folder import OutputFolder
@@ -259,7 +259,7 @@ def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int, option
     output = OutputFolder(path=out, split="train")
     with output.occupied(), StopRequest() as stop:
         output.begin({}, plan="")
-        job = Work(
+        job = ExtractJob(
             output=output,
             plan=plan,
             plan_hash="",
@@ -272,7 +272,7 @@ def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int, option
             fail_on_error=True,
         )
         amount = Amount(plan=plan, span=job.span, sample_bytes=encoder.sample_bytes)
-        with Meter(output, amount, batches_ahead=encoder.batches_ahead) as meter:
+        with ExtractProgress(output, amount, batches_ahead=encoder.batches_ahead) as meter:
             return rate_of(lambda: fill(job, stop, meter), count)
 
 
@@ -280,7 +280,7 @@ def bare(encoder: Encoder, crops: Sequence[Any], batches: int) -> None:
     """The same passes of the VAE on pixels that are in memory, as many at a time."""
     pending = [encoder.start(crops) for _ in range(batches)]
     for latents in pending:
-        latents()
+        latents.result()
 
 
 def all_threads(vae: Vae, size: int, batch_size: int, count: int) -> float:

@@ -7,8 +7,8 @@ device or another version of PyTorch may change the last bits.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property, partial
 
@@ -22,9 +22,15 @@ from pipeline.runtime.console import say
 from pipeline.runtime.devices import float32_products, memory_explained
 from pipeline.vae import Vae
 
-Latents = Callable[[], Tensor]
-GPU_BATCH = 32
-CPU_BATCH = 4  # one thread computes a whole batch, so larger ones only take memory
+CPU_LANE = 4  # one thread computes a whole batch, so larger ones only take memory
+GPU_LANE, GPU_LANE_PX = 32, 256  # a lane's memory on a GPU; larger images come fewer at a time
+
+
+def lane_of(device: torch.device, image_px: int) -> int:
+    """Images in one pass through the VAE, if the user does not say: on a GPU, no more memory for larger images."""
+    if device.type == "cpu":
+        return CPU_LANE
+    return max(1, min(GPU_LANE, GPU_LANE * GPU_LANE_PX**2 // image_px**2))
 
 
 def cores_of_this_process() -> int:
@@ -70,7 +76,7 @@ class Encoder:
         """Ready to encode; with `compiled` the first batch, which runs alone, compiles the VAE's encoder."""
         on_gpu = vae.device.type == "cuda"
         self.vae = vae
-        self.batch_size = batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)
+        self.batch_size = batch_size or lane_of(vae.device, image_px)
         lanes = 2 if on_gpu else cores_of_this_process()  # on a GPU, one prepares a batch while the other's runs
         self.batches_ahead = lanes
         """Batches that may be under way while the next one is prepared."""
@@ -102,13 +108,13 @@ class Encoder:
         """Uninitialised memory for a shard's latents."""
         return torch.empty(samples, *self.sample_shape, dtype=self._store_dtype)
 
-    def start(self, crops: Sequence[NDArray[np.uint8]]) -> Latents:
-        """Begin to encode up to a batch of [crops, size, size, 3] bytes; the result gives [n, views, values, h, w]."""
+    def start(self, crops: Sequence[NDArray[np.uint8]]) -> Future[Tensor]:
+        """Begin to encode up to a batch of [crops, size, size, 3] bytes; gives [n, views, values, h, w] later."""
         running = self._pool.submit(self._encode, crops)
         if self._to_compile:  # PyTorch 2.11 raises where one thread calls what another is compiling
             wait([running])
             self._to_compile = False
-        return running.result
+        return running
 
     def _encode(self, crops: Sequence[NDArray[np.uint8]]) -> Tensor:
         padded = np.zeros((self.batch_size, *crops[0].shape), np.uint8)

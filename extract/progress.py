@@ -24,7 +24,7 @@ class Amount:
     """Bytes of a stored sample."""
 
 
-class Meter:
+class ExtractProgress:
     """Counts images, bytes and skips; shows the whole job's progress, other processes' shards included."""
 
     def __init__(self, output: OutputFolder, amount: Amount, *, batches_ahead: int) -> None:
@@ -44,7 +44,7 @@ class Meter:
         total = self._inputs_in(amount.span)
         self._bar = progress(total, unit="images", description="encoding", initial=self._before)
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "ExtractProgress":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -50,7 +50,15 @@ from pipeline.latents.records import (
 )
 from pipeline.latents.shards import row_type_of
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes, make_folder, read_json, replacing, write_bytes
+from pipeline.runtime.files import (
+    explained_writes,
+    flush_folder,
+    make_folder,
+    read_json,
+    remove_folder,
+    replacing,
+    write_bytes,
+)
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 __all__ = [
@@ -270,6 +278,32 @@ def remove_files(files: Iterable[Path]) -> None:
     for file in files:
         with explained_writes(file):
             file.unlink(missing_ok=True)
+
+
+def replace_store(folder: Path, ready: Path) -> None:
+    """Let the finished store in `ready`, a folder on the same disk, take the place of the one in `folder`.
+
+    The old manifest goes first and the new one comes last, so that no manifest ever stands over shards of the other
+    store. Called again after a kill, it goes on where it was.
+
+    Raises:
+        UserError: there is no permission.
+    """
+    old = ready / "old"
+    with explained_writes(folder):
+        if (folder / MANIFEST_FILE).exists() and (ready / MANIFEST_FILE).exists():
+            (folder / MANIFEST_FILE).rename(old)
+            flush_folder(folder)
+        if old.exists():
+            remove_files(store_files(folder, split=next(iter(_split_of_manifest(old)), None)))
+            flush_folder(folder)
+            old.unlink()
+        for path in store_files(ready):  # the manifest comes last
+            if path.name == MANIFEST_FILE:
+                flush_folder(folder)
+            path.rename(folder / path.name)
+        flush_folder(folder)
+        remove_folder(ready)
 
 
 def _split_of_manifest(path: Path) -> set[str]:

@@ -23,11 +23,11 @@ def encoder_of(vae, batch_size=4, **more):
 def neighbours_do_not_matter(vae):
     with arithmetic(vae.device), encoder_of(vae) as encoder:
         crops, others = crops_of(4), crops_of(4, seed=1)
-        together = encoder.start(crops)()
+        together = encoder.start(crops).result()
         assert together.shape == (4, *encoder.sample_shape) and together.device.type == "cpu"
         for row in range(4):
-            assert torch.equal(encoder.start(crops[row : row + 1])()[0], together[row])
-            assert torch.equal(encoder.start([*others[:2], crops[row], others[3]])()[2], together[row])
+            assert torch.equal(encoder.start(crops[row : row + 1]).result()[0], together[row])
+            assert torch.equal(encoder.start([*others[:2], crops[row], others[3]]).result()[2], together[row])
     return together
 
 
@@ -42,7 +42,7 @@ def test_threads_of_the_caller_do_not_matter(vae_folder):
         for threads in (1, 3):
             torch.set_num_threads(threads)
             with arithmetic(vae.device), encoder_of(vae) as encoder:
-                results.append(encoder.start(crops_of(4))())
+                results.append(encoder.start(crops_of(4)).result())
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -55,12 +55,12 @@ def test_a_compiled_encoder_gives_the_same_within_rounding_and_is_compiled_by_on
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     vae = load_vae(str(vae_folder))
     with arithmetic(vae.device), encoder_of(vae) as encoder:
-        plain = encoder.start(crops_of(4))()
+        plain = encoder.start(crops_of(4)).result()
     with arithmetic(vae.device), encoder_of(vae, compiled=True) as encoder:
         first = encoder.start(crops_of(4))
         compiled_by_then = counter.frame_count
         for latents in [first, *(encoder.start(crops_of(4)) for _ in range(4))]:
-            torch.testing.assert_close(latents(), plain)
+            torch.testing.assert_close(latents.result(), plain)
     assert counter.frame_count == compiled_by_then > 0
     torch.compiler.reset()
 

@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from pipeline.latents import Manifest
+from pipeline.latents import LatentStore, Manifest
 from pipeline.latents.manifest import parse_manifest, read_manifest
 from pipeline.runtime.errors import UserError
 
 
 def change(folder, **values):
+    """Edit the manifest on purpose: without the checksum, which tells an edit from damage."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
+    manifest.pop("checksum", None)
     manifest.update(values)
     path.write_text(json.dumps(manifest))
 
@@ -78,6 +80,42 @@ def test_a_manifest_that_makes_no_sense_is_refused_with_the_reason(own_store, va
     change(own_store, **values)
     with pytest.raises(UserError, match=message):
         read_manifest(own_store)
+
+
+def test_a_changed_digit_in_a_sealed_manifest_is_refused_at_open_and_an_edit_says_how(own_store):
+    path = own_store / "manifest.json"
+    path.write_text(path.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.7'))
+    with pytest.raises(UserError, match=r"was changed after it was written.*edited on purpose, take .*checksum.* out"):
+        LatentStore(own_store)
+    change(own_store)
+    assert LatentStore(own_store).manifest.vae["scaling_factor"] == 0.7
+
+
+VAE = {"name": "mine", "scaling_factor": 0.5, "shift_factor": None}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"statistics": {"mean": [0.0] * 4, "std": [1.0] * 3}}, r"statistics.std is \[1.0, 1.0, 1.0\]"),
+        ({"statistics": {"mean": [0.0] * 4, "std": [1.0, 1.0, -1.0, 1.0]}}, "statistics.std is"),
+        ({"statistics": {"mean": [0.0, 1.0, 2.0, float("nan")], "std": [1.0] * 4}}, "statistics.mean is"),
+        ({"statistics": {}}, "statistics.mean is None; statistics.std is None"),
+        ({"vae": VAE | {"scaling_factor": 0}}, "vae.scaling_factor is 0"),
+        ({"vae": VAE | {"scaling_factor": "0.18"}}, "vae.scaling_factor is '0.18'"),
+        ({"vae": VAE | {"scaling_factor": [1.0, 2.0]}}, r"vae.scaling_factor is \[1.0, 2.0\]"),
+        ({"vae": VAE | {"shift_factor": float("inf")}}, "vae.shift_factor is inf"),
+    ],
+)
+def test_numbers_that_cannot_be_true_are_refused_whoever_wrote_them(own_store, values, message):
+    change(own_store, **values)
+    with pytest.raises(UserError, match=message):
+        LatentStore(own_store)
+
+
+def test_factors_for_every_channel_are_as_good_as_one(own_store):
+    change(own_store, vae=VAE | {"scaling_factor": [1.0, 2.0, 3.0, 4.0], "shift_factor": [0.0, -1.0, 0.0, 1.0]})
+    assert LatentStore(own_store).manifest.vae["scaling_factor"] == [1.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(

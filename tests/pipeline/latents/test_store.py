@@ -303,8 +303,8 @@ def test_100_million_samples_open_within_seconds_and_little_memory(tmp_path):
         "image": {"size": 8, "crop": "adm-center"},
         "views": ["center"],
         "latent": {"kind": "moments", "channels": 1, "height": 1, "width": 1, "dtype": "float16", "downsample": 8},
-        "vae": {},
-        "statistics": {},
+        "vae": {"scaling_factor": 1.0},
+        "statistics": {"mean": [0.0] * 4, "std": [1.0] * 4},
         "seed": 0,
         "shards": shards,
     }
