@@ -304,7 +304,7 @@ def test_100_million_samples_open_within_seconds_and_little_memory(tmp_path):
         "views": ["center"],
         "latent": {"kind": "moments", "channels": 1, "height": 1, "width": 1, "dtype": "float16", "downsample": 8},
         "vae": {"scaling_factor": 1.0},
-        "statistics": {"mean": [0.0] * 4, "std": [1.0] * 4},
+        "statistics": {"mean": [0.0], "std": [1.0]},
         "seed": 0,
         "shards": shards,
     }
