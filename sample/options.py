@@ -122,6 +122,8 @@ class SampleOptions:
     """What to write: PATH.png a labelled grid, PATH.npz the images and labels as ADM's tools want them, PATH.safetensors raw latents, FOLDER/ single PNGs by class. PATH.json beside it tells how to make the same again."""
     weights: str = "ema"
     """Weights to sample with: ema, raw, or the NAME of a further EMA."""
+    verify_weights: bool = True
+    """Compare the weights with the checksums that were recorded for them."""
     vae: str | None = None
     """The VAE that decodes: a Hub name, a folder, or demo. Default: the one the checkpoint names; another one must be the same by its fingerprint."""
     allow_other_vae: bool = False

@@ -94,7 +94,7 @@ def start_weights(network: DiT, options: ModelOptions, manifest: Manifest) -> No
     """
     if options.init_from is None:
         return
-    stored = read_stored(options.init_from, weights=options.init_weights)
+    stored = read_stored(options.init_from, weights=options.init_weights, verify=options.verify_weights)
     if not options.allow_other_vae:
         _check_vae(options.init_from, stored.info.get("vae") or {}, manifest["vae"])
     report = fit_weights(

@@ -90,6 +90,8 @@ class ModelOptions(BlockOptions):
     """Start from this checkpoint's weights: a run, a checkpoint folder, or any file dit-convert knows."""
     init_weights: Start[str] = "ema"
     """Which weights of --init-from to start from: ema, raw, or the NAME of another average."""
+    verify_weights: Start[bool] = True
+    """Compare the weights of --init-from with the checksums that were recorded for them."""
     allow_other_vae: Start[bool] = False
     """Accept an --init-from checkpoint made with another VAE or another latent scaling than the store's."""
     gradient_checkpointing: Free[bool] = False

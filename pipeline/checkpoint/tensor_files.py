@@ -134,12 +134,17 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool 
 
 
 def _seal(path: Path) -> None:
-    """Put the sum into the place that was kept free for it, which moves no other byte."""
-    known = contents_sha256(path).encode()
+    """Put the sum into the place that was kept free for it, which moves no other byte.
+
+    The metadata is put in order, too: safetensors writes its keys as they come.
+    """
+    header = _header(path)
+    header["__metadata__"] = dict(sorted({**header["__metadata__"], _SUM: contents_sha256(path)}.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     with path.open("r+b") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        file.seek(8 + header.index(_UNKNOWN_SUM.encode()))
-        file.write(known)
+        length = int.from_bytes(file.read(8), "little")
+        assert len(text) <= length, "the header grew, and would overwrite the first tensor"
+        file.write(text.ljust(length))
 
 
 def find_changed(path: Path) -> str | None:
