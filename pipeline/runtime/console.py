@@ -10,22 +10,31 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 from tqdm import tqdm
 
 from pipeline.runtime.cli import nearest, parse_options
-from pipeline.runtime.errors import UserError
-from pipeline.runtime.processes import launch
+from pipeline.runtime.errors import UserError, explain_path_error
+from pipeline.runtime.processes import (
+    Interrupted,
+    bound_spinning,
+    end_in_group,
+    in_process_group,
+    launch,
+    second_signal_ends,
+    stop_signals,
+)
 
 __all__ = ["nearest", "progress", "run_command", "say", "warn"]
 
 Options = TypeVar("Options")
-# What a path that a user gave can be wrong about, wherever it is first looked at.
-_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+# What a stream answers that leads nowhere any more.
+_GONE = {errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESTALE}
 _log = logging.getLogger("dit")
 
 
@@ -47,64 +56,139 @@ def run_command(
     presets: Path | None = None,
 ) -> int:
     """Parse the command line, run the command, and give its exit status; a `UserError` is printed, not raised."""
+    bound_spinning()
     _configure_log()
     arguments = sys.argv[1:] if argv is None else argv
-    try:
-        with _signals_interrupt():
-            try:
-                options = parse_options(options_class, arguments, prog=prog, description=description, presets=presets)
-            except UserError:
-                if launch().is_main:
+    with _lasting_streams() as output:
+        try:
+            with _signals_interrupt():
+                try:
+                    options = parse_options(
+                        options_class, arguments, prog=prog, description=description, presets=presets
+                    )
+                except UserError:
+                    if launch().is_main:
+                        raise
+                    return 2  # every process was given the same words, and one answer to them is enough
+                status = run(options) or 0
+                output.flush()
+        except BaseException as error:
+            said = _say_ending(prog, error)
+            if not in_process_group():
+                if said is None:
                     raise
-                return 2  # every process was given the same words, and one answer to them is enough
-            return run(options) or 0
-    except UserError as error:
-        return _refused(prog, str(error))
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.errno not in _PATHS or error.filename is None:
-            raise
-        return _refused(prog, f"{error.filename} cannot be used ({error.strerror}); change the path or its rights")
-    except _InterruptedError as stop:
-        tqdm.write(f"{prog}: stopped by {stop}; run the same command again to continue", file=sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
+                return said
+            if said is None:
+                traceback.print_exc()
+            end_in_group(1 if said is None else said)
+        return status or int(output.lost)
+
+
+def _say_ending(prog: str, error: BaseException) -> int | None:
+    """Say why the command ends; its exit status, or None for a fault of the program's."""
+    if isinstance(error, UserError):
+        return _refused(prog, str(error), 2)
+    if isinstance(error, OSError) and (explained := explain_path_error(error)) is not None:
+        return _refused(prog, *explained)
+    if isinstance(error, Interrupted):
+        tqdm.write(f"{prog}: stopped by {error}; run the same command again to continue", file=sys.stderr)
+        return 128 + error.number
+    if isinstance(error, KeyboardInterrupt):
         tqdm.write(f"{prog}: interrupted; run the same command again to continue", file=sys.stderr)
         return 128 + signal.SIGINT
+    if isinstance(error, SystemExit) and in_process_group():  # the main process says it for all
+        return error.code if isinstance(error.code, int) else 0
+    return None
 
 
-def _refused(prog: str, sentence: str) -> int:
+def _refused(prog: str, sentence: str, status: int) -> int:
     process = ""
     with contextlib.suppress(UserError):
         place = launch()
         process = f" (process {place.rank} of {place.world_size})" if place.world_size > 1 else ""
     tqdm.write(f"{prog}{process}: error: {sentence}", file=sys.stderr)
-    return 2
+    return status
 
 
-class _InterruptedError(BaseException):
-    """A signal came while nothing watched for it with a `StopRequest`."""
+class _LastingStream:
+    """A standard stream that may go away: what is written to it after that is dropped, and nothing else ends.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    A terminal that is closed answers EIO, a pipe that nobody reads any more EPIPE.
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+        self.lost = False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            if not self.lost:
+                action()
+        except ValueError:
+            if not self._stream.closed:
+                raise
+            self.lost = True
+        except OSError as error:
+            # Notes are worth no run that goes well; a result that cannot be written where it should go is an error.
+            if self._name == "standard output" and error.errno not in _GONE:
+                raise OSError(error.errno, error.strerror, self._name) from error
+            self._lose()
+
+    def _lose(self) -> None:
+        """Send what is in buffers still, and what libraries write, nowhere."""
+        self.lost = True
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[_LastingStream]:
+    """Standard output and error that survive what they lead to; gives the output."""
+    # A stream that was closed from the start leaves its number to the next file that is opened, and then libraries
+    # write their warnings into that.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    kept = sys.stdout, sys.stderr
+    output = _LastingStream(kept[0] or Path(os.devnull).open("w"), "standard output")  # noqa: SIM115 - until the end
+    notes = _LastingStream(kept[1] or Path(os.devnull).open("w"), "standard error")  # noqa: SIM115
+    sys.stdout, sys.stderr = cast("TextIO", output), cast("TextIO", notes)
+    try:
+        yield output
+    finally:
+        sys.stdout, sys.stderr = kept
 
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the command as Ctrl-C does: work folders are tidied, and a line says how to go on."""
+    """SIGTERM, SIGUSR1 and SIGHUP end the command as Ctrl-C does: work is cleaned up, and a line says how to go on."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    interrupted = False
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise _InterruptedError(number)
+        nonlocal interrupted
+        if not interrupted:  # cleaning up is not interrupted again; it has 5 s from the second signal
+            interrupted = True
+            raise Interrupted(number)
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, interrupt) for number in stop_signals() - {signal.SIGINT}}
     try:
-        yield
+        with second_signal_ends():
+            yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -4,7 +4,6 @@ A rename is atomic only within one file system, so temporary names always stand 
 (or in a work folder that the caller keeps on the same file system).
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -14,19 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.errors import UserError
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full; free some space and run the same command again",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-    errno.EFBIG: "the file would be larger than this system allows; use smaller shards or another disk",
-    errno.EROFS: "the disk is read-only; choose another output folder",
-    errno.EACCES: "there is no permission to write there; choose another output folder or change its rights",
-    errno.EPERM: "there is no permission to write there; choose another output folder or change its rights",
-    errno.ENOTDIR: "a part of that path is a file, not a folder; choose another output path",
-    errno.ENAMETOOLONG: "that name is too long for this file system; choose a shorter one",
-    errno.EISDIR: "that is a folder, and a file is to be written; choose another output path",
-}
+from pipeline.runtime.errors import WRITE_REASONS, UserError
 
 
 class WriteError(UserError):
@@ -38,9 +25,11 @@ class WriteError(UserError):
 
 
 def explain_write_error(path: Path, error: OSError) -> Exception:
-    """The error to raise for a failed write: a `UserError` where the user can mend it, else itself."""
-    reason = _REASONS.get(error.errno or 0)
-    return error if reason is None else WriteError(path, reason)
+    """The error to raise for a failed write: a `UserError` where the user can mend it, else itself with the path."""
+    reason = WRITE_REASONS.get(error.errno or 0)
+    if reason is not None:
+        return WriteError(path, reason)
+    return error if error.filename or error.errno is None else OSError(error.errno, error.strerror, str(path))
 
 
 @contextmanager

@@ -1,17 +1,23 @@
-"""Which process of how many this is, and how it is asked to stop. No torch: a command asks before loading it."""
+"""Which process of how many this is, how it is asked to stop, how it ends and waits. No torch: this comes first."""
 
 import contextlib
 import ctypes
 import os
+import select
 import signal
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any, NoReturn
 
 from pipeline.runtime.errors import UserError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A signal so soon after the first is the same one, passed on by a launcher or sent to every process of a job.
+SAME_SECONDS = 2.0
+_END_SECONDS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +53,24 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(rank=rank, world_size=world_size, local_rank=local_rank, reason="RANK and WORLD_SIZE of a launcher")
 
 
-class StopRequest:
-    """Notes SIGTERM, Ctrl-C or SIGUSR1 instead of dying, so that work can be finished and saved first.
+class Interrupted(BaseException):
+    """A signal asks to end at once."""
 
-    A second Ctrl-C interrupts at once. Handlers are restored when the block ends.
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def stop_signals() -> set[int]:
+    """The signals that ask to stop; SIGHUP, unless whoever started this ignores it, as nohup does."""
+    hang_up = set() if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else {signal.SIGHUP}
+    return {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} | hang_up
+
+
+class StopRequest:
+    """Notes SIGTERM, Ctrl-C, SIGUSR1 or SIGHUP instead of dying, so that work can be finished and saved first.
+
+    A second one interrupts at once. Handlers are restored when the block ends.
 
         with StopRequest() as stop:
             while not stop.signal: …
@@ -67,27 +87,102 @@ class StopRequest:
         self.signal: int | None = None
         self._repeat_after_seconds = repeat_after_seconds
         self._noted_at = 0.0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in STOP_SIGNALS:
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.signal is None:
-            self.signal, self._noted_at = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._noted_at >= self._repeat_after_seconds:
+            self.signal, self._noted_at = number, now
+        elif number == signal.SIGINT and now - self._noted_at >= self._repeat_after_seconds:
             raise KeyboardInterrupt
+        elif number != signal.SIGINT and now - self._noted_at >= SAME_SECONDS:
+            raise Interrupted(number)
 
     @property
     def exit_status(self) -> int:
         """128 + signal, as schedulers that requeue expect; 0 if none came."""
         return 0 if self.signal is None else 128 + self.signal
+
+
+@contextlib.contextmanager
+def second_signal_ends() -> Iterator[None]:
+    """Let a second signal end this process within 5 s, also where its main thread waits in a library.
+
+    Python runs a signal's handler between two of its own steps, so a read from a dead network disk, or an exchange
+    with a process that is gone, would never hear of it. The number goes through a pipe to a thread that does.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_end_late, args=(reader, stop_signals()), name="signals", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
+def _end_late(reader: int, numbers: set[int]) -> None:
+    """End the process some seconds after the second signal, unless the pipe is closed first."""
+    first, deadline, last = 0.0, 0.0, 0
+    while True:
+        left = max(0.0, deadline - time.monotonic()) if deadline else None
+        if not select.select([reader], [], [], left)[0]:
+            with contextlib.suppress(OSError):
+                os.write(2, f"ended by a second {signal.Signals(last).name} while it waited\n".encode())
+            os._exit(128 + last)
+        data = os.read(reader, 1)
+        if not data:
+            return
+        now = time.monotonic()
+        if data[0] in numbers and not first:
+            first = now
+        elif data[0] in numbers and not deadline and now - first >= SAME_SECONDS:
+            last, deadline = data[0], now + _END_SECONDS
+
+
+def in_process_group() -> bool:
+    """Whether this process exchanges tensors with others."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return int(distributed.get_world_size()) > 1
+
+
+def end_in_group(status: int) -> NoReturn:
+    """End after an error that was said, without waiting for the others: what they wait for is cut off."""
+    from torch.distributed.distributed_c10d import _abort_process_group
+
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    aborting = threading.Thread(target=_abort_process_group, daemon=True)  # NCCL's may take its time, too
+    with contextlib.suppress(RuntimeError):
+        aborting.start()
+        aborting.join(_END_SECONDS)
+    os._exit(status)
+
+
+def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let threads that wait for the others' part of a product spin a little and then sleep; before torch is loaded.
+
+    GNU's OpenMP spins for milliseconds, which beside other programs takes the time of just those that are waited for:
+    see `python -m benchmarks --parts waiting`. What the user has set stays.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & environment.keys():
+        environment.update(GOMP_SPINCOUNT="10000", KMP_BLOCKTIME="1")  # rounds; Intel's runtime counts milliseconds
 
 
 def keep_freed_memory() -> None:
