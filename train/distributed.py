@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,34 +15,28 @@ from torch import Tensor
 
 from pipeline.runtime.devices import Precision, choose_device, default_precision, set_tf32
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.processes import keep_freed_memory
+from pipeline.runtime.processes import keep_freed_memory, launch
 from train.options import HardwareOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Value = TypeVar("Value")
 
 AUTOCAST = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense 16-bit peak in TFLOP/s by what the device's name contains, longest match first (vendors' data sheets).
-_PEAKS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "GH200": 989,
-    "B200": 2250,
-    "A100": 312,
-    "A800": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10G": 125,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-    "V100": 125,
-    "T4": 65,
-}
 # What another launcher asked Accelerate for, and what to say instead.
 _FOREIGN = {
     "ACCELERATE_USE_FSDP": "its own FSDP (which on a CPU is silently plain DDP); take it out and pass --sharding fsdp",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which this command does not drive; use --sharding fsdp instead",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which this command does not drive; use --sharding fsdp instead",
 }
+# What gloo and NCCL say of a process that is gone, and of one that does not come.
+_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError"),
+    *("communicator was aborted", "NCCL communicator aborted", "ncclSystemError", "Connection was likely closed"),
+)
+_TIMEOUTS = ("Timed out waiting", "Watchdog caught collective operation timeout", "collective operation timeout")
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -50,14 +44,14 @@ _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE
 class Hardware:
     """This process's place, device and precision, and the few things that processes do together."""
 
-    accelerator: Any
+    accelerator: "Accelerator"
     device: torch.device
     precision: Precision
     reason: str
     """Device and precision with why, for people to read."""
     rank: int
     processes: int
-    hosts: Any
+    hosts: dist.ProcessGroup | None
     """Process group for numbers on the hosts, so that agreeing on a stop never waits for a GPU; None when alone."""
 
     @property
@@ -78,16 +72,16 @@ class Hardware:
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.hosts)
         return int(box)
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Value) -> Value:
         """The main process's value on every process."""
         box = [value]
         if self.processes > 1:
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
-        """Do something on the main process alone and give its result to all; an error is raised on all of them."""
-        result: Any = None
+    def on_main(self, action: Callable[[], Value]) -> Value:
+        """Do something on the main process alone and give its result to all; an error ends all of them."""
+        result: Value | UserError | None = None
         if self.is_main:
             try:
                 result = action()
@@ -98,7 +92,7 @@ class Hardware:
             if not self.is_main:
                 raise SystemExit(2)  # the main process says it for all
             raise result
-        return result
+        return cast("Value", result)
 
     def barrier(self) -> None:
         """Until every process is here."""
@@ -106,17 +100,9 @@ class Hardware:
             dist.barrier(group=self.hosts)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group when all is done; after an error nobody waits (`processes.end_in_group`)."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def peak_flops(self) -> float | None:
-        """Known peak of this device in FLOP/s at 16 bits, or None."""
-        if self.device.type != "cuda" or self.precision == "no":
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        known = sorted((part for part in _PEAKS if part in name), key=len)
-        return _PEAKS[known[-1]] * 1e12 if known else None
 
     def memory_bytes(self) -> int:
         """The most memory this process has held: of the device on a GPU, else of the process."""
@@ -140,10 +126,12 @@ def start(
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    cpu = options.device == "cpu" or not torch.accelerator.is_available()
-    precision, why = _precision(options, cpu, environment)
+    wanted, found = choose_device(options.device, launch(environment))
+    if wanted.type != "cpu":
+        _take(wanted, options.device)
+    precision, why = _precision(options, wanted, environment)
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=wanted.type == "cpu",
         mixed_precision=precision,
         log_with=list(trackers) or None,
         kwargs_handlers=[
@@ -156,22 +144,30 @@ def start(
     if device.type == "cpu":
         keep_freed_memory()
     set_tf32(device, options.tf32)
+    found = found if options.device == "auto" else f"--device {options.device}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return Hardware(
         accelerator=accelerator,
         device=device,
         precision=precision,
-        reason=f"{name} ({'--device cpu' if options.device == 'cpu' else 'found'}), precision {precision} ({why})",
+        reason=f"{name} ({found}), precision {precision} ({why})",
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
         hosts=dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None,
     )
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether the error says that another process went away in the middle of what all do together."""
+def explain_lost_peer(error: BaseException) -> str | None:
+    """A sentence, if the error says that another process went away or stood still in what all do together."""
     text = str(error)
-    return any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError"))
+    if any(words in text for words in _TIMEOUTS):
+        return (
+            "the processes of this run waited in vain for one of them, which stands still or was cut off; look for "
+            "what it said, then run the same command again"
+        )
+    if any(words in text for words in _LOST):
+        return "another process of this run has ended, and has said why; this one ends too"
+    return None
 
 
 def peak_resident_bytes() -> int:
@@ -207,7 +203,16 @@ def _refuse_foreign_wishes(environment: Mapping[str, str]) -> None:
             raise UserError(f"the launcher's configuration ({name}) asks Accelerate for {instead}")
 
 
-def _precision(options: HardwareOptions, cpu: bool, environment: Mapping[str, str]) -> tuple[Precision, str]:
+def _take(device: torch.device, asked: str) -> None:
+    """Make the device the one that Accelerate takes; with several processes it gives each its own, as we would."""
+    found = torch.accelerator.current_accelerator()
+    if found is None or found.type != device.type:
+        raise UserError(f"--device {asked}: training runs on {found.type if found else 'cpu'} here; use auto or cpu")
+    torch.accelerator.set_device_index(device.index or 0)
+
+
+def _precision(options: HardwareOptions, device: torch.device, environment: Mapping[str, str]) -> tuple[Precision, str]:
+    cpu = device.type == "cpu"
     if options.mixed_precision == "fp16" and cpu:
         raise UserError("--mixed-precision fp16 needs a GPU; on a CPU use no (or bf16, which is slow there)")
     if options.mixed_precision is not None:
@@ -215,4 +220,4 @@ def _precision(options: HardwareOptions, cpu: bool, environment: Mapping[str, st
     wish = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if wish == "bf16" or (wish == "fp16" and not cpu):
         return wish, "the launcher's configuration"  # type: ignore[return-value]
-    return default_precision(torch.device("cpu") if cpu else choose_device("auto")[0])
+    return default_precision(device)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.diffusion import Process
 from pipeline.runtime.console import say, warn
+from pipeline.runtime.devices import peak_flops
 from pipeline.runtime.processes import StopRequest
 from train.checkpointing import Saver, TrainState, checkpoint_path, discard_after, newest_good, restore
 from train.data import Batch, BatchReader, BatchShard, DataOrder, view_candidates
@@ -216,7 +217,7 @@ def _log_step(trainer: Trainer, result: StepResult, waited_seconds: float) -> bo
     # What not every run has.
     if state.optimizer.scaled:
         values["loss_scale"] = counters["scale"]
-    peak = trainer.hardware.peak_flops()
+    peak = peak_flops(trainer.hardware.device, trainer.hardware.precision)
     if peak is not None:
         values["mfu"] = speed * trainer.flops_per_image / (peak * trainer.hardware.processes)
     if trainer.validate is not None and _validates_at(state.step, options):

@@ -201,8 +201,8 @@ class AverageOptions:
 class HardwareOptions:
     """Where and how precisely the network is computed."""
 
-    device: Free[Literal["auto", "cpu"]] = "auto"
-    """auto takes an accelerator if there is one."""
+    device: Free[str] = "auto"
+    """auto takes an accelerator if there is one; else cpu, cuda or cuda:N (or another that PyTorch names: mps, xpu)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward and backward pass; weights stay float32. Default bf16 on a GPU that has it, else no."""
     tf32: Free[bool] = True

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipeline.checkpoint.averages import MovingAverage
 from pipeline.diffusion import Process
@@ -14,6 +13,7 @@ from pipeline.dit import DiT, DiTConfig, compile_blocks
 from pipeline.dit.macs import count_macs
 from pipeline.latents import LatentStore, Manifest
 from pipeline.runtime.console import say
+from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import StopRequest
 from train import build, distributed
@@ -43,16 +43,19 @@ def train(options: TrainOptions) -> int:
     machine = distributed.start(options.hardware, trackers=("wandb",) if options.run.wandb_project else ())
     options = _resolved(options, machine)
     try:
-        with contextlib.ExitStack() as stack, StopRequest(repeat_after_seconds=2.0) as stop:
-            return run_steps(assemble(options, machine, stack, began), stop)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if distributed.is_lost_peer(error):
-            raise UserError("another process of this run has ended, and has said why; this one ends too") from error
-        if not is_out_of_memory(error):
+        with (
+            memory_explained(lambda: _what_to_lower(options, machine)),
+            contextlib.ExitStack() as stack,
+            StopRequest(repeat_after_seconds=2.0) as stop,
+        ):
+            status = run_steps(assemble(options, machine, stack, began), stop)
+    except RuntimeError as error:
+        explained = distributed.explain_lost_peer(error)
+        if explained is None:
             raise
-        raise UserError(_what_to_lower(options, machine)) from error
-    finally:
-        machine.close()
+        raise UserError(explained) from error
+    machine.close()
+    return status
 
 
 def _resolved(options: TrainOptions, machine: Hardware) -> TrainOptions:
@@ -217,12 +220,6 @@ def _previews(
         seed=options.data.seed,
     )
     return previews if previews.possible else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out, on a GPU or on the host."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
 def _what_to_lower(options: TrainOptions, machine: Hardware) -> str:

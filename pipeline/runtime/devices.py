@@ -13,6 +13,30 @@ from pipeline.runtime.processes import Launch, launch
 
 Precision = Literal["no", "bf16", "fp16"]
 _TRIED = {"cpu", "cuda"}
+# Dense 16-bit peak in TFLOP/s by the device's whole name without its maker (vendors' data sheets): a part of a name is
+# also a part of a slower card's, or of a slice of the card.
+_PEAKS: dict[str, float] = {
+    "B200": 2250,
+    "H200": 989,
+    "H200 NVL": 835,
+    "GH200 480GB": 989,
+    "H100 80GB HBM3": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    **dict.fromkeys(("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"), 312),
+    **dict.fromkeys(("A800-SXM4-80GB", "A800 80GB PCIe"), 312),
+    "A40": 150,
+    "A10": 125,
+    "A10G": 70,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "GeForce RTX 4090": 165,
+    "GeForce RTX 3090": 71,
+    **dict.fromkeys(("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"), 125),
+    **dict.fromkeys(("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"), 112),
+    "Tesla T4": 65,
+}
 # What libraries say when memory ends, besides raising torch.OutOfMemoryError.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "failed to allocate", "cannot allocate memory")
 
@@ -71,6 +95,14 @@ def default_precision(device: torch.device) -> tuple[Precision, str]:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return "bf16", "the GPU has it"
     return "no", "default here"
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """The peak of matrix products at 16 bits in FLOP/s; None if unknown, or if they are computed in float32."""
+    if device.type != "cuda" or precision == "no":
+        return None
+    peak = _PEAKS.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
+    return peak and peak * 1e12
 
 
 @contextmanager

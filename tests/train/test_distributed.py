@@ -1,10 +1,8 @@
-import dataclasses
-
 import pytest
 import torch
 
 from pipeline.runtime.errors import UserError
-from train.distributed import peak_resident_bytes, refuse_lonely_ranks, start
+from train.distributed import explain_lost_peer, peak_resident_bytes, refuse_lonely_ranks, start
 from train.options import HardwareOptions
 
 
@@ -40,19 +38,24 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise_and_says_why():
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "peak"),
+    ("said", "sentence"),
     [
-        ("NVIDIA H200", "bf16", 989e12),
-        ("NVIDIA H200", "no", None),
-        ("Unknown 1", "bf16", None),
-        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1", "has ended, and has said why"),
+        ("NCCL communicator was aborted on rank 1.", "has ended, and has said why"),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", "waited in vain for one of them"),
+        ("Timed out waiting 1800000ms for recv operation to complete", "waited in vain for one of them"),
+        ("shapes differ", None),
     ],
 )
-def test_the_peak_is_known_by_the_devices_name(monkeypatch, name, precision, peak):
-    alone = start(HardwareOptions(device="cpu"), {})
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
-    elsewhere = dataclasses.replace(alone, device=torch.device("cuda", 0), precision=precision)
-    assert elsewhere.peak_flops() == peak
+def test_what_libraries_say_of_a_lost_process_is_one_sentence(said, sentence):
+    found = explain_lost_peer(RuntimeError(said))
+    assert found is None if sentence is None else sentence in found
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "mps", "toaster"])
+def test_a_device_that_is_not_there_is_refused(wanted):
+    with pytest.raises(UserError, match=f"--device {wanted}"):
+        start(HardwareOptions(device=wanted), {})
 
 
 def test_peak_memory_counts_what_was_freed():

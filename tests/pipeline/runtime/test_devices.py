@@ -9,6 +9,7 @@ from pipeline.runtime.devices import (
     float32_products,
     is_out_of_memory,
     memory_explained,
+    peak_flops,
 )
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import Launch
@@ -73,6 +74,29 @@ def test_bf16_is_the_default_where_the_gpu_has_units_for_it(monkeypatch, capabil
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # it counts emulation
     assert default_precision(torch.device("cuda", 0))[0] == precision
     assert default_precision(torch.device("cpu"))[0] == "no"
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA H200", "no", None),
+        ("Unknown 1", "bf16", None),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H100 NVL", "bf16", 835e12),
+        ("NVIDIA H100 80GB HBM3", "fp16", 989e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("NVIDIA L4", "bf16", 121e12),
+        ("NVIDIA L40", "bf16", 181e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("Tesla T4", "fp16", 65e12),
+        ("NVIDIA T400 4GB", "fp16", None),
+        ("A100-SXM4-40GB", "bf16", 312e12),
+    ],
+)
+def test_a_peak_is_known_by_the_whole_name_of_a_device(monkeypatch, name, precision, peak):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda", 0), precision) == peak
 
 
 @pytest.mark.parametrize("tf32", [True, False])
