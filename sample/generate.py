@@ -10,20 +10,19 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.diffusion import SAMPLERS, classifier_free_guidance
+from pipeline.diffusion import SAMPLERS, NetworkFn, classifier_free_guidance
 from pipeline.randomness import normal
-from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import keep_freed_memory
-from pipeline.runtime.threads import CPU_LANE, GPU_DECODE_BATCH, InLanes, decode_in_lanes, finite_rows, one_thread_each
+from pipeline.runtime.threads import CPU_LANE, InLanes, finite_rows, one_thread_each
 from pipeline.vae import Vae, denormalize
+from sample.decode import check_finite, decode_in_lanes, decode_lane
 from sample.trajectory import Watch
 
 NOISE = "sample-noise"
@@ -61,18 +60,24 @@ class Generator:
         self.vae = vae
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # or pinned memory would open a second context on the first GPU
+        self._dtype = PRECISIONS[plan.precision]
         self.model = checkpoint.model.to(self.device).eval()
+        if self._dtype is not None:
+            _cast_products(self.model, self._dtype)
         config = checkpoint.config
         self.shape = (config.in_channels, config.height, config.width)
         recorded = checkpoint.info["vae"]
         self._scale, self._shift = recorded["scaling_factor"], recorded.get("shift_factor")
-        on_cpu = self.device.type == "cpu"
-        if on_cpu:
+
+        # a batch in lanes: as one on a GPU, in at least four, where it can be, on a CPU
+        self._on_cpu = self.device.type == "cpu"
+        if self._on_cpu:
             keep_freed_memory()
         size = plan.batch_size
-        self._lane = min(CPU_LANE, -(-size // 4)) if on_cpu else size  # four lanes at least, where it can be
-        self._decode_lane = self._lane if on_cpu else min(size, GPU_DECODE_BATCH)
-        self._workers = torch.get_num_threads() if on_cpu else 1
+        self._lane = min(CPU_LANE, -(-size // 4)) if self._on_cpu else size
+        self._workers = torch.get_num_threads() if self._on_cpu else 1
+        pixels = config.height * config.width * (1 if vae is None else vae.downsample**2)
+        self.decode_lane = min(self._lane, decode_lane(self.device, pixels=pixels))
 
     def latents(
         self, first: int, labels: NDArray[np.int64], *, on_step: OnStep | None = None, watch: Watch | None = None
@@ -82,17 +87,38 @@ class Generator:
         Raises:
             NotFiniteError: values that are not finite.
         """
-        starts = range(0, len(labels), self._lane)
-        steps = _StepCount(self.plan.steps * len(starts), on_step)
+        plan, process, size = self.plan, self.checkpoint.process, self._lane
+        starts = range(0, len(labels), size)
+        steps = _StepCount(plan.steps * len(starts), on_step)
 
         def lane(start: int) -> Tensor:
-            rows = np.minimum(np.arange(start, start + self._lane), len(labels) - 1)
-            with steps.of_lane():
-                return self._denoise_lane(first + start, labels[rows], start, steps, watch)
+            """Latents in the network's scale of the rows from `start` on, past the end the last one again."""
+            rows = np.minimum(np.arange(start, start + size), len(labels) - 1)
+            denoise = self._guided(labels[rows])
+            look = watch.lane(start, size) if watch is not None else None
+
+            def each_step(k: int, total: int, x_start: Tensor) -> None:
+                if look is not None:
+                    look.on_step(k, total, x_start)
+                steps.add()
+
+            with steps.of_lane(), torch.no_grad(), self._autocast(), self._noise_of(first + start) as noise:
+                x = SAMPLERS[plan.sampler](
+                    process,
+                    denoise if look is None else look.watched(denoise),
+                    noise(),
+                    noise,
+                    steps=plan.steps,
+                    eta=plan.eta,
+                    on_step=each_step,
+                )
+            if look is not None:
+                look.end(x)
+            return x
 
         with self._lanes() as in_lanes:
             x = torch.cat(list(in_lanes(lane, starts)))[: len(labels)]
-        _refuse_not_finite(finite_rows(x), "latents")
+        check_finite(finite_rows(x), "latents")
         return self.raw(x)
 
     def raw(self, x: Tensor) -> Tensor:
@@ -107,21 +133,14 @@ class Generator:
         """
         assert self.vae is not None, "a generator without a VAE gives latents"
         with self._lanes() as in_lanes:
-            finite, images = decode_in_lanes(self.vae, latents, size=self._decode_lane, in_lanes=in_lanes)
-        _refuse_not_finite(finite, "decoded pixels")
+            finite, images = decode_in_lanes(self.vae, latents, size=self.decode_lane, in_lanes=in_lanes)
+        check_finite(finite, "decoded pixels")
         return np.asarray(images.numpy(), dtype=np.uint8)
 
-    def _denoise_lane(
-        self,
-        first: int,
-        labels: NDArray[np.int64],
-        start: int,
-        steps: "_StepCount",
-        watch: Watch | None,
-    ) -> Tensor:
-        """Latents in the network's scale of images first … first + lane − 1; `start` is its place in the batch."""
+    def _guided(self, labels: NDArray[np.int64]) -> NetworkFn:
+        """The network for images of these classes, guided as the plan says."""
         plan, config = self.plan, self.checkpoint.config
-        denoise = classifier_free_guidance(
+        return classifier_free_guidance(
             self.model,
             torch.from_numpy(labels).to(self.device) if config.num_classes else None,
             scale=plan.guidance,
@@ -130,52 +149,50 @@ class Generator:
             interval=plan.interval,
             time_scale=self.checkpoint.process.time_scale,
         )
-        look = watch.lane(start, len(labels)) if watch is not None else None
 
-        def each_step(k: int, total: int, x_start: Tensor) -> None:
-            if look is not None:
-                look.on_step(k, total, x_start)
-            steps.add()
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
 
-        dtype = PRECISIONS[plan.precision]
-        # Around the whole process, not each call: autocast then casts every weight once.
-        with torch.no_grad(), torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-            x = SAMPLERS[plan.sampler](
-                self.checkpoint.process,
-                denoise if look is None else look.watched(denoise),
-                self._noise(first, len(labels)),
-                lambda k: self._noise(first, len(labels), k),
-                steps=plan.steps,
-                eta=plan.eta,
-                on_step=each_step,
-            )
-        if look is not None:
-            look.end(x)
-        return x
+    @contextlib.contextmanager
+    def _noise_of(self, first: int) -> Iterator[Callable[..., Tensor]]:
+        """`noise()`, the starting noise of a lane on the device, and `noise(k)`, that of step k.
+
+        Drawn on the CPU, so the same on any device; beside a GPU the next step's in a thread while this one's is used.
+        """
+        if self._on_cpu:
+            yield lambda *step: self._noise(first, self._lane, *step)
+            return
+        ahead: dict[int, Future[Tensor]] = {}
+
+        def noise(*step: int) -> Tensor:
+            k = step[0] if step else -1
+            drawn = ahead.pop(k).result() if k in ahead else self._noise(first, self._lane, *step)
+            if step and k < self.plan.steps - 2:  # a sampler that draws, and whose last step draws nothing
+                ahead[k + 1] = pool.submit(self._noise, first, self._lane, k + 1)
+            # Pinned, or the copy would wait for the GPU to finish all steps before it.
+            drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
+            return drawn.to(self.device, non_blocking=self.device.type == "cuda")
+
+        with ThreadPoolExecutor(1) as pool:
+            yield noise
 
     def _noise(self, first: int, count: int, *step: int) -> Tensor:
-        draws = [normal(self.shape, self.plan.seed, NOISE, k, *step) for k in range(first, first + count)]
-        batch = torch.stack(draws)
-        # Pinned, or the copy would wait for the GPU to finish all steps before it.
-        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
+        """Standard normals [count, C, h, w] of images first … first + count − 1, on the CPU."""
+        return torch.stack([normal(self.shape, self.plan.seed, NOISE, k, *step) for k in range(first, first + count)])
 
     def _lanes(self) -> contextlib.AbstractContextManager[InLanes]:
         return one_thread_each(self.device, workers=self._workers)
 
 
-class NotFiniteError(UserError):
-    """Values of some rows of a batch are not finite."""
+def _cast_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of matrix products in the precision that autocast computes these in.
 
-    def __init__(self, what: str, rows: list[int]) -> None:
-        super().__init__(f"{what} of rows {rows} of a batch are not finite")
-        self.what = what
-        self.rows = rows
-
-
-def _refuse_not_finite(finite: Tensor, what: str) -> None:
-    rows = (~finite).nonzero().flatten().tolist()
-    if rows:
-        raise NotFiniteError(what, rows)
+    Autocast would cast them itself, to the very same values: once per lane, and in every call of a compiled block.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
 class _StepCount:
@@ -206,33 +223,3 @@ class _StepCount:
             with self._lock:
                 self._failure = self._failure or error
             raise self._failure from None
-
-
-class Overlap:
-    """Runs one piece of work beside the main thread; the next piece waits for the one before."""
-
-    def __init__(self, *, enabled: bool) -> None:
-        """With `enabled` False every piece is run at once, where threads would only compete for the same cores."""
-        self._pool = ThreadPoolExecutor(1) if enabled else None
-        self._running: Future[Any] | None = None
-
-    def run(self, work: Callable[[], None]) -> None:
-        self.wait()
-        if self._pool is None:
-            work()
-        else:
-            self._running = self._pool.submit(work)
-
-    def wait(self) -> None:
-        """Return when the last piece is done; its exception is raised here."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
-
-@contextlib.contextmanager
-def overlapping(*, enabled: bool) -> Iterator[Overlap]:
-    """An `Overlap` whose last piece is done when the block ends."""
-    overlap = Overlap(enabled=enabled)
-    yield overlap
-    overlap.wait()

@@ -11,6 +11,7 @@ from pipeline.diffusion.samplers import samplers_help, takes_eta
 from pipeline.runtime.errors import UserError
 
 SUFFIXES = {".png": "grid", ".npz": "npz", ".safetensors": "latents"}
+CHANNELS = {"all": None, "3": 3}
 GRID_PIXELS = 80_000_000  # in one picture: beyond this Pillow warns whoever opens it
 
 
@@ -51,7 +52,17 @@ class ReverseOptions:
     ] = 0.0
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none and costs half. Default 4.0 where the network was trained with label dropout, else 1."""
-    guidance_channels: Literal["all", "3"] = "all"
+    guidance_channels: Annotated[
+        int | None,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{all,3}",
+            instance_from_str=lambda written: CHANNELS[written[0]],
+            is_instance=lambda value: value in CHANNELS.values(),
+            str_from_instance=lambda value: [written for written, channels in CHANNELS.items() if channels == value],
+            choices=tuple(CHANNELS),
+        ),
+    ] = None
     """Latent channels to guide: all, or the first 3 as the released model did."""
     guidance_interval: str | None = None
     """A:B, guide only while the time (0 data, 1 noise) is within it, as in 0.2:0.8. Default: always."""
@@ -66,10 +77,6 @@ class ReverseOptions:
         if self.guidance is not None and not 0.0 <= self.guidance < float("inf"):
             raise UserError(f"--guidance {self.guidance} must be a number from 0 on; 1 is no guidance")
         _ = self.interval
-
-    @property
-    def channels(self) -> int | None:
-        return None if self.guidance_channels == "all" else int(self.guidance_channels)
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -18,13 +18,13 @@ class Stopped(Exception):  # noqa: N818 - nothing is wrong: finished chunks are 
     """A signal asked for an end between two steps."""
 
 
-class Pace:
+class SamplingProgress:
     """Counts what all processes have finished, and this one's steps on the way there."""
 
     def __init__(self, work: WorkFolder, job: SamplingJob, bar: "tqdm[Any]", stop: StopRequest) -> None:
         """Follow the work folder with a bar whose total is the number of images."""
         self._work = work
-        self._settled = job
+        self._job = job
         self._bar = bar
         self._stop = stop
         self._timed: tuple[int, float] | None = None
@@ -62,12 +62,12 @@ class Pace:
 
     def chunk_done(self) -> None:
         """Show what all processes have finished."""
-        self._bar.update(finished_images(self._work, self._settled) - self._bar.n)
+        self._bar.update(finished_images(self._work, self._job) - self._bar.n)
 
     def _say_estimate(self, seconds_per_batch: float) -> None:
         processes = launch().world_size
         rounds = -(-len(self._work.missing()) // processes)
-        rate = self._settled.batch_size * processes / max(seconds_per_batch, 1e-9)
+        rate = self._job.batch_size * processes / max(seconds_per_batch, 1e-9)
         say(f"estimate: {_duration(seconds_per_batch * rounds)} to go, {rate:.3g} images/s before decoding")
 
 

@@ -122,6 +122,8 @@ def resolve(options: SampleOptions) -> SamplingJob:
         "mixed_precision": plan.precision,
         "decode_dtype": options.compute.decode_dtype if decoder is not None else None,
         "compile": compiled,
+        # not on a CPU, where it follows from the batch size as ever
+        **({} if decoder is None or device == "cpu" else {"decode_lane": generator.decode_lane}),
         "versions": versions(),
     }
     return SamplingJob(generator=generator, labels=labels, known=known, recipe=recipe)
@@ -153,7 +155,7 @@ def resolve_plan(
         steps=reverse.steps,
         eta=reverse.eta,
         guidance=guidance,
-        channels=reverse.channels if guides else None,
+        channels=reverse.guidance_channels if guides else None,
         interval=reverse.interval if guides else None,
         seed=reverse.seed,
         batch_size=compute.batch_size or _even_batch(samples, LARGEST_BATCH.get(kind, 128)),

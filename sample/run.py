@@ -19,9 +19,9 @@ from pipeline.runtime.files import remove_folder
 from pipeline.runtime.processes import StopRequest, launch
 from pipeline.runtime.publish import Stage, finish, publish, work_folder_of
 from sample import outputs, sidecar
-from sample.generate import NotFiniteError, overlapping
+from sample.decode import NotFiniteError, overlapping
 from sample.options import SampleOptions
-from sample.progress import Pace, Stopped, finished_images
+from sample.progress import SamplingProgress, Stopped, finished_images
 from sample.resolve import SamplingJob, resolve
 from sample.sidecar import is_finished, strip_of, sweep
 from sample.trajectory import Watch, strip_latents
@@ -88,7 +88,7 @@ def _make_chunks(work: WorkFolder, job: SamplingJob, options: SampleOptions, sto
         progress(len(job.labels), unit="images", description="sampling", initial=done) as bar,
         memory_explained(lambda: too_large(job.batch_size)),
     ):
-        pace = Pace(work, job, bar, stop)
+        pace = SamplingProgress(work, job, bar, stop)
         share = partial(work.unclaimed, rank=place.rank, world_size=place.world_size, idle=pace.check_stop)
         with overlapping(enabled=job.generator.device.type == "cuda") as overlap:
             for chunk in share(wait=False):
@@ -100,7 +100,9 @@ def _make_chunks(work: WorkFolder, job: SamplingJob, options: SampleOptions, sto
         pace.chunk_done()
 
 
-def _latents(chunk: int, work: WorkFolder, job: SamplingJob, options: SampleOptions, pace: Pace) -> torch.Tensor:
+def _latents(
+    chunk: int, work: WorkFolder, job: SamplingJob, options: SampleOptions, pace: SamplingProgress
+) -> torch.Tensor:
     """A chunk's raw latents; the first chunk's moments go into the work folder where a strip is asked for."""
     first = chunk * job.batch_size
     labels = job.labels.of_batch(first, job.batch_size)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.denoiser import on_host
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moment:
@@ -75,7 +77,7 @@ class LaneWatch:
         """Keep this step if its turn has come."""
         if self._input is not None and self._watch.is_kept(k, total):
             x_t, t = self._input
-            self._keep(k, float(t[0]), x_t, x_start)
+            self._keep(k, float(on_host(t)[0]), x_t, x_start)
 
     def end(self, x: Tensor) -> None:
         """Keep the result."""

@@ -12,7 +12,6 @@ from benchmarks.timing import spread
 from benchmarks.train import our_step
 from pipeline.dit import DiT
 from pipeline.vae import load_vae
-from sample.generate import _StepCount
 
 MODEL = "DiT-Ti/2"
 
@@ -45,8 +44,8 @@ def reverse_process(steps: int) -> Recorder:
     """What sampling one batch in so many steps does."""
     race = Race(model=MODEL, batch_size=1, steps=steps, rounds=1, device="cpu", compiled=False)
     generator = our_side(DiT.from_preset(MODEL, input_size=8), load_vae("demo"), race)
-    denoise = generator._denoise_lane  # in this thread, where it can be watched
-    return recorded(lambda: denoise(0, np.zeros(1, dtype=np.int64), 0, _StepCount(steps, None), None))
+    generator._workers = 1  # in this thread, where it can be watched
+    return recorded(lambda: generator.latents(0, np.zeros(1, dtype=np.int64)))
 
 
 def _count(what: str, value: int, *, at_most: float | None = None) -> Row:

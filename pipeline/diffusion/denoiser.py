@@ -13,6 +13,18 @@ NetworkFn = Callable[[Tensor, Tensor], Tensor]
 """(x_t [N, C, H, W], the network's timesteps [N]) → [N, C, H, W], or [N, 2C, H, W] with a learned variance."""
 
 
+def known_on_host(t: Tensor, same: Tensor) -> Tensor:
+    """The times t of a batch; on a device, with what they all are as [1] on the CPU, where no one waits to read it."""
+    if t.device.type != "cpu":
+        t.same_on_host = same  # type: ignore[attr-defined]
+    return t
+
+
+def on_host(t: Tensor) -> Tensor:
+    """Times that tell what is in t: t itself, or its like on the CPU if whoever made t left one."""
+    return getattr(t, "same_on_host", t)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in float32, or float64 if it is: a process does no arithmetic in half precision."""
     return x if x.dtype == torch.float64 else x.float()

@@ -19,7 +19,9 @@ from pipeline.diffusion.denoiser import (
     PerSample,
     at_least_float32,
     check_batch,
+    known_on_host,
     mean_over_sample,
+    on_host,
     split_output,
 )
 from pipeline.diffusion.process import TimestepLaw
@@ -64,6 +66,11 @@ class RectifiedFlow:
             "flow_shift": 1.0,
         }
 
+    def timesteps(self, at: float, x: Latents, *, less: float = 0.0) -> PerSample:
+        """The time `at` - `less` as an entry per sample of x."""
+        t, same = x.new_full((len(x),), at), torch.full((1,), at, dtype=x.dtype)
+        return known_on_host(t - less, same - less) if less else known_on_host(t, same)
+
     def draw_timesteps(self, count: int, generator: torch.Generator) -> PerSample:
         """Times in [0, 1] by the timestep law, on the generator's device."""
         if self.timestep_law == "uniform":
@@ -72,7 +79,8 @@ class RectifiedFlow:
 
     def network_timesteps(self, t: PerSample) -> PerSample:
         """What the network is fed at time t: 1000 · t."""
-        return t * self.time_scale
+        fed = t * self.time_scale
+        return fed if on_host(t) is t else known_on_host(fed, on_host(t) * self.time_scale)
 
     def q_sample(self, x_start: Latents, t: PerSample, noise: Latents) -> Latents:
         """x_t on the line from x_0 (t = 0) to the noise (t = 1).

@@ -15,7 +15,9 @@ from pipeline.diffusion.denoiser import (
     PerSample,
     at_least_float32,
     check_batch,
+    known_on_host,
     mean_over_sample,
+    on_host,
     split_output,
 )
 from pipeline.diffusion.process import Loss, Prediction, Schedule, Variance
@@ -92,7 +94,7 @@ class GaussianDiffusion:
 
     def timesteps(self, step: int, x: Latents) -> Timesteps:
         """One of this process's steps as an entry per sample of x."""
-        return torch.full((len(x),), step, device=x.device)
+        return known_on_host(torch.full((len(x),), step, device=x.device), torch.tensor([step]))
 
     @property
     def timestep_map(self) -> Int[Tensor, " step"]:
@@ -156,7 +158,8 @@ class GaussianDiffusion:
 
     def network_timesteps(self, t: Timesteps) -> Timesteps:
         """What the network is fed at the process's steps t: the original timesteps."""
-        return self._tables(t.device).timestep_map[t]
+        fed = self._tables(t.device).timestep_map[t]
+        return fed if on_host(t) is t else known_on_host(fed, self.timestep_map[on_host(t)])
 
     def q_sample(self, x_start: Latents, t: Timesteps, noise: Latents) -> Latents:
         """x_t ~ q(x_t | x_0), made from the given standard normals (Ho et al. 2020, equation 4).

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.diffusion.denoiser import NetworkFn, at_least_float32
+from pipeline.diffusion.denoiser import NetworkFn, at_least_float32, on_host
 from pipeline.runtime.errors import UserError
 
 
@@ -25,8 +25,9 @@ def classifier_free_guidance(
 ) -> NetworkFn:
     """A `denoise(x_t, t)` for samples of the classes y, guided by the scale.
 
-    With scale 1, or outside the interval, it costs one forward pass on the batch; otherwise one on twice the batch,
-    conditional half first. Variance channels are always the conditional ones.
+    It costs one forward pass on the batch with scale 1 and where all samples are outside the interval; elsewhere one
+    on twice the batch, conditional half first, and samples outside keep their conditional half. Variance channels are
+    always the conditional ones.
 
     Args:
         model: the network, `model(x, t, y)`.
@@ -39,19 +40,23 @@ def classifier_free_guidance(
         time_scale: what the network is fed at the noisy end of time (`process.time_scale`).
 
     Raises:
-        UserError: the scale is not 1 but the network has no classes or no null class, or the interval is none.
+        UserError: the scale is not 1, but the network has no classes or no null class, or the interval does not rise
+            within 0 … 1.
     """
     if scale == 1:
         return lambda x_t, t: model(x_t, t, y)
     labels, null_labels = _labels_to_guide_between(model, y, null_class, scale)
     low, high = _checked_interval(interval)
 
+    def is_inside(t: Tensor) -> Tensor:
+        return (t >= low * time_scale) & (t <= high * time_scale)
+
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         inside = None
         if interval is not None:
-            inside = (t >= low * time_scale) & (t <= high * time_scale)
-            if not inside.any():
+            if not is_inside(on_host(t)).any():
                 return model(x_t, t, labels)
+            inside = is_inside(t)
         both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null_labels]))
         conditional, unconditional = at_least_float32(both).chunk(2)
         count = x_t.shape[1] if channels is None else min(channels, x_t.shape[1])

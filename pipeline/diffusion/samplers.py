@@ -306,7 +306,7 @@ def euler(
     """x_0 by equal steps along the velocity; one evaluation each, error of first order in the step."""
     x = process.start(noise)
     for k in range(steps):
-        t = x.new_full((len(x),), 1 - k / steps)
+        t = process.timesteps(1 - k / steps, x)
         velocity = process.velocity(denoise, x, t)
         on_step(k, steps, process.predict_x_start(velocity, x, t))
         x = x - velocity / steps
@@ -328,11 +328,12 @@ def heun(
     """
     x = process.start(noise)
     for k in range(steps):
-        t = x.new_full((len(x),), 1 - k / steps)
+        t = process.timesteps(1 - k / steps, x)
         velocity = process.velocity(denoise, x, t)
         on_step(k, steps, process.predict_x_start(velocity, x, t))
         if k < steps - 1:
-            velocity = (velocity + process.velocity(denoise, x - velocity / steps, t - 1 / steps)) / 2
+            end = process.timesteps(1 - k / steps, x, less=1 / steps)
+            velocity = (velocity + process.velocity(denoise, x - velocity / steps, end)) / 2
         x = x - velocity / steps
     return x
 

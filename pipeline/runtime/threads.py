@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.vae import Vae, to_bytes
-
 CPU_LANE = 8  # larger lanes are no faster on a core
-GPU_DECODE_BATCH = 16
 InLanes = Callable[..., Iterator[Any]]
 """`map`, or one that works in parallel."""
 
@@ -41,21 +38,6 @@ def one_thread_each(device: torch.device, *, workers: int | None = None) -> Iter
             yield pool.map
     finally:
         torch.set_num_threads(threads)
-
-
-def decode_in_lanes(vae: Vae, latents: Tensor, *, size: int, in_lanes: InLanes) -> tuple[Tensor, Tensor]:
-    """(whether each row is finite [N], images uint8 [N, H, W, 3]) of raw latents, both on the CPU.
-
-    A decoder's rounding depends on the size of its batch, so every lane has `size` rows: the last one is filled up.
-    """
-
-    def lane(part: Tensor) -> tuple[Tensor, Tensor]:
-        padding = part[-1:].expand(size - len(part), *part.shape[1:])
-        values = vae.decode_values(torch.cat([part, padding]))[: len(part)]
-        return finite_rows(values).cpu(), to_bytes(values)
-
-    finite, images = zip(*in_lanes(lane, latents.split(size)), strict=True)
-    return torch.cat(finite), torch.cat(images)
 
 
 def finite_rows(x: Tensor) -> Tensor:

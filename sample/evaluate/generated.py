@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from pipeline.latents import LatentStore
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.threads import CPU_LANE, GPU_DECODE_BATCH, decode_in_lanes, finite_rows, one_thread_each
+from pipeline.runtime.threads import finite_rows, one_thread_each
 from pipeline.vae import Vae, check_latents, find_vae
 from sample.evaluate.image_set import digest_of, names_of
 from sample.evaluate.options import PART_IMAGES, EvaluateOptions
-from sample.generate import NotFiniteError
 from sample.options import ImageOptions, SampleOptions
 from sample.resolve import SamplingJob, resolve
 
@@ -62,7 +61,7 @@ class StoreImages:
         Raises:
             UserError: a latent is not finite; its place in the store is named.
         """
-        size = CPU_LANE if self.vae.device.type == "cpu" else GPU_DECODE_BATCH
+        size = decode_lane(self.vae.device, pixels=self.size[0] * self.size[1])
         for at in range(start, stop, batch_size):
             stored, _ = self.store.gather(np.arange(at, min(at + batch_size, stop), dtype=np.int64))
             latents = stored.float().chunk(2, dim=1)[0] if self._has_moments else stored.float()

@@ -10,7 +10,8 @@ from pipeline.checkpoint import read_checkpoint
 from pipeline.diffusion import RectifiedFlow
 from pipeline.dit import compile_blocks
 from pipeline.vae import load_vae
-from sample.generate import Generator, NotFiniteError, Overlap, ReversePlan, overlapping
+from sample.decode import NotFiniteError, Overlap, overlapping
+from sample.generate import Generator, ReversePlan
 from sample.trajectory import Watch
 
 DEFAULTS = {

@@ -57,8 +57,8 @@ def test_an_output_of_another_kind_is_refused():
 
 def test_an_interval_is_two_shares_of_time():
     assert parse("--guidance-interval", "0.2:0.8").reverse.interval == (0.2, 0.8)
-    assert parse("--guidance-channels", "3").reverse.channels == 3
-    assert parse().reverse.channels is None
+    assert parse("--guidance-channels", "3").reverse.guidance_channels == 3
+    assert parse().reverse.guidance_channels is None
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in Path(PRESETS).glob("*.yaml")))
@@ -69,5 +69,5 @@ def test_every_preset_is_a_command_line(preset):
 
 def test_the_papers_preset_guides_three_channels_at_one_and_a_half():
     options = parse("--config", "paper-256")
-    assert (options.reverse.guidance, options.reverse.channels, options.reverse.steps) == (1.5, 3, 250)
+    assert (options.reverse.guidance, options.reverse.guidance_channels, options.reverse.steps) == (1.5, 3, 250)
     assert (options.images.labels, options.images.num_samples) == ("random", 50_000)
