@@ -36,7 +36,7 @@ from pipeline.latents.writer import (
 from pipeline.randomness import Permutation
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import make_folder, read_json, remove_folder
+from pipeline.runtime.files import explained_writes, make_folder, read_json, remove_folder
 from pipeline.runtime.publish import claimed, finish, making, work_folder_of
 from pipeline.vae import STABLE_DIFFUSION
 
@@ -156,6 +156,7 @@ def import_numpy_features(
     order = Permutation(len(labels), seed, "extract-order")[np.arange(len(labels), dtype=np.int64)]
     parts = [order[start : start + samples_per_shard] for start in range(0, len(order), samples_per_shard)]
     with (
+        explained_writes(out),
         _folder_for(out, overwrite=overwrite) as place,
         progress(len(order), unit="samples", description="importing") as bar,
     ):

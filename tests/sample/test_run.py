@@ -360,7 +360,7 @@ def test_weights_that_came_alone_take_the_factors_of_the_vae_that_is_given(comma
     save_file({**state, "pos_embed": read_checkpoint(tiny).model.pos_embed}, tmp_path / "bare.safetensors")
     loaded = partial(read_checkpoint, num_heads=4)
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr("sample.resolve.read_checkpoint", lambda path, **options: loaded(path, **options))
+    monkeypatch.setattr("sample.resolve.read_checkpoint", loaded)
     demo = load_vae("demo")
     found = {}
     for name, flags in {"plain": (), "demo": ("--vae", "demo")}.items():
