@@ -4,37 +4,18 @@
 The map from lines to tests takes about twice as long as `make test`; remove .mutants/ to make it anew.
 """
 
-import argparse
-import ast
-import copy
-import json
-import os
-import random
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
+# fmt: off
+# ruff: noqa: E401, I001
+import argparse, ast, copy, json, os, random, re, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KEPT = ROOT / ".mutants"
-SWAPS = {
-    "Lt": "LtE",
-    "Gt": "GtE",
-    "Eq": "NotEq",
-    "In": "NotIn",
-    "Is": "IsNot",
-    "Add": "Sub",
-    "Mult": "Div",
-    "And": "Or",
-}
+KEPT, MOST_SECONDS = ROOT / ".mutants", 60  # of tests for one fault, the quickest first
+SWAPS = {"Lt": "LtE", "Gt": "GtE", "Eq": "NotEq", "In": "NotIn", "Is": "IsNot", "Add": "Sub", "Mult": "Div", "And": "Or"}
 SWAPS |= {new: old for old, new in SWAPS.items()} | {"FloorDiv": "Mult", "Mod": "Mult", "Pow": "Mult"}
 RC = "[run]\nsource = pipeline, extract, train, sample\nparallel = true\npatch = subprocess\nrelative_files = true\n"
 NAMES_TESTS = "import os\ndef pytest_runtest_setup(item):\n    os.environ['COVERED_BY'] = item.nodeid\n"
-
 
 def faulty(node):
     """(kind of fault, what stands instead) for every small fault of an expression or a statement."""
@@ -57,14 +38,11 @@ def faulty(node):
         if not defines and not isinstance(value, ast.Constant | ast.Yield | ast.YieldFrom):
             yield "statement", ast.Pass()
 
-
 def faults_of(text):
     """(line, kind, first byte, last byte, new text) of every small fault that can be put into a file."""
     starts = [0, *(match.end() for match in re.finditer(b"\n", text.encode()))]
-
     def span(node):
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-
     def visit(node):
         if isinstance(node, ast.With) and not any(item.optional_vars for item in node.items):
             yield node.lineno, "with", span(node)[0], starts[node.body[0].lineno - 1] - 1, "if True:"
@@ -78,9 +56,7 @@ def faults_of(text):
                 is_code = isinstance(child, ast.AST) and field not in {"annotation", "returns"}
                 if is_code and not isinstance(child, ast.JoinedStr | ast.expr_context | ast.operator):
                     yield from visit(child)
-
     return list(visit(ast.parse(text)))
-
 
 def lines_and_tests():
     """({file: {line: tests}}, {test: seconds}) from one run of the quick tests under coverage."""
@@ -89,32 +65,22 @@ def lines_and_tests():
         (KEPT / "names_tests.py").write_text(NAMES_TESTS)
         (KEPT / "rc").write_text(f"{RC}context = ${{COVERED_BY-}}\ndata_file = {KEPT}/data\n")
         paths = {"PYTHONPATH": f"{ROOT}:{KEPT}", "OMP_NUM_THREADS": "1"}
-        tests = (
-            f"-qvv -n2 --dist=loadscope -p names_tests --durations=0 --cov --cov-config={KEPT}/rc --cov-context=test"
-        )
+        tests = (f"-qvv -n2 --dist=loadscope -p names_tests --durations=0 --cov --cov-config={KEPT}/rc --cov-context=test" )
         run = [sys.executable, "-m", "pytest", *tests.split(), "--cov-report=", "-mnot slow and not gpu"]
-        shown = subprocess.run(
-            run, cwd=ROOT, env=os.environ | paths, stdout=subprocess.PIPE, text=True, check=False
-        ).stdout
+        shown = subprocess.run(run, cwd=ROOT, env=os.environ | paths, stdout=subprocess.PIPE, text=True, check=False ).stdout
         report = f"-m coverage json --rcfile={KEPT}/rc --show-contexts -q -o{KEPT}/cov.json"
         subprocess.run([sys.executable, *report.split()], cwd=ROOT, check=True)
-        seconds = {
-            test: float(taken) for taken, test in re.findall(r"^([\d.]+)s call +(\S.*)$", shown, flags=re.MULTILINE)
-        }
+        seconds = {test: float(taken) for taken, test in re.findall(r"^([\d.]+)s call +(\S.*)$", shown, flags=re.MULTILINE) }
         files = json.loads((KEPT / "cov.json").read_text())["files"]
-        (KEPT / "map.json").write_text(
-            json.dumps([{file: found["contexts"] for file, found in files.items()}, seconds])
-        )
+        (KEPT / "map.json").write_text(json.dumps([{file: found["contexts"] for file, found in files.items()}, seconds]) )
     contexts, seconds = json.loads((KEPT / "map.json").read_text())
     tests_of = lambda names: {name.partition("|")[0] for name in names} - {""}  # noqa: E731
     lines = {file: {int(line): tests_of(names) for line, names in found.items()} for file, found in contexts.items()}
     return lines, seconds
 
-
 def verdict_of(fault, tests, tree, most_seconds):
     """What the tests say of the fault in a copy of the tree: "killed", "timeout" (noticed too) or "survived"."""
-    file, _, _, first, last, new = fault
-    raw = (ROOT / file).read_bytes()
+    (file, _, _, first, last, new), raw = fault, (ROOT / fault[0]).read_bytes()
     (tree / file).write_bytes(raw[:first] + new.encode() + raw[last:])
     child = os.fork()  # of a process that has imported the heavy libraries
     if child == 0:
@@ -135,7 +101,6 @@ def verdict_of(fault, tests, tree, most_seconds):
     (tree / file).write_bytes(raw)
     return ("survived" if status == 0 else "killed") if done else "timeout"
 
-
 def changed_lines(since):
     found, file = set(), ""
     diff = subprocess.check_output(["git", "diff", "-U0", since, "--", "*.py"], cwd=ROOT, text=True)
@@ -145,14 +110,12 @@ def changed_lines(since):
             found |= {(file, k) for k in range(int(match[1]), int(match[1]) + int(match[2] or 1))}
     return found
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", default=["pipeline", "extract", "train", "sample"])
     parser.add_argument("--since", help="only lines that differ from this commit")
     parser.add_argument("--sample", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most-seconds", type=float, default=60.0, help="of tests for one fault, the quickest first")
     options = parser.parse_args()
     lines, seconds = lines_and_tests()
     inside = [file for file in sorted(lines) if any(Path(file).is_relative_to(path) for path in options.paths)]
@@ -160,23 +123,19 @@ def main():
     changed = changed_lines(options.since) if options.since else {fault[:2] for fault in faults}
     faults = [fault for fault in faults if fault[:2] in changed and lines[fault[0]].get(fault[1])]
     chosen = random.Random(options.seed).sample(faults, min(options.sample, len(faults)))
-    for heavy in ("torch", "diffusers", "accelerate", "scipy.linalg", "pytest"):
-        __import__(heavy)
+    _ = [__import__(heavy) for heavy in ("torch", "diffusers", "accelerate", "scipy.linalg", "pytest")]
     free = [KEPT / "tree0", KEPT / "tree1"]
     for tree in free:
-        shutil.rmtree(tree, ignore_errors=True)
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "demo", "__pycache__"))
-
+        shutil.copytree(ROOT, tree, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "demo", "__pycache__"))
     def judge(fault):
         tests, total, tree = [], 0.0, free.pop()
         for test in sorted(lines[fault[0]][fault[1]], key=lambda test: seconds.get(test, 0.0)):
             total += seconds.get(test, 0.0)
-            if total <= options.most_seconds or not tests:
+            if total <= MOST_SECONDS or not tests:
                 tests.append(test)
-        verdict = verdict_of(fault, tests, tree, 60 + 5 * min(total, options.most_seconds))
+        verdict = verdict_of(fault, tests, tree, 60 + 5 * min(total, MOST_SECONDS))
         free.append(tree)
         return verdict
-
     with ThreadPoolExecutor(len(free)) as pool:
         judged = list(zip(chosen, pool.map(judge, chosen), strict=True))
     for (file, line, kind, first, last, new), _ in [found for found in judged if found[1] == "survived"]:
@@ -185,7 +144,6 @@ def main():
     for area in ["", *sorted({str(Path(fault[0]).parent) for fault in chosen})]:
         noticed = [verdict != "survived" for fault, verdict in judged if Path(fault[0]).is_relative_to(area)]
         print(f"{sum(noticed)} of {len(noticed)} faults noticed in {area or 'all'}")
-
 
 if __name__ == "__main__":
     main()
