@@ -121,12 +121,11 @@ ROWS = [
     Row(
         thing="another shard format",
         edits={
-            "pipeline/latents/shards.py": ('FORMATS = {"', 'FORMATS = {"dummy": "dummy_shards", "'),
+            "pipeline/latents/names.py": ('FORMATS = {"', 'FORMATS = {"dummy": ".dummy", "'),
         },
         files={
             "pipeline/latents/dummy_shards.py": '"""A dummy."""\n'
-            "from pipeline.latents.safetensors_shards import decode_integers, pieces, read_layout\n\n"
-            'SUFFIX = ".dummy"\n'
+            "from pipeline.latents.safetensors_shards import decode_integers, pieces, read_layout\n"
         },
         help=("extract", "dummy"),
         runs=(

@@ -35,6 +35,7 @@ class RectifiedFlow:
     """How training draws times: a standard normal through the logistic function, or uniform."""
 
     objective: ClassVar[str] = "flow"
+    sampled_as: ClassVar[str] = "flow"  # whose samplers it takes
     num_timesteps: ClassVar[None] = None  # time is a real number
     preview_sampler: ClassVar[str] = "euler"
 

@@ -66,6 +66,7 @@ class GaussianDiffusion:
             raise UserError(f"this process cannot be made: kept must rise within 0 … {self.steps - 1}, not {self.kept}")
 
     objective: ClassVar[str] = "ddpm"
+    sampled_as: ClassVar[str] = "ddpm"  # whose samplers it takes
     preview_sampler: ClassVar[str] = "ddim"
 
     @property

@@ -356,7 +356,7 @@ def takes_eta() -> str:
 
 def samplers_for(process: Process) -> tuple[str, ...]:
     """The names of the samplers that suit the process, its default first."""
-    return tuple(name for name, spec in SAMPLERS.items() if spec.objective == process.objective)
+    return tuple(name for name, spec in SAMPLERS.items() if spec.objective == process.sampled_as)
 
 
 def default_sampler(process: Process) -> str:
