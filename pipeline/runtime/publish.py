@@ -144,7 +144,12 @@ def publish(work: Path, stage: Stage, *, overwrite: bool, flag: str = "--overwri
     ]
     write_json(stage.ready / RECORD, {"overwrite": overwrite, "names": names})
     with exclusive(work / "publish.lock"):
-        taken = _put_all(work)
+        if (stage.ready / RECORD).exists():
+            taken = _put_all(work)
+        else:  # a reader came between, and has put everything in place, or nothing where a name was taken
+            taken = next(
+                (final for (_, final), name in zip(pairs, names, strict=True) if _inode(final) != name["inode"]), None
+            )
     if taken is not None:
         raise UserError(f"{taken} appeared meanwhile; pass {flag} to replace it, or choose another name")
 

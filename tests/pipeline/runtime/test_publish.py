@@ -162,3 +162,24 @@ def test_work_of_a_killed_command_goes_with_the_next_start(tmp_path):
     (ready / "x").write_text("half")
     make(out, "one")
     assert listing(tmp_path) == ["x", "x.json"]
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_reader_that_completes_a_live_commands_record_takes_nothing_from_it(tmp_path, monkeypatch, taken):
+    out, write = tmp_path / "x", publish.write_json
+
+    def write_and_be_read(path, value):
+        write(path, value)
+        if taken:
+            out.write_text("another's")
+        finish(out)
+
+    monkeypatch.setattr(publish, "write_json", write_and_be_read)
+    if taken:
+        with pytest.raises(UserError, match=f"{out} appeared meanwhile"):
+            make(out, "one")
+        assert out.read_text() == "another's"
+    else:
+        make(out, "one")
+        assert content(out) == ("one", "of one")
+    assert not any(name.startswith(".") for name in listing(tmp_path))
