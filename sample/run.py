@@ -72,7 +72,7 @@ def _open_work(options: SampleOptions, job: SamplingJob) -> WorkFolder | None:
         finish(options.path)  # what a killed command had begun to publish
     if is_finished(options, recipe):
         if main:
-            sweep(options.path, recipe)
+            sweep(options.path, recipe, of_others=options.overwrite)
         return None
     if main:
         return begin(folder, recipe, chunks=job.chunks, overwrite=options.overwrite)

@@ -120,13 +120,17 @@ def is_finished(options: SampleOptions, recipe: dict[str, Any]) -> bool:
     return False
 
 
-def sweep(out: Path, recipe: dict[str, Any]) -> None:
-    """Remove the work folder that a kill left behind after its output was finished."""
+def sweep(out: Path, recipe: dict[str, Any], *, of_others: bool) -> None:
+    """Remove the work folder that a kill left behind after its output was finished.
+
+    Args:
+        of_others: also unfinished work for another output of this name, which --overwrite drops.
+    """
     folder = work_folder_of(out)
     if not folder.exists():
         return
     with Presence(folder) as here, here.gate():
-        if here.is_alone() and (is_plan(folder, recipe) or not (folder / PLAN).exists()):
+        if here.is_alone() and (of_others or is_plan(folder, recipe) or not (folder / PLAN).exists()):
             remove_folder(folder)
 
 

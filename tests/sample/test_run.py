@@ -488,3 +488,15 @@ def test_class_names_of_a_stranger_cannot_leave_the_folder(command, tmp_path, ma
     folders = {path.name for path in (tmp_path / "in" / "f").iterdir()}
     assert folders == {"0000", "0001", "0002", "0003", "ok", "0005", "c", "d"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_overwrite_of_a_finished_output_drops_unfinished_work_for_another_one(command, tmp_path):
+    out = tmp_path / "s.npz"
+    assert command("--out", out, "--num-samples", 2)[0] == 0
+    work = work_folder_of(out)
+    work.mkdir()
+    (work / "plan.json").write_text('{"seed": 1}')
+    assert command("--out", out, "--num-samples", 2)[0] == 0
+    assert work.exists(), "it may be gone on with"
+    assert command("--out", out, "--num-samples", 2, "--overwrite")[0] == 0
+    assert not work.exists()
