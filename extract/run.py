@@ -23,7 +23,7 @@ from extract.preview import draw_preview
 from extract.progress import Amount, ExtractProgress, duration
 from extract.sources.listing import Listing, Source, UnreadableInputError, cached_listing
 from extract.sources.selection import open_source
-from extract.store_folder import BEGINNING, LANE, OutputFolder
+from extract.store_folder import AS_SERVED, BEGINNING, LANE, OutputFolder
 from pipeline.latents.manifest import LatentSpec, read_manifest
 from pipeline.latents.records import ShardRecord, read_record
 from pipeline.latents.writer import DTYPES, StoreDescription, finish_store
@@ -118,7 +118,7 @@ def _check(options: ExtractOptions, inputs: Inputs, place: Launch) -> dict[str, 
     device, _ = choose_device(options.work.device, place)
     with arithmetic(device):
         _vae(options, device)
-    return settings | _lane(options, device)
+    return settings | _lane(options, device) | _as_served(inputs.loader.source)
 
 
 def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: Launch) -> int:
@@ -139,7 +139,7 @@ def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: 
     with arithmetic(device):
         vae = _vae(options, device)
         say(f"encoding on {device} ({reason}) in {options.work.encode_dtype}")
-        output.begin(settings, plan_hash)
+        output.begin(settings | _as_served(inputs.loader.source), plan_hash)
         with StopRequest() as stop:
             _fill(options, output, inputs, plan_hash, vae, stop)
     if stop.signal:
@@ -277,9 +277,15 @@ def _settings(options: ExtractOptions, source: Source, inputs: Inputs | None) ->
     return settings
 
 
-def _lane(options: ExtractOptions, device: torch.device) -> dict[str, int]:
-    """The setting that keeps batches of two sizes from one store, where the default depends on the image's size."""
+def _lane(options: ExtractOptions, device: torch.device) -> dict[str, Any]:
+    """The setting that keeps batches of two sizes out of one store, where the default depends on the image's size."""
     return {} if device.type == "cpu" else {LANE: options.work.batch_size or lane_of(device, options.pixels.image_size)}
+
+
+def _as_served(source: Source) -> dict[str, Any]:
+    """The setting that keeps tars of before and after they were replaced on a server out of one store."""
+    served = source.as_served
+    return {} if served is None else {AS_SERVED: hashlib.sha256(served.encode()).hexdigest()}
 
 
 def _vae(options: ExtractOptions, device: torch.device) -> Vae:

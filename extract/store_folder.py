@@ -31,8 +31,8 @@ from pipeline.runtime.files import flush_folder, make_folder, read_json, remove_
 from pipeline.runtime.work_queue import Presence, exclusive, try_claim
 
 _WAIT_FOR_MAIN_S = 60.0
-LANE = "batch-size"
-"""The setting that is compared only where both the store's and this run's are known (`Encoder.lane`)."""
+LANE, AS_SERVED = "batch-size", "data (by size, ETag and time on the server)"
+"""Settings that are compared only where both the store and this command have them."""
 BEGINNING = "removal"
 """The lock of the process that looks whether all is right and then begins anew (`--overwrite`)."""
 
@@ -308,7 +308,7 @@ def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list
     return [
         f"--{key} {_short(recorded.get(key))} there, {_short(wanted[key])} now"
         for key in wanted
-        if recorded.get(key) != wanted[key] and (key != LANE or key in recorded)
+        if recorded.get(key) != wanted[key] and (key in recorded or key not in (LANE, AS_SERVED))
     ]
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from extract.sources.imagenet import hash_of_labels, listed_labels
-from extract.sources.listing import UNLABELLED, Listing, Stamp, UnreadableInputError, printable, sorted_listing
+from extract.sources.listing import UNLABELLED, Listing, MtimeSize, UnreadableInputError, printable, sorted_listing
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 
-_LITTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what Windows and macOS leave behind
+_IGNORED_NAMES = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what Windows and macOS leave behind
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 _LARGEST_INPUT = 1 << 30
 _TELL_EVERY = 200_000
@@ -53,16 +53,20 @@ class FolderSource:
         return {}
 
     @property
+    def as_served(self) -> None:
+        return None
+
+    @property
     def identity(self) -> str:
         labels = hash_of_labels(self.label_of) if self.label_of is not None else ""
         return "\n".join(["folder", str(self.root.absolute()), *self.ignored, labels])
 
     def inputs(self) -> Listing:
-        stamps: list[Stamp] = []
+        mtime_sizes: list[MtimeSize] = []
         keys: list[str] = []
         classes: list[str] = []
         beside: list[str] = []
-        for count, key in enumerate(walk(self.root, stamps, classes, left_out=self.left_out), 1):
+        for count, key in enumerate(walk(self.root, mtime_sizes, classes, left_out=self.left_out), 1):
             if not any(fnmatch.fnmatch(key.rpartition("/")[2], pattern) for pattern in self.ignored):
                 (keys if "/" in key else beside).append(key)
             if count % _TELL_EVERY == 0:
@@ -70,21 +74,21 @@ class FolderSource:
         if not keys and not beside:
             raise UserError(f"{self.root} holds no files; --data must name a folder with images in it")
         if self.label_of is not None:
-            return self._labelled_by_list(keys + beside, stamps)
+            return self._labelled_by_list(keys + beside, mtime_sizes)
         if not keys:
-            return sorted_listing(beside, [UNLABELLED] * len(beside), stamps=stamps)
+            return sorted_listing(beside, [UNLABELLED] * len(beside), mtime_sizes=mtime_sizes)
         names = sorted(classes)
         label_of = {name: label for label, name in enumerate(names)}
         labels = [label_of[key.partition("/")[0]] for key in keys]
         filled = set(labels)
         class_ids = tuple(printable(name) for name in names)
         notes = list(self._notes(names, beside, [name for label, name in enumerate(class_ids) if label not in filled]))
-        return sorted_listing(keys, labels, class_ids=class_ids, stamps=stamps, notes=notes)
+        return sorted_listing(keys, labels, class_ids=class_ids, mtime_sizes=mtime_sizes, notes=notes)
 
-    def _labelled_by_list(self, keys: list[str], stamps: list[Stamp]) -> Listing:
+    def _labelled_by_list(self, keys: list[str], mtime_sizes: list[MtimeSize]) -> Listing:
         assert self.label_of is not None
         labels = listed_labels(keys, self.label_of, str(self.root))
-        return sorted_listing(keys, labels, class_ids=self.label_ids, stamps=stamps)
+        return sorted_listing(keys, labels, class_ids=self.label_ids, mtime_sizes=mtime_sizes)
 
     def _notes(self, classes: list[str], beside: list[str], empty: list[str]) -> Iterator[str]:
         images = [name for name in sorted(beside)[:100] if looks_like_image(self.root / name)]
@@ -133,12 +137,14 @@ def storage_failed(path: str | Path, error: OSError) -> str:
     return f"{path} cannot be read ({error.strerror}); mend the storage and run the same command again to continue"
 
 
-def walk(root: Path, stamps: list[Stamp], classes: list[str], *, left_out: Path | None = None) -> Iterator[str]:
+def walk(
+    root: Path, mtime_sizes: list[MtimeSize], classes: list[str], *, left_out: Path | None = None
+) -> Iterator[str]:
     """The path of every file under `root`, relative to it, in no order; links to folders are followed once.
 
     Args:
         root: where to begin.
-        stamps: receives every folder that was listed.
+        mtime_sizes: receives every folder that was listed.
         classes: receives the names of the folders directly under `root`.
         left_out: a folder that is passed over.
 
@@ -151,10 +157,10 @@ def walk(root: Path, stamps: list[Stamp], classes: list[str], *, left_out: Path 
         prefix, above = pending.pop()
         folder = root / prefix
         try:
-            stamps.append(Stamp.of(folder))
+            mtime_sizes.append(MtimeSize.of(folder))
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if is_litter(entry.name):
+                    if is_ignored_name(entry.name):
                         continue
                     if _is_folder(entry):
                         chain = _chain(entry, above)
@@ -195,9 +201,9 @@ def _may_be_file(path: str) -> bool:
         return True
 
 
-def is_litter(name: str, ignored: Iterable[str] = ()) -> bool:
+def is_ignored_name(name: str, ignored: Iterable[str] = ()) -> bool:
     """Whether a file of that name is never an input: hidden, left behind by a system, or to be left out."""
-    return name.startswith(".") or name in _LITTER or any(fnmatch.fnmatch(name, pattern) for pattern in ignored)
+    return name.startswith(".") or name in _IGNORED_NAMES or any(fnmatch.fnmatch(name, pattern) for pattern in ignored)
 
 
 def looks_like_image(path: Path) -> bool:

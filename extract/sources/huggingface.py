@@ -43,6 +43,10 @@ class TableSource:
         return {"image-column": self.image_column, "label-column": self.label_column}
 
     @property
+    def as_served(self) -> None:
+        return None
+
+    @property
     def identity(self) -> str:
         return f"table\n{self.name}"
 

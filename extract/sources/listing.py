@@ -26,7 +26,7 @@ class UnreadableInputError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stamp:
+class MtimeSize:
     """A folder or file as it was when it was listed; if it still looks so, the listing still holds."""
 
     path: str
@@ -34,13 +34,13 @@ class Stamp:
     size: int
 
     @classmethod
-    def of(cls, path: str | Path) -> "Stamp":
+    def of(cls, path: str | Path) -> "MtimeSize":
         status = Path(path).stat()
         return cls(path=str(path), changed_ns=status.st_mtime_ns, size=status.st_size)
 
     def holds(self) -> bool:
         try:
-            return Stamp.of(self.path) == self
+            return MtimeSize.of(self.path) == self
         except OSError:
             return False
 
@@ -58,7 +58,7 @@ class Listing:
     places: NDArray[np.int64]
     """[inputs, 3] container, offset, size in bytes where inputs lie in larger files, else [0, 3]."""
     containers: tuple[str, ...] = ()
-    stamps: tuple[Stamp, ...] = ()
+    mtime_sizes: tuple[MtimeSize, ...] = ()
     notes: tuple[str, ...] = ()
     """What people should know about how the data was understood."""
 
@@ -97,6 +97,10 @@ class Source(Protocol):
     def settings(self) -> Mapping[str, Any]:
         """What else decides about which bytes are read, by the flag that says it."""
 
+    @property
+    def as_served(self) -> str | None:
+        """Tells the bytes that a server has from those that it had or will have; None where none is asked."""
+
     def inputs(self) -> Listing:
         """Every input, without opening it where the source allows that.
 
@@ -120,7 +124,7 @@ def sorted_listing(
     places: Sequence[tuple[int, int, int]] = (),
     class_ids: tuple[str, ...] = (),
     containers: tuple[str, ...] = (),
-    stamps: Sequence[Stamp] = (),
+    mtime_sizes: Sequence[MtimeSize] = (),
     notes: Sequence[str] = (),
 ) -> Listing:
     """The listing of inputs found in any order, sorted by key in code point order."""
@@ -131,7 +135,7 @@ def sorted_listing(
         class_ids=class_ids,
         places=np.asarray(places, dtype=np.int64).reshape(-1, 3)[order if places else []],
         containers=containers,
-        stamps=tuple(stamps),
+        mtime_sizes=tuple(mtime_sizes),
         notes=tuple(notes),
     )
 
@@ -143,7 +147,7 @@ def cached_listing(source: Source, cache: Path | None) -> Listing:
     found = _load(cache, source.identity)
     if found is None:
         found = source.inputs()
-        if found.stamps:
+        if found.mtime_sizes:
             _save(cache, source.identity, found)
     return found
 
@@ -155,7 +159,7 @@ def _save(cache: Path, identity: str, listing: Listing) -> None:
         "class_ids": listing.class_ids,
         "containers": listing.containers,
         "notes": listing.notes,
-        "stamps": [(stamp.path, stamp.changed_ns, stamp.size) for stamp in listing.stamps],
+        "stamps": [(one.path, one.changed_ns, one.size) for one in listing.mtime_sizes],
     }
     with replacing(cache) as temporary, temporary.open("wb") as file:
         np.savez(
@@ -174,8 +178,8 @@ def _load(cache: Path, identity: str) -> Listing | None:
             header = json.loads(arrays["header"].tobytes())
             if header["version"] != _VERSION or header["identity"] != identity:
                 return None
-            stamps = tuple(Stamp(path=path, changed_ns=at, size=size) for path, at, size in header["stamps"])
-            if not all(stamp.holds() for stamp in stamps):
+            mtime_sizes = tuple(MtimeSize(path=path, changed_ns=at, size=size) for path, at, size in header["stamps"])
+            if not all(one.holds() for one in mtime_sizes):
                 return None
             return Listing(
                 keys=_split(arrays["keys"].tobytes()),
@@ -183,7 +187,7 @@ def _load(cache: Path, identity: str) -> Listing | None:
                 class_ids=tuple(header["class_ids"]),
                 places=arrays["places"],
                 containers=tuple(header["containers"]),
-                stamps=stamps,
+                mtime_sizes=mtime_sizes,
                 notes=tuple(header["notes"]),
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):

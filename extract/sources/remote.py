@@ -1,21 +1,26 @@
 """Whole copies of remote files, made once, for sources that need random access.
 
 Not every server answers range requests, and the shuffled order would make a million of them; so disk is spent instead:
-as much as the remote tars have, until the store is finished.
+as much as the remote tars have, until the store is finished. A copy is named after its address and what identifies its
+bytes on the server (size, ETag, time, as far as it tells), so that one of a tar that was replaced is never taken.
+Why fsspec's own caches are not used is said in `pipeline.latents.remote`.
 """
 
 import hashlib
-import shutil
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
-from pipeline.runtime.console import progress
+from pipeline.latents.remote import open_files, pieces_of
+from pipeline.runtime.console import progress, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explain_write_error, make_folder, replacing
 
 _THREADS = 4
-_PIECE = 8 << 20
+_IDENTIFYING = ("size", "ETag", "etag", "Last-Modified", "LastModified", "updated", "md5Hash", "blob_id")
+_LEFT_BEHIND_S = 3600.0
 
 
 def is_remote(address: str) -> bool:
@@ -23,12 +28,25 @@ def is_remote(address: str) -> bool:
     return "://" in address and not address.startswith("file://")
 
 
+@cache
 def local_place(address: str, folder: Path) -> Path:
-    """Where the bytes behind an address are, or will be after `fetch`: the path itself, or a copy in `folder`."""
+    """Where the bytes behind an address are, or will be after `fetch`: the path itself, or a copy in `folder`.
+
+    Raises:
+        UserError: the server cannot be asked, and there is no copy or more than one.
+    """
     if not is_remote(address):
         return Path(address.removeprefix("file://")).expanduser()
-    name = hashlib.sha256(address.encode()).hexdigest()[:16]
-    return folder / f"{name}-{address.partition('?')[0].rpartition('/')[2]}"
+    begin, end = _digest(address), f"-{address.partition('?')[0].rpartition('/')[2]}"
+    try:
+        told = _told(address)
+    except Exception as error:  # every fsspec backend raises errors of its own
+        copies = list(folder.glob(f"{begin}????????{end}"))
+        if len(copies) != 1:
+            raise _unfetched(address, error) from error
+        warn(f"{address} cannot be asked whether it has changed ({_why(error, address)}); going on with its copy")
+        return copies[0]
+    return folder / f"{begin}{_digest(repr(told))}{end}"
 
 
 def fetch(addresses: Sequence[str], folder: Path) -> None:
@@ -37,16 +55,59 @@ def fetch(addresses: Sequence[str], folder: Path) -> None:
     Raises:
         UserError: an address cannot be fetched, or the disk is full.
     """
-    places = [(address, local_place(address, folder)) for address in addresses if is_remote(address)]
-    missing = [(address, path) for address, path in places if not path.exists()]
-    if missing:
+    remote = [address for address in addresses if is_remote(address)]
+    if not remote:
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:
+        places = zip(remote, pool.map(lambda address: local_place(address, folder), remote), strict=True)
+        missing = [(address, path) for address, path in places if not path.exists()]
+        if not missing:
+            return
         make_folder(folder)
-        with (
-            progress(len(missing), unit="files", description="fetching") as bar,
-            ThreadPoolExecutor(_THREADS) as pool,
-        ):
+        with progress(len(missing), unit="files", description="fetching") as bar:
             for _ in pool.map(lambda pair: _fetch(*pair), missing):
                 bar.update()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _told(address: str) -> dict[str, str]:
+    """What the server says that tells these bytes from later ones under the same address."""
+    files, place = open_files(address)
+    told = files.info(place)
+    return {name: str(told[name]) for name in _IDENTIFYING if told.get(name) is not None}
+
+
+def _fetch(address: str, path: Path) -> None:
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        if time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:  # by a process that was killed
+            left.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as target:
+        try:
+            told = _told(address)
+            size = int(told["size"]) if "size" in told else None
+            files, place = open_files(address)
+            for piece in pieces_of(files, place, size=size):
+                target.write(piece)
+            is_same = _told(address) == told and _digest(repr(told)) == path.name[8:16]
+        except Exception as error:  # as above
+            explained = explain_write_error(path, error) if isinstance(error, OSError) else error
+            if isinstance(explained, UserError):
+                raise explained from error
+            raise _unfetched(address, error) from error
+        if size is not None and target.tell() != size:
+            what = "cut off" if target.tell() < size else "too long"
+            raise UserError(f"{address} came {what}: {target.tell():,} of {size:,} bytes; run the command again")
+        if not is_same:
+            raise UserError(f"{address} was replaced on the server meanwhile; run the command again")
+
+
+def _unfetched(address: str, error: Exception) -> UserError:
+    if isinstance(error, ImportError):
+        return UserError(f"{address} needs a package that is not installed ({error}); pip install it")
+    return UserError(f"{address} cannot be fetched ({_why(error, address)}); check the address, then run again")
 
 
 def _why(error: BaseException, address: str) -> str:
@@ -58,23 +119,3 @@ def _why(error: BaseException, address: str) -> str:
             return text
         told = told.__cause__ or told.__context__
     return "it is not there" if isinstance(error, FileNotFoundError) else type(error).__name__
-
-
-def _fetch(address: str, path: Path) -> None:
-    import fsspec
-
-    with replacing(path) as temporary, temporary.open("wb") as target:
-        try:
-            with fsspec.open(address, "rb") as remote:
-                expected = getattr(remote, "size", None)
-                shutil.copyfileobj(remote, target, _PIECE)
-        except ImportError as error:
-            raise UserError(f"{address} needs a package that is not installed ({error}); pip install it") from error
-        except Exception as error:  # every fsspec backend raises errors of its own
-            explained = explain_write_error(path, error) if isinstance(error, OSError) else error
-            if isinstance(explained, UserError):
-                raise explained from error
-            reason = _why(error, address)
-            raise UserError(f"{address} cannot be fetched ({reason}); check the address, then run again") from error
-        if expected is not None and target.tell() != expected:
-            raise UserError(f"{address} came cut off: {target.tell():,} of {expected:,} bytes; run the command again")

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extract.sources.folders import FolderSource, is_litter, looks_like_image
+from extract.sources.folders import FolderSource, is_ignored_name, looks_like_image
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, kaggle_folder, kaggle_labels, labels_from_files
 from extract.sources.listing import Source
 from extract.sources.remote import is_remote
@@ -150,7 +150,7 @@ def _tars_in(root: Path, split: str) -> list[Path]:
 
     ImageNet's own tars are known by name, whatever is unpacked beside them.
     """
-    entries = [entry for entry in root.iterdir() if not is_litter(entry.name)] if root.is_dir() else []
+    entries = [entry for entry in root.iterdir() if not is_ignored_name(entry.name)] if root.is_dir() else []
     tars = sorted(entry for entry in entries if entry.suffix == ".tar")
     imagenet = [tar for tar in tars if tar.name == f"ILSVRC2012_img_{split}.tar"]
     if imagenet or not tars or any(entry.is_dir() for entry in entries):
@@ -166,7 +166,7 @@ def _tars_in(root: Path, split: str) -> list[Path]:
 
 def _labels_beside(root: Path, ignored: tuple[str, ...]) -> ImageLabels | None:
     """Kaggle's solution file, if this is a flat folder of validation images that has one above it."""
-    some = islice((entry.name for entry in root.iterdir() if not is_litter(entry.name, ignored)), 1000)
+    some = islice((entry.name for entry in root.iterdir() if not is_ignored_name(entry.name, ignored)), 1000)
     return kaggle_labels(root) if any(map(VAL_IMAGE.fullmatch, some)) else None
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from extract.sources.folders import gone, storage_failed
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, hash_of_labels, listed_labels
-from extract.sources.listing import UNLABELLED, Listing, Stamp, UnreadableInputError, sorted_listing
+from extract.sources.listing import UNLABELLED, Listing, MtimeSize, UnreadableInputError, sorted_listing
 from extract.sources.remote import fetch, is_remote, local_place
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
@@ -78,24 +78,29 @@ class TarSource:
     def identity(self) -> str:
         labels = hash_of_labels(self.val_labels.label_of) if self.val_labels else ""
         chosen = (self.image_extension or "", self.label_extension or "", *self.ignored, labels)
-        return "\n".join(["tars", *self.addresses, *chosen])
+        return "\n".join(["tars", *self.addresses, *chosen, *filter(None, [self.as_served])])
+
+    @property
+    def as_served(self) -> str | None:
+        """Tells the bytes that a server has from those that it had or will have; None for tars on a disk."""
+        return "\n".join(path.name for path in self.paths) if self.is_remote else None
 
     def inputs(self) -> Listing:
         fetch(self.addresses, self.copies)
-        stamps = [_stamp(path) for path in self.paths]
+        mtime_sizes = [_mtime_size(path) for path in self.paths]
         if len(self.paths) == 1 and self._is_imagenet_train():
-            return _list_imagenet_train(self.paths[0], stamps, self.ignored)
+            return _list_imagenet_train(self.paths[0], mtime_sizes, self.ignored)
         say(f"listing {self.description}")
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
             walked = list(pool.map(lambda path: list(self._kept(tar_members(path))), self.paths))
         if len(self.paths) == 1 and walked[0] and all(VAL_IMAGE.fullmatch(_base(m.name)) for m in walked[0]):
-            return self._list_imagenet_val(walked[0], stamps)
+            return self._list_imagenet_val(walked[0], mtime_sizes)
         if self.val_labels is not None:
             raise UserError(
                 f"--val-labels and --devkit are for ImageNet's validation images, but {self.paths[0]} holds others; "
                 "leave these flags out"
             )
-        return self._list_webdataset(walked, stamps)
+        return self._list_webdataset(walked, mtime_sizes)
 
     def _kept(self, members: Iterable[Member]) -> Iterator[Member]:
         for member in members:
@@ -107,7 +112,7 @@ class TarSource:
         first = next(iter(tar_members(self.paths[0])), None)
         return first is not None and _CLASS_TAR.fullmatch(first.name) is not None
 
-    def _list_imagenet_val(self, members: Sequence[Member], stamps: Sequence[Stamp]) -> Listing:
+    def _list_imagenet_val(self, members: Sequence[Member], mtime_sizes: Sequence[MtimeSize]) -> Listing:
         if self.val_labels is None:
             raise UserError(
                 f"{self.paths[0]} holds ImageNet's validation images, which carry no labels; add --devkit FOLDER, or "
@@ -120,10 +125,10 @@ class TarSource:
             places=[(0, member.offset, member.size) for member in members],
             class_ids=self.val_labels.class_ids,
             containers=(str(self.paths[0]),),
-            stamps=stamps,
+            mtime_sizes=mtime_sizes,
         )
 
-    def _list_webdataset(self, walked: Sequence[Sequence[Member]], stamps: Sequence[Stamp]) -> Listing:
+    def _list_webdataset(self, walked: Sequence[Sequence[Member]], mtime_sizes: Sequence[MtimeSize]) -> Listing:
         keys: list[str] = []
         places: list[tuple[int, int, int]] = []
         texts: list[str | None] = []
@@ -145,7 +150,7 @@ class TarSource:
             places=places,
             class_ids=class_ids,
             containers=tuple(map(str, self.paths)),
-            stamps=stamps,
+            mtime_sizes=mtime_sizes,
             notes=notes,
         )
 
@@ -269,7 +274,7 @@ class _Window:
         return self._position
 
 
-def _list_imagenet_train(path: Path, stamps: Sequence[Stamp], ignored: tuple[str, ...]) -> Listing:
+def _list_imagenet_train(path: Path, mtime_sizes: Sequence[MtimeSize], ignored: tuple[str, ...]) -> Listing:
     """The training tar: one tar per class inside it, named by its synset."""
     say(f"listing the class tars in {path}; every image's place is looked up once, and kept")
     class_tars: list[tuple[str, Member]] = []
@@ -299,34 +304,37 @@ def _list_imagenet_train(path: Path, stamps: Sequence[Stamp], ignored: tuple[str
         places=[place for _, _, place in found],
         class_ids=class_ids,
         containers=(str(path),),
-        stamps=stamps,
+        mtime_sizes=mtime_sizes,
     )
 
 
 def _samples(members: Iterable[Member]) -> Iterator[dict[str, Member]]:
-    """Neighbours that share their path up to the first dot of the file name, by extension: WebDataset's samples."""
-    sample: dict[str, Member] = {}
-    current: str | None = None
-    for member in members:
-        folder, _, base = member.name.rpartition("/")
+    """Neighbours that share their path up to the first dot of the file name, by extension: WebDataset's samples.
+
+    The grouping is webdataset's own. The walk is not: its reader takes every byte of a tar to list it (measured: see
+    docs/extract.md), and tells no offsets, by which samples are then read in another order than they lie in.
+    """
+    from webdataset.tariterators import group_by_keys
+
+    def split(name: str) -> tuple[str, str]:
+        folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if f"{folder}/{stem}" != current and sample:
-            yield sample
-            sample = {}
-        current = f"{folder}/{stem}"
-        if extension.lower() in sample:
-            raise UserError(
-                f"{member.name} comes twice in one sample of its tar; give every sample a name of its own, so that "
-                f"none hides another"
-            )
-        sample[extension.lower()] = member
-    if sample:
-        yield sample
+        return f"{folder}/{stem}", extension
 
-
-def _stamp(path: Path) -> Stamp:
+    named = ({"fname": member.name, "data": member, "__url__": ""} for member in members)
     try:
-        return Stamp.of(path)
+        for sample in group_by_keys(named, keys=split):
+            yield {extension: member for extension, member in sample.items() if isinstance(member, Member)}
+    except ValueError as error:
+        raise UserError(
+            f"{str(error.args[0]).partition(': duplicate')[0]} comes twice in one sample of its tar; give every sample "
+            "a name of its own, so that none hides another"
+        ) from error
+
+
+def _mtime_size(path: Path) -> MtimeSize:
+    try:
+        return MtimeSize.of(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check --data") from error
 

@@ -2,6 +2,9 @@
 
 USTAR headers with an integer time of 0, so that no member needs a PAX header and every sample takes the same number of
 bytes: the tar is then an array of rows at known offsets. KEY is the sample's index with leading zeros.
+webdataset writes the tars (65 µs more for a sample of 32 kB than by hand, with the same bytes; encoding takes
+thousands). It does not read or check them here: it reads a tar only from its beginning, whole, at 10,900 samples/s in
+random order where reads at offsets give 310,000 (docs/store.md), and does not tell where a damaged sample is.
 NumPy has no bfloat16: such a member has the type `<V2`, and its values are read with `array.view(uint16)`.
 """
 
@@ -29,22 +32,17 @@ def pieces(
     rows: NDArray[np.uint8], labels: NDArray[np.int64], indices: NDArray[np.int64], row: RowType
 ) -> Iterator[bytes | memoryview]:
     """The shard's bytes, piece by piece, from each sample's bytes [N, row.bytes]."""
-    array_header = _array_header(row)
-    filling = bytes(-(len(array_header) + row.bytes) % _BLOCK)
-    for data, label, index in zip(np.ascontiguousarray(rows), labels.tolist(), indices.tolist(), strict=True):
-        key, text = f"{index:0{_KEY_DIGITS}d}", str(label).encode()
-        yield _member(f"{key}.cls", len(text)) + text.ljust(_BLOCK, b"\0")
-        yield _member(f"{key}.{row.tensor}.npy", len(array_header) + row.bytes) + array_header
-        yield data.data
-        yield filling
-    used = len(rows) * _stride(row)
-    yield bytes(_total(used) - used)
+    from webdataset.writer import TarWriter
 
-
-def _member(name: str, size: int) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = size, 0o644, 0
-    return member.tobuf(tarfile.USTAR_FORMAT)
+    header, buffer = _array_header(row), io.BytesIO()
+    with TarWriter(buffer, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+        for data, label, index in zip(rows, labels.tolist(), indices.tolist(), strict=True):
+            key = f"{index:0{_KEY_DIGITS}d}"
+            tar.write({"__key__": key, "cls": str(label).encode(), f"{row.tensor}.npy": header + data.tobytes()})
+            yield buffer.getvalue()
+            buffer.seek(0)
+            buffer.truncate()
+    yield buffer.getvalue()
 
 
 def _array_header(row: RowType) -> bytes:

@@ -1,9 +1,12 @@
 """Small real images, a VAE that costs nothing, and the command: run in this process, or started as real processes."""
 
+import functools
 import hashlib
+import http.server
 import io
 import multiprocessing
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +112,27 @@ def start(tmp_path_factory, vae_folder, images):
         if process.is_alive():
             process.kill()
         process.join()
+
+
+@pytest.fixture
+def serve():
+    """Serves a folder over HTTP; gives the URL."""
+    servers = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    def begin(folder):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield begin
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,74 @@ def test_overwrite_removes_the_store_and_nothing_else(tmp_path, command, hashes)
             *(f"train-0000{n}.{kind}" for n in range(3) for kind in ("json", "safetensors")),
         ]
     )
+
+
+def test_the_finished_store_stands_until_the_one_that_replaces_it_is_whole(tmp_path, command, hashes):
+    out, wanted = tmp_path / "s", tmp_path / "wanted"
+    assert command("--out", out)[0] == command("--out", wanted, "--seed", 1)[0] == 0
+    (out / "train-00001.json").touch()
+    before = hashes(out)
+    for flags in (["--overwrite", "--shard-range", "0:3"], ["--shard-range", "3:5"]):
+        status, said = command("--out", out, "--seed", 1, *flags)
+        assert status == 0 and "shards are not in place yet" in said
+        assert {name: digest for name, digest in hashes(out).items() if not name.startswith(".work")} == before
+        assert LatentStore(out).manifest.seed == 0
+    status, said = command("--out", out)
+    assert status == 0 and "already finished" in said and "an unfinished store of other settings" in said
+    status, said = command("--out", out, "--seed", 2)
+    assert status == 2 and "--seed 0 there, 2 now" in said
+    assert command("--out", out, "--seed", 1)[0] == 0
+    assert hashes(out) == hashes(wanted)
+
+
+def test_what_was_begun_to_replace_a_store_goes_with_the_next_overwrite(tmp_path, command, hashes):
+    out, wanted = tmp_path / "s", tmp_path / "wanted"
+    assert command("--out", out)[0] == command("--out", wanted, "--seed", 2)[0] == 0
+    assert command("--out", out, "--overwrite", "--seed", 1, "--shard-range", "0:1")[0] == 0
+    assert command("--out", out, "--overwrite", "--seed", 2)[0] == 0
+    assert hashes(out) == hashes(wanted)
+
+
+def test_a_replacement_that_was_whole_when_its_process_was_killed_is_put_in_place_by_any_command(
+    tmp_path, command, hashes, monkeypatch
+):
+    from extract.store_folder import OutputFolder
+
+    out, wanted = tmp_path / "s", tmp_path / "wanted"
+    assert command("--out", out)[0] == command("--out", wanted, "--seed", 1)[0] == 0
+    honest = OutputFolder.put_in_place
+    monkeypatch.setattr(OutputFolder, "put_in_place", lambda _: None)
+    assert command("--out", out, "--overwrite", "--seed", 1)[0] == 0
+    assert LatentStore(out).manifest.seed == 0
+    monkeypatch.setattr(OutputFolder, "put_in_place", honest)
+    status, said = command("--out", out)
+    assert status == 2 and "--seed 1 there, 0 now" in said
+    assert hashes(out) == hashes(wanted)
+
+
+def test_tars_that_are_replaced_on_the_server_are_not_mixed_into_a_store_that_is_begun(
+    tmp_path, command, make_picture, serve
+):
+    from extract.sources import remote
+
+    def write(first):
+        for number in range(2):
+            with tarfile.open(tmp_path / f"{number}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+                for k in range(8 * number, 8 * number + 8):
+                    data = make_picture(k + first, kind="BMP")
+                    member = tarfile.TarInfo(f"{k}.bmp")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+    write(0)
+    os.utime(tmp_path / "1.tar", (1, 1))
+    data, out = f"{serve(tmp_path)}/{{0..1}}.tar", tmp_path / "s"
+    assert command("--out", out, "--shard-range", "0:1", data=data)[0] == 0
+    (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes())  # who knows whether it is the same
+    remote.local_place.cache_clear()  # as in another process
+    status, said = command("--out", out, data=data)
+    assert status == 2 and "was begun with other settings (--data (by size, ETag and time on the server)" in said
+    assert command("--out", out, "--overwrite", data=data)[0] == 0
 
 
 def test_overwrite_removes_nothing_before_all_else_is_found_right(tmp_path, command, hashes):

@@ -14,6 +14,7 @@ import pytest
 import scipy.io
 
 from extract.options import SourceOptions
+from extract.sources import remote
 from extract.sources.listing import UnreadableInputError, cached_listing
 from extract.sources.selection import open_source
 from pipeline.runtime.errors import UserError
@@ -172,12 +173,12 @@ def test_the_listing_is_cached_until_a_folder_changes(tmp_path, tree, make_pictu
 
 
 def test_a_million_cached_inputs_load_in_seconds(tmp_path, tree, make_picture):
-    from extract.sources.listing import Stamp, _load, _save, sorted_listing
+    from extract.sources.listing import MtimeSize, _load, _save, sorted_listing
 
     keys = [f"n{n // 1300:08d}/n{n // 1300:08d}_{n}.JPEG" for n in range(1_000_000)]
-    listing = sorted_listing(keys, np.arange(1_000_000) // 1300, stamps=[Stamp.of(tmp_path)])
+    listing = sorted_listing(keys, np.arange(1_000_000) // 1300, mtime_sizes=[MtimeSize.of(tmp_path)])
     _save(tmp_path / "listing.npz", "x", listing)
-    os.utime(tmp_path, ns=(0, listing.stamps[0].changed_ns))
+    os.utime(tmp_path, ns=(0, listing.mtime_sizes[0].changed_ns))
     began = time.monotonic()
     loaded = _load(tmp_path / "listing.npz", "x")
     assert loaded is not None and loaded.sha256 == listing.sha256
@@ -283,6 +284,54 @@ def test_tars_behind_a_url_are_fetched_once_and_read_like_local_ones(tmp_path, w
         thread.join()
         server.server_close()
     assert sorted(path.name[17:] for path in (tmp_path / "remote").iterdir()) == ["part-000.tar", "part-001.tar"]
+
+
+@pytest.mark.parametrize("when", ["between two runs", "while it is fetched"])
+def test_a_tar_that_is_replaced_on_the_server_is_not_taken_for_the_one_before(
+    tmp_path, make_picture, monkeypatch, serve, when
+):
+    tar = tmp_path / "served" / "part.tar"
+    tar.parent.mkdir()
+    pictures = [make_picture(number, kind="BMP") for number in range(2)]  # of one size
+    tar.write_bytes(tar_of([("a.bmp", pictures[0])]))
+    os.utime(tar, (1, 1))
+
+    def replace():
+        tar.write_bytes(tar_of([("a.bmp", pictures[1])]))
+
+    url = f"{serve(tar.parent)}/part.tar"
+    if when == "while it is fetched":
+        honest = remote.pieces_of
+
+        def slow(*arguments, **more):
+            yield from honest(*arguments, **more)
+            replace()
+
+        monkeypatch.setattr(remote, "pieces_of", slow)
+        with pytest.raises(UserError, match="was replaced on the server meanwhile"):
+            opened(url, tmp_path)
+        assert list((tmp_path / "remote").iterdir()) == []
+        return
+    source, listing = opened(url, tmp_path)
+    assert source.read(listing, 0) == pictures[0]
+    served = source.as_served
+    replace()
+    remote.local_place.cache_clear()  # as in another process
+    source, listing = opened(url, tmp_path)
+    assert source.read(listing, 0) == pictures[1]
+    assert source.as_served != served
+
+
+def test_a_copy_is_gone_on_with_where_the_server_cannot_be_asked(tmp_path, make_picture, serve, caplog):
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/part.tar").write_bytes(tar_of([("a.jpg", make_picture(0))]))
+    url = f"{serve(tmp_path / 'served')}/part.tar"
+    opened(url, tmp_path)
+    (tmp_path / "served/part.tar").unlink()
+    remote.local_place.cache_clear()
+    source, listing = opened(url, tmp_path)
+    assert source.read(listing, 0) == make_picture(0)
+    assert "cannot be asked whether it has changed" in caplog.text
 
 
 def test_links_in_a_tar_are_bad_inputs_and_not_silence(tmp_path, make_picture):

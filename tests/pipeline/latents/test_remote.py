@@ -1,8 +1,10 @@
 """Stores behind a URL: shards are copied once, checked, shared between processes; a real server on loopback."""
 
+import contextlib
 import functools
 import http.server
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -150,6 +152,65 @@ def test_a_copy_that_was_damaged_in_the_cache_is_fetched_anew_by_verifying(serve
     copy.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert verify(server.url, cache=cache) == []
     assert copy.read_bytes() == whole
+
+
+class Misbehaving(http.server.BaseHTTPRequestHandler):
+    """Sends without end what was asked for, or nothing at all."""
+
+    protocol_version = "HTTP/1.0"
+    folder, sent, falls_silent = None, 0, False
+
+    def do_GET(self):
+        path = self.folder / self.path.rsplit("/", 1)[-1]
+        self.send_response(200)
+        self.end_headers()
+        if path.suffix not in {".tar", ".safetensors"}:
+            self.wfile.write(path.read_bytes())
+            return
+        with contextlib.suppress(OSError):
+            self.wfile.write(path.read_bytes()[:1000])
+            if self.falls_silent:
+                self.rfile.read()  # until the other side gives up
+            while not self.falls_silent:
+                type(self).sent += self.wfile.write(bytes(1 << 20))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(params=[True, False], ids=["silent", "endless"])
+def misbehaving(own_store, request):
+    handler = type("Handler", (Misbehaving,), {"folder": own_store, "falls_silent": request.param})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_reading_from_a_server_ends_at_the_promised_size_and_after_a_silence(misbehaving, tmp_path, monkeypatch):
+    url, handler = misbehaving
+    monkeypatch.setattr(remote, "SILENCE_S", 0.4)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    begun = time.monotonic()
+    cache = tmp_path / "cache"
+    store = LatentStore(url, cache=cache)
+    with pytest.raises(UserError, match="cannot be read" if handler.falls_silent else "is too long"):
+        store[0]
+    assert time.monotonic() - begun < 30
+    assert handler.sent < 3 * (64 << 20), "each of three attempts takes little more than what was promised"
+    assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_half_copy_of_a_killed_process_goes_when_its_shard_is_fetched(server, sample, tmp_path):
+    store = LatentStore(server.url, cache=tmp_path)
+    entry = store.manifest.shards[0]
+    left = tmp_path / f".{entry.sha256}.{entry.file.rsplit('.', 1)[1]}.123.partial"
+    left.write_bytes(b"half")
+    assert torch.equal(store[:][0], sample.latents)
+    assert not left.exists()
 
 
 def test_any_file_system_of_fsspec_will_do(whole_store, sample, tmp_path):

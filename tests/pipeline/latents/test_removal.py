@@ -1,8 +1,13 @@
 import json
+from pathlib import Path
 
+import pytest
 import torch
 
-from pipeline.latents.writer import remove_files, store_files, write_shard
+from pipeline.latents import LatentStore
+from pipeline.latents.verify import verify
+from pipeline.latents.writer import remove_files, replace_store, store_files, write_shard
+from pipeline.runtime.errors import UserError
 
 MINE = ("notes-000001.tar", "run-2024010112.json", "train-2024.safetensors", "photo.png", "mydata-00001.json")
 
@@ -44,3 +49,50 @@ def test_an_unfinished_store_is_known_by_a_sound_record(tmp_path):
     (tmp_path / "val-00001.safetensors").write_bytes(b"half")
     (tmp_path / "mydata-00001.json").write_text("{}")
     assert names(store_files(tmp_path)) == ["val-00000.safetensors", "val-00001.safetensors", "val-00000.json"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_store_is_replaced_whole_whenever_the_process_that_does_it_is_killed(
+    sample, new_sample, shard_format, tmp_path, bytes_of, monkeypatch
+):
+    """Every rename and every removal is a moment to be killed at; then another one goes on."""
+    other = new_sample(rows=(3, 4))
+    wanted = bytes_of(other.write(tmp_path / "wanted", shard_format))
+    honest = {name: getattr(Path, name) for name in ("rename", "unlink")}
+    moment = 0
+    while True:
+        folder = sample.write(tmp_path / str(moment) / "store", shard_format)
+        (folder / "notes.txt").write_text("mine")
+        other.write(folder / ".work" / "ready", shard_format)
+        done = []
+        for name, call in honest.items():
+
+            def dying(path, *arguments, call=call, done=done, moment=moment, **more):
+                if len(done) == moment:
+                    raise Killed
+                done.append(path)
+                return call(path, *arguments, **more)
+
+            monkeypatch.setattr(Path, name, dying)
+        try:
+            replace_store(folder, folder / ".work" / "ready")
+            break
+        except Killed:
+            pass
+        finally:
+            for name, call in honest.items():
+                monkeypatch.setattr(Path, name, call)
+        if (folder / "manifest.json").exists():
+            assert verify(folder) == []
+        else:
+            with pytest.raises(UserError, match="not finished"):
+                LatentStore(folder)
+        replace_store(folder, folder / ".work" / "ready")
+        assert bytes_of(folder) == wanted | {"notes.txt": b"mine"}
+        moment += 1
+    assert moment == 1 + 3 * 2 + 1 + 1 + 2 * 2 + 2, (
+        "the manifest, all files of the old store, its manifest, the new one's"
+    )
