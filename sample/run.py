@@ -58,7 +58,7 @@ def make_samples(options: SampleOptions) -> int:
             return stop.exit_status
         except UserError:
             if launch().world_size == 1 and len(work.missing()) == work.chunks:
-                work.remove()
+                work.remove(unless_shared=True)
             raise
         finally:
             work.close()
@@ -159,7 +159,7 @@ def _named(chunk: int, job: SamplingJob) -> Iterator[None]:
 
 def _finish(work: WorkFolder, job: SamplingJob, options: SampleOptions) -> None:
     """Put the output together, unless another main process has; then the sidecar, then the work folder goes."""
-    while not work.claim(work.chunks):
+    while work.is_open() and not work.claim(work.chunks):
         time.sleep(POLL_SECONDS)
     if not work.is_open():
         return

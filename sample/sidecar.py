@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import read_json, remove_folder, write_json
+from pipeline.runtime.files import read_json, write_json
 from pipeline.runtime.publish import finish, work_folder_of
 from pipeline.runtime.work_queue import Presence
 from sample.options import SampleOptions
@@ -131,7 +131,7 @@ def sweep(out: Path, recipe: dict[str, Any], *, of_others: bool) -> None:
         return
     with Presence(folder) as here, here.gate():
         if here.is_alone() and (of_others or is_plan(folder, recipe) or not (folder / PLAN).exists()):
-            remove_folder(folder)
+            here.remove_folder()
 
 
 def _check_kind(out: Path, kind: str, *, ours: bool) -> None:

@@ -19,7 +19,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import read_json, remove_folder, replacing, write_json
+from pipeline.runtime.files import read_json, replacing, write_json
 from pipeline.runtime.work_queue import Presence, try_claim
 
 PLAN = "plan.json"
@@ -60,10 +60,16 @@ class WorkFolder:
         """Whether the output still waits to be put together."""
         return (self.path / PLAN).exists()
 
-    def remove(self) -> None:
-        """Remove the folder, its plan first: who still looks for work sees at once that none is left."""
-        (self.path / PLAN).unlink(missing_ok=True)
-        remove_folder(self.path)
+    def remove(self, *, unless_shared: bool = False) -> None:
+        """Remove the folder, its plan first: who still looks for work sees at once that none is left.
+
+        Args:
+            unless_shared: leave it to the others, where some are at work here.
+        """
+        with self._here.gate():
+            if not unless_shared or self._here.is_alone():
+                (self.path / PLAN).unlink(missing_ok=True)
+                self._here.remove_folder()
 
     def missing(self) -> list[int]:
         """The chunks that are not there yet; none where another process has put the output together."""
@@ -223,10 +229,8 @@ def _make_room(path: Path, plan: dict[str, Any], here: Presence, *, overwrite: b
             f"give that command again to finish it, or --overwrite to drop it"
         )
     (path / PLAN).unlink(missing_ok=True)
-    for entry in path.iterdir():
-        ours = _seal_of(entry).get("plan") == _digest_of(plan)
-        if not ours and entry.name not in {"present", "gate.lock"}:
-            remove_folder(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+    digest = _digest_of(plan)
+    here.clear(but=lambda part: _seal_of(part).get("plan") == digest)
 
 
 def _plan_in(path: Path) -> Any:
@@ -259,7 +263,7 @@ def leave_nothing(here: Presence) -> None:
     """Leave a work folder, and take it away where nobody is left and nothing was begun."""
     with here.gate():
         if here.is_alone() and not (here.folder / PLAN).exists():
-            remove_folder(here.folder)
+            here.remove_folder()
     here.leave()
 
 

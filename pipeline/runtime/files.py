@@ -4,12 +4,12 @@ A rename is atomic only within one file system, so temporary names always stand 
 (or in a work folder that the caller keeps on the same file system).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def explain_write_error(path: Path, error: OSError) -> Exception:
     return error if error.filename or error.errno is None else OSError(error.errno, error.strerror, str(path))
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained_writes(path: Path) -> Iterator[None]:
     """Turn a full disk, a read-only target or a missing permission inside the block into a `UserError`.
 
@@ -77,7 +77,7 @@ def flush_file(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path, *, work_folder: Path | None = None) -> Iterator[Path]:
     """A temporary path that becomes `path`, flushed and renamed, when the block ends without an exception.
 
@@ -152,3 +152,12 @@ def publish_folder(temporary: Path, final: Path) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder of ours; one that is already gone is no error."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder of ours; one that is already gone is no error."""
+    if path.is_dir() and not path.is_symlink():
+        remove_folder(path)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

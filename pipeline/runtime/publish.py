@@ -33,7 +33,7 @@ from pipeline.runtime.files import (
     remove_folder,
     write_json,
 )
-from pipeline.runtime.work_queue import OccupiedError, Presence, exclusive, try_claim
+from pipeline.runtime.work_queue import OccupiedError, Presence, exclusive
 
 READY = "ready"
 RECORD = "publish.json"
@@ -83,7 +83,7 @@ def making(
     work = work_folder_of(out)
     make_folder(out.parent)
     with claimed(work, wait=wait):
-        finish(out, locked=True)
+        finish(out)
         if not overwrite:
             refuse_taken((out, *beside), flag)
         stage = Stage(work)
@@ -105,7 +105,7 @@ def claimed(work: Path, *, wait: bool = False) -> Iterator[None]:
         finally:
             if not (work / READY / RECORD).exists():
                 with here.gate():
-                    remove_folder(work)
+                    here.remove_folder()
 
 
 def _alone_in(work: Path, *, wait: bool) -> Presence:
@@ -142,39 +142,30 @@ def publish(work: Path, stage: Stage, *, overwrite: bool, flag: str = "--overwri
         {"made": str(made.relative_to(work)), "final": os.path.relpath(final, work), "inode": made.stat().st_ino}
         for made, final in pairs
     ]
-    write_json(stage.ready / RECORD, {"overwrite": overwrite, "names": names})
-    with exclusive(work / "publish.lock"):
-        if (stage.ready / RECORD).exists():
-            taken = _put_all(work)
-        else:  # a reader came between, and has put everything in place, or nothing where a name was taken
-            taken = next(
-                (final for (_, final), name in zip(pairs, names, strict=True) if _inode(final) != name["inode"]), None
-            )
+    with _one_at_a_time(work):
+        write_json(stage.ready / RECORD, {"overwrite": overwrite, "names": names})
+        flush_folder(work)  # so that no name outlives a power cut without the record
+        flush_folder(work.parent)
+        taken = _put_all(work)
     if taken is not None:
         raise UserError(f"{taken} appeared meanwhile; pass {flag} to replace it, or choose another name")
 
 
-def finish(out: Path, *, locked: bool = False) -> None:
+def finish(out: Path) -> None:
     """Complete what a killed command had begun to publish under this name; readers call it before they look.
 
-    Args:
-        locked: whether the caller holds the work folder's claim, so that nobody can be publishing just now.
+    Raises:
+        UserError: there is something to complete, and no permission to do so.
     """
     work = work_folder_of(out)
-    ready = work / READY
-    if not (ready / RECORD).exists():
-        return
-    lock = None if locked else try_claim(work / "publish.lock")
-    if lock is None and not locked:
-        with exclusive(work / "publish.lock"):  # a live command is at it: wait for its end
-            return
-    try:
-        _put_all(work)
-    except FileNotFoundError:
-        pass  # another reader was quicker
-    finally:
-        if lock is not None:
-            lock.release()
+    if (work / READY / RECORD).exists():
+        with contextlib.suppress(FileNotFoundError), _one_at_a_time(work):  # all is done, and the folder gone
+            if (work / READY / RECORD).exists():
+                _put_all(work)
+
+
+def _one_at_a_time(work: Path) -> contextlib.AbstractContextManager[None]:
+    return exclusive(work / "publish.lock", needed=False)
 
 
 def _put_all(work: Path) -> Path | None:
@@ -188,7 +179,7 @@ def _put_all(work: Path) -> Path | None:
     taken: Path | None = None
     for name in record["names"]:
         made, final = work / name["made"], Path(os.path.normpath(work / name["final"]))
-        if _inode(final) != name["inode"]:
+        if _inode(final) != name["inode"] and os.path.lexists(made):  # else its user has removed it since
             try:
                 _put(made, final, overwrite=record["overwrite"])
             except FileExistsError:

@@ -9,36 +9,42 @@ One kind of lock (filelock's, held by the system) serves shards, chunks, run fol
             if here.is_alone(): …
 
 On a disk without locks, work that is shared out by them is refused; a lock that only keeps a second command away is
-gone without, and said so once (`needed=False`).
+gone without, and that is said once (`needed=False`).
 """
 
 import contextlib
 import errno
+import functools
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes, make_folder
+from pipeline.runtime.files import explained_writes, make_folder, remove
 
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _PATIENCE = 0.05, 20
+_GATE = "gate.lock"
 
 
-def try_claim(path: Path) -> FileLock | None:
+def try_claim(path: Path, *, needed: bool = True) -> FileLock | None:
     """The lock of that file, held until `release` or the end of the process; None if another process holds it.
 
+    Args:
+        path: the file, which is made; its folder must be there.
+        needed: whether work cannot be shared out without the lock.
+
     Raises:
-        UserError: the disk has no locks.
+        UserError: the disk has no locks, and one is needed.
     """
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
-        _acquire(lock, path, needed=True)
+        _acquire(lock, path, needed=needed)
     except Timeout:
         return None
     return lock
@@ -49,6 +55,7 @@ def exclusive(path: Path, *, needed: bool = True, refusal: str | None = None) ->
     """Be alone with what the file stands for.
 
     Args:
+        path: the file, which is made; its folder must be there.
         needed: whether work cannot be shared out without the lock.
         refusal: what to say, instead of waiting, where another process is there.
 
@@ -79,7 +86,12 @@ def _acquire(lock: FileLock, path: Path, *, needed: bool) -> None:
                 f"the file system of {path.parent} cannot lock files, which keeps processes from making the same "
                 "twice; give --out a local folder or one on NFS 4, Lustre (mounted with flock) or the like"
             ) from error
-        warn(f"the file system of {path.parent} cannot lock files: see to it that no second command works there")
+        _say_without_locks(path.parent)
+
+
+@functools.cache
+def _say_without_locks(folder: Path) -> None:
+    warn(f"the file system of {folder} cannot lock files: see to it that no second command works there")
 
 
 class OccupiedError(UserError):
@@ -90,27 +102,24 @@ class Presence:
     """This process among those at work in a folder, known by a lock file of its own in `FOLDER/present/`."""
 
     def __init__(self, folder: Path, *, alone: bool = False) -> None:
-        """Come in; waits while another process decides about the folder, and makes it anew if that one removed it.
+        """Come in; waits while another process decides about the folder.
 
         Args:
-            alone: come in only where nobody else is.
+            folder: where; it is made.
+            alone: come in only where nobody else is. No work is shared then, so a disk without locks will do.
 
         Raises:
             OccupiedError: somebody is.
             UserError: the disk has no locks, or the folder cannot be made.
         """
         self.folder = folder
-        self._others = folder / "present"
+        self._mark = folder / "present" / f"{socket.gethostname()}-{os.getpid()}-{id(self):x}.lock"
         self._lock: FileLock | None = None
-        name = f"{socket.gethostname()}-{os.getpid()}-{id(self):x}.lock"
-        while self._lock is None:
-            make_folder(self._others)
-            with contextlib.suppress(FileNotFoundError), self.gate():
-                if alone and not self.is_alone():
-                    raise OccupiedError(f"another process is at work in {folder}; wait for it or stop it")
-                self._lock = try_claim(self._others / name)
-            if self._lock is None:
-                time.sleep(_POLL_SECONDS)
+        self._needed = not alone
+        with self.gate():
+            if alone and not self.is_alone():
+                self.leave()
+                raise OccupiedError(f"another process is at work in {folder}; wait for it or stop it")
 
     def __enter__(self) -> "Presence":
         return self
@@ -120,18 +129,40 @@ class Presence:
 
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
-        """Be the one who decides about the folder: nobody comes in meanwhile. The folder may be removed inside."""
-        with exclusive(self.folder / "gate.lock"):
+        """Be the one who decides about the folder: nobody comes in or decides meanwhile.
+
+        Comes in anew where the last one there, who did not see this process coming, has removed the folder.
+        """
+        with contextlib.ExitStack() as held:
+            tries = 0
+            while not self._come_in(held):
+                tries += 1
+                time.sleep(_POLL_SECONDS)
+                if tries % _PATIENCE == 0:
+                    make_folder(self._mark.parent)  # says why, if it cannot be made at all
             yield
+
+    def _come_in(self, held: contextlib.ExitStack) -> bool:
+        try:
+            with explained_writes(self.folder):
+                self._mark.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as gate:
+                gate.enter_context(exclusive(self.folder / _GATE, needed=self._needed))
+                if not self._mark.exists():
+                    self.leave()
+                    self._lock = try_claim(self._mark, needed=self._needed)
+                held.push(gate.pop_all())
+        except (FileNotFoundError, FileExistsError):  # the folder is being removed
+            return False
+        return True
 
     def is_alone(self) -> bool:
         """Whether no other process is at work here; ask inside `gate`. Marks of processes that died are removed."""
-        own = None if self._lock is None else Path(self._lock.lock_file)
         alone = True
-        for path in self._others.glob("*.lock"):
-            if path == own:
+        for path in self._mark.parent.glob("*.lock"):
+            if path == self._mark:
                 continue
-            lock = try_claim(path)
+            lock = try_claim(path, needed=self._needed)
             if lock is None:
                 alone = False
                 continue
@@ -139,9 +170,23 @@ class Presence:
             lock.release()
         return alone
 
+    def clear(self, *, but: Callable[[Path], bool] = lambda _: False) -> None:
+        """Remove everything in the folder except some, and what tells who is here; ask inside `gate`."""
+        for entry in list(self.folder.iterdir()):
+            if entry.name not in {_GATE, self._mark.parent.name} and not but(entry):
+                remove(entry)
+
+    def remove_folder(self) -> None:
+        """Remove the folder; ask inside `gate`, which goes last: nobody comes in while the rest goes."""
+        self.clear()
+        remove(self._mark.parent)
+        remove(self.folder / _GATE)
+        with contextlib.suppress(OSError):  # somebody is coming in, into a folder that has nothing in it
+            self.folder.rmdir()
+
     def leave(self) -> None:
         """Not be at work here any more."""
         if self._lock is not None:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._mark.unlink(missing_ok=True)
             self._lock.release()
             self._lock = None

@@ -12,7 +12,9 @@ from safetensors.numpy import load_file
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.publish import work_folder_of
+from pipeline.runtime.work_queue import Presence
 from sample import work_folder
+from sample.run import _finish
 from sample.work_folder import begin, join
 
 PLAN = {"steps": 3}
@@ -212,3 +214,36 @@ def test_a_disk_without_locks_is_refused_instead_of_waited_for(work, monkeypatch
 def test_a_chunk_is_plain_safetensors(work):
     work.write(1, part(7))
     assert (load_file(work.chunk_path(1))["data"] == 7).all()
+
+
+@pytest.mark.timeout(20)
+def test_who_comes_too_late_to_put_the_output_together_ends_instead_of_waiting_for_a_claim(folder, work):
+    with contextlib.closing(open_work(folder)) as other:
+        other.remove()
+    _finish(work, None, None)
+
+
+def test_a_command_that_fails_leaves_the_folder_to_those_who_are_at_work_there(folder, work):
+    with contextlib.closing(open_work(folder)) as other:
+        other.remove(unless_shared=True)
+        assert work.is_open()
+    work.remove(unless_shared=True)
+    assert not folder.exists()
+
+
+def test_who_begins_while_the_folder_is_removed_begins_anew(folder, work):
+    """The newcomer has come in, and finds the folder gone when it wants to decide."""
+    real, first = Presence.gate, []
+
+    def gate(here):
+        if not first and here is not work._here and here._lock is not None:
+            first.append(here)
+            work.remove()
+        return real(here)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Presence, "gate", gate)
+        late = open_work(folder)
+    assert late.missing() == [0, 1, 2]
+    assert first[0]._mark.exists()
+    late.close()

@@ -1,9 +1,11 @@
 """Outputs that appear whole under their names, killed or doubled at any call."""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,7 @@ def test_killed_at_any_step_of_publishing_a_reader_or_the_next_start_sees_one_ou
 
 HOLDER = """
 import sys
+import threading
 from pathlib import Path
 from pipeline.runtime.publish import making
 with making(Path(sys.argv[1]), overwrite=True) as stage:
@@ -165,14 +168,17 @@ def test_work_of_a_killed_command_goes_with_the_next_start(tmp_path):
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_a_reader_that_completes_a_live_commands_record_takes_nothing_from_it(tmp_path, monkeypatch, taken):
+def test_a_reader_that_looks_while_an_output_is_published_waits_and_takes_nothing_from_it(tmp_path, monkeypatch, taken):
+    """The reader comes between the record and the first name, when it looks as if the command had been killed."""
     out, write = tmp_path / "x", publish.write_json
+    reader = threading.Thread(target=finish, args=(out,))
 
     def write_and_be_read(path, value):
         write(path, value)
         if taken:
             out.write_text("another's")
-        finish(out)
+        reader.start()
+        reader.join(0.3)
 
     monkeypatch.setattr(publish, "write_json", write_and_be_read)
     if taken:
@@ -182,4 +188,44 @@ def test_a_reader_that_completes_a_live_commands_record_takes_nothing_from_it(tm
     else:
         make(out, "one")
         assert content(out) == ("one", "of one")
+    reader.join(10)
     assert not any(name.startswith(".") for name in listing(tmp_path))
+
+
+def killed_after_the_first_name(out, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    puts, real = [], publish._put
+
+    def put(made, final, *, overwrite):
+        if puts:
+            raise Killed
+        puts.append(final)
+        real(made, final, overwrite=overwrite)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(publish, "_put", put)
+        make(out, "one")
+
+
+def test_an_output_that_its_user_removed_after_a_kill_does_not_come_back(tmp_path, monkeypatch):
+    out = tmp_path / "x"
+    killed_after_the_first_name(out, monkeypatch)
+    out.unlink()
+    finish(out)
+    assert not out.exists()
+    make(out, "two", overwrite=True)
+    assert content(out) == ("two", "of two")
+    assert listing(tmp_path) == ["x", "x.json"]
+
+
+def test_on_a_disk_without_locks_a_single_command_publishes_all_the_same(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    make(tmp_path / "x", "one")
+    make(tmp_path / "x", "two", overwrite=True)
+    assert content(tmp_path / "x") == ("two", "of two")
+    assert listing(tmp_path) == ["x", "x.json"]
