@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.diffusion import Process
@@ -25,7 +27,7 @@ from train.data import Batch, BatchReader, BatchShard, DataOrder, view_candidate
 from train.distributed import Hardware
 from train.losses import LatentNormalization, LossSums, draw, sample_losses
 from train.metrics import ESTIMATE_AFTER, Log, Numbers, StepTimer, beside_bar, say_estimate
-from train.optimizer import learning_rate
+from train.optimizer import COUNTERS, learning_rate
 from train.options import TrainOptions
 
 if TYPE_CHECKING:  # the loop is handed an open store and finished pictures; it opens and draws none
@@ -83,28 +85,50 @@ class Outcome(enum.Enum):
 
 
 class StopVote:
-    """Whether to stop, agreed between the processes, so that all of them stop after the same step."""
+    """Whether to stop, agreed between the processes, so that all of them stop after the same step.
+
+    Every process says its wish before a step, and the answer travels while that step is computed: it is read before
+    the next one, so that no host waits for another.
+    """
 
     def __init__(self, hardware: Hardware, stop: StopRequest, deadline: float | None) -> None:
         self._hardware, self._stop, self._deadline = hardware, stop, deadline
+        self._asked: tuple[dist.Work, Tensor] | None = None
         self.signal = 0
         """The number of the signal to stop for; 0 until there is one."""
 
     def agreed(self) -> bool:
-        """Whether any process wants to stop; all of them ask before each step."""
+        """Whether to stop now; all processes ask before each step."""
         mine = int(self._stop.signal or 0)
         if not mine and self._deadline is not None and time.monotonic() >= self._deadline:
             mine = TIME_IS_UP
-        self.signal = self._hardware.all_reduce_max(mine)
+        if self._hardware.processes == 1:
+            self.signal = mine
+            return mine != 0
+
+        self.end()
+        if not self.signal:
+            box = torch.tensor(mine, dtype=torch.int64)
+            work = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._hardware.hosts, async_op=True)
+            self._asked = (work, box)
         return self.signal != 0
+
+    def end(self) -> None:
+        """Read the answer to the last question; on every process, as none may leave while another asks."""
+        if self._asked is not None:
+            work, box = self._asked
+            work.wait()
+            self._asked, self.signal = None, int(box)
 
 
 def run_steps(trainer: Trainer, stop: StopRequest) -> int:
     """Train until the last step or a request to stop; the exit status."""
     vote = StopVote(trainer.hardware, stop, trainer.deadline)
     while (outcome := train_until(trainer, vote)) is Outcome.ROLL_BACK:
+        vote.end()
         if not _roll_back(trainer):
             return 1
+    vote.end()
     return _finish(trainer) if outcome is Outcome.DONE else _leave(trainer, vote.signal)
 
 
@@ -197,15 +221,13 @@ def train_step(trainer: Trainer, batch: Batch, *, with_losses: bool) -> StepResu
 def _log_step(trainer: Trainer, result: StepResult, waited_seconds: float) -> bool:
     """Read this step's numbers, which waits for the device, and write them; whether to roll back to a checkpoint."""
     state, options = trainer.state, trainer.options
-    assert result.sums is not None
-    means = result.sums.means(trainer.hardware.all_reduce_sum)
-    counters = state.optimizer.counters()
+    means, norm, counters = _read(trainer, result)
     elapsed, seconds, waiting = trainer.timer.look(waited_seconds)
     state.seconds += elapsed
     speed = trainer.shard.batch_size / seconds
     values: Numbers = {
         **means,
-        "grad_norm": float(result.norm),
+        "grad_norm": norm,
         "lr": result.rate,
         "images_per_second": speed,
         "data_wait_share": waiting,
@@ -228,6 +250,16 @@ def _log_step(trainer: Trainer, result: StepResult, waited_seconds: float) -> bo
         trainer.log.write(state.step, values)
         trainer.log.show(beside_bar(values))
     return counters["skipped_in_a_row"] >= options.optimizer.max_skipped_in_a_row
+
+
+def _read(trainer: Trainer, result: StepResult) -> tuple[Numbers, float, dict[str, float]]:
+    """(means of the losses, gradient norm, the optimizer's counters), all in one copy to the host."""
+    assert result.sums is not None
+    sums = trainer.hardware.add_up(result.sums.values)
+    counters = trainer.state.optimizer.counter_values()
+    values = torch.cat([sums, result.norm.reshape(1).to(sums.dtype), counters.to(sums.dtype)]).tolist()
+    means, (norm, *counts) = LossSums.means(values[: LossSums.LENGTH]), values[LossSums.LENGTH :]
+    return means, norm, dict(zip(COUNTERS, counts, strict=True))
 
 
 def _between_steps(trainer: Trainer) -> None:

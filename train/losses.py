@@ -1,6 +1,6 @@
 """From stored latents to a loss per sample: every draw of a step, keyed so that it depends on the step alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,20 +52,23 @@ def draw(
 
     So they are the same for any number of processes and any accumulation. A CPU and a GPU draw different streams.
     """
-    rows = shard.rows
+
+    def own(whole: Tensor) -> Tensor:
+        """This process's rows, as a copy: a view would keep the whole batch's draws in memory to the step's end."""
+        return whole if shard.processes == 1 else whole[shard.rows].clone()
 
     def normal(purpose: str) -> Tensor:
         draws = generator(seed, purpose, number, device=device)
-        return torch.randn((shard.batch_size, *shape), generator=draws, device=device)[rows]
+        return own(torch.randn((shard.batch_size, *shape), generator=draws, device=device))
 
     uniform = torch.rand(
         shard.batch_size, generator=generator(seed, "label drop", number, device=device), device=device
     )
     return Draws(
-        t=process.draw_timesteps(shard.batch_size, generator(seed, "timestep", number, device=device))[rows],
+        t=own(process.draw_timesteps(shard.batch_size, generator(seed, "timestep", number, device=device))),
         noise=normal("diffusion noise"),
         posterior=normal("posterior noise"),
-        dropped=uniform[rows] < dropout,
+        dropped=own(uniform) < dropout,
     )
 
 
@@ -98,26 +101,26 @@ def sample_losses(
 class LossSums:
     """Sums of one step's losses on the device, whole and by quarter of the timesteps."""
 
+    LENGTH = 4 + 2 * QUARTERS
+
     def __init__(self, device: torch.device) -> None:
         precision = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(4 + 2 * QUARTERS, device=device, dtype=precision)
+        self.values = torch.zeros(self.LENGTH, device=device, dtype=precision)
+        """[loss, mse, vb, samples, loss of each quarter, samples of each quarter], to be added over processes."""
 
     @torch.no_grad()
     def add(self, losses: dict[str, Float[Tensor, " batch"]], time: Float[Tensor, " batch"]) -> None:
         """Add one micro-batch; `time` runs from 0 (data) to 1 (noise)."""
-        values = torch.stack([losses["loss"], losses["mse"], losses["vb"], torch.ones_like(losses["loss"])])
-        values = values.to(self._sums.dtype)
+        ones = torch.ones_like(losses["loss"])
+        values = torch.stack([losses["loss"], losses["mse"], losses["vb"], ones]).to(self.values.dtype)  # [4, batch]
         quarter = (time * QUARTERS).long().clamp_(0, QUARTERS - 1)
         parts = torch.zeros(2, QUARTERS, device=values.device, dtype=values.dtype)
-        parts.index_add_(1, quarter, values[[0, 3]])
-        self._sums += torch.cat([values.sum(1), parts.flatten()])
+        parts.index_add_(1, quarter, values[::3])  # loss and samples; a list of rows would be uploaded as an index
+        self.values += torch.cat([values.sum(1), parts.flatten()])
 
-    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float | None]:
-        """Means over the global batch; `reduce` adds the sums of all processes. Waits for the device.
-
-        A quarter that no sample fell into is None.
-        """
-        values = reduce(self._sums).tolist()
+    @staticmethod
+    def means(values: Sequence[float]) -> dict[str, float | None]:
+        """Means over the global batch, of `values` as read; a quarter that no sample fell into is None."""
         loss, mse, vb, count = values[:4]
         result: dict[str, float | None] = {"loss": loss / count, "mse": mse / count, "vb": vb / count}
         for quarter in range(QUARTERS):

@@ -13,6 +13,8 @@ from torch import Tensor
 from train.options import OptimizerOptions
 
 SCALE_START, SCALE_GROWS_AFTER = 2.0**16, 2000
+FUSED_ON = {"cpu", "cuda", "xpu"}  # where AdamW's fused kernel honours `found_inf` and `grad_scale`
+COUNTERS = ("adamw_steps", "scale", "finite_in_a_row", "skipped_in_a_row", "skipped")
 
 
 def learning_rate(step: int, options: OptimizerOptions) -> float:
@@ -61,7 +63,7 @@ class Optimizer:
             betas=options.betas,
             eps=options.adam_eps,
             weight_decay=options.weight_decay,
-            fused=device.type in {"cpu", "cuda", "xpu"},
+            fused=device.type in FUSED_ON,
         )
         self.kernel = "fused" if self._adamw.defaults["fused"] else "foreach"
         self.scaled = scaled
@@ -137,18 +139,20 @@ class Optimizer:
         states = [self._adamw.state[weight] for weight in self.weights]
         return {name: [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")}
 
-    def counters(self) -> dict[str, float]:
-        """Everything else that resuming needs, as plain numbers. Waits for the device."""
+    def counter_values(self) -> Tensor:
+        """Everything else that resuming needs, in the order of COUNTERS, on the device."""
         steps = self._adamw.state[self.weights[0]].get("step", torch.zeros(()))
         tensors = [steps, self.scale, self.finite_in_a_row, self.skipped_in_a_row, self.skipped]
-        values = torch.stack([tensor.detach().float().to(self.scale.device) for tensor in tensors]).tolist()
-        names = ["adamw_steps", "scale", "finite_in_a_row", "skipped_in_a_row", "skipped"]
-        return dict(zip(names, values, strict=True))
+        return torch.stack([tensor.detach().float().to(self.scale.device) for tensor in tensors])
+
+    def counters(self) -> dict[str, float]:
+        """`counter_values` by name, as plain numbers. Waits for the device."""
+        return dict(zip(COUNTERS, self.counter_values().tolist(), strict=True))
 
     def restore_counters(self, values: dict[str, float]) -> None:
         """The inverse of `counters`; the moments are written into `adam_state()` in place."""
         self.adam_state()
         for weight in self.weights:
             self._adamw.state[weight]["step"].fill_(values["adamw_steps"])
-        for name in ("scale", "finite_in_a_row", "skipped_in_a_row", "skipped"):
+        for name in COUNTERS[1:]:
             setattr(self, name, torch.full_like(self.scale, values[name]))

@@ -32,7 +32,7 @@ class Replicated:
         return self.network(x, t, y)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around a micro-batch: gradients are exchanged after the last one only."""
+        """Around a micro-batch: gradients, which are whole on each process anyway, are exchanged after the last one."""
         return nullcontext() if last else self._hardware.accelerator.no_sync(self.model)
 
     def gradients(self) -> list[Tensor]:
@@ -99,9 +99,8 @@ class FullySharded:
         """The network's output outside training; every process must call it equally often."""
         return self.model(x, t, y)
 
-    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around a micro-batch: gradients are exchanged after the last one only."""
-        self.network.set_requires_gradient_sync(last)  # type: ignore[operator]
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002 - the same verb as above
+        """Around a micro-batch: each one's gradients are divided at once, so that no process ever holds whole ones."""
         return nullcontext()
 
     def gradients(self) -> list[Tensor]:

@@ -114,15 +114,15 @@ def _draw_panel(axes: "Axes", panel: Panel, runs: dict[str, Series], *, smoothin
             points = series.get(name, [])
             if not points:
                 continue
-            colour = f"C{place if several else kind}"
+            color = f"C{place if several else kind}"
             label = " ".join([run] * several + [name] * (len(panel.names) > 1 or not several))
             steps, values = zip(*points, strict=True)
             weight = 0.0 if name in EXACT else smoothing
             if weight:
-                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             bold = [value for _, value in smoothed(points, weight)]
             dashes, marker = DASHES[kind * several], "." if len(points) == 1 else ""
-            axes.plot(steps, bold, color=colour, linestyle=dashes, marker=marker, label=label)
+            axes.plot(steps, bold, color=color, linestyle=dashes, marker=marker, label=label)
             drawn += values
     _dress(axes, panel, drawn)
     if len(axes.get_legend_handles_labels()[1]) > 1:

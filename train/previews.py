@@ -21,6 +21,8 @@ from train.distributed import Hardware
 from train.losses import Model
 from train.options import PreviewOptions
 
+PIECE_PX = 4 * 256 * 256  # decoded at a time: a decoder needs about 0.2 GB per image of 256 px
+
 
 class Previews:
     """Draws RUN/samples/step-N.png; the images are divided among the processes."""
@@ -84,9 +86,14 @@ class Previews:
         return picture
 
     def _decode(self, latents: Tensor) -> Tensor:
+        """Bytes [cells, H, W, 3] of latents [cells, C, h, w], as many at a time as memory at any image size allows."""
         assert self._vae is not None
-        vae = self._manifest["vae"]
-        return self._vae.decode(denormalize(latents, vae["scaling_factor"], vae["shift_factor"]))
+        recorded, spec = self._manifest["vae"], self._manifest.latent
+        image_px = spec.height * spec.width * self._vae.downsample**2
+        pieces = denormalize(latents, recorded["scaling_factor"], recorded["shift_factor"]).split(
+            max(1, PIECE_PX // image_px)
+        )
+        return torch.cat([self._vae.decode(piece) for piece in pieces])
 
     @torch.no_grad()
     def _latents(self, model: Model) -> Tensor:

@@ -165,6 +165,7 @@ def _begin(options: TrainOptions, machine: Hardware, data_identity: str) -> None
 def _start_state(network: DiT, options: TrainOptions, machine: Hardware) -> TrainState:
     network.gradient_checkpointing = options.model.gradient_checkpointing
     if options.model.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block, compiled on its own, into three graphs
         compile_blocks(network)
     placement = parallelize(network, machine, options.hardware.sharding)
     optimizer = Optimizer(

@@ -77,6 +77,6 @@ def test_loss_sums_are_the_batch_means_whole_and_by_quarter():
     loss, time = torch.arange(6.0), torch.tensor([0.0, 0.1, 0.25, 0.3, 0.999, 1.0])
     for rows in (slice(0, 4), slice(4, 6)):
         sums.add({"loss": loss[rows], "mse": 2 * loss[rows], "vb": 3 * loss[rows]}, time[rows])
-    means = sums.means(lambda values: values)
+    means = LossSums.means(sums.values.tolist())
     assert (means["loss"], means["mse"], means["vb"]) == (2.5, 5.0, 7.5)
     assert [means[f"loss_q{k}"] for k in range(4)] == [0.5, 2.5, None, 4.5]
