@@ -1,6 +1,7 @@
 """Preview grids: the same noise and classes every time, from the raw and from the averaged weights."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from pipeline.image_grid import grid, save_png
 from pipeline.latents import Manifest
 from pipeline.randomness import normal
 from pipeline.runtime.console import warn
+from pipeline.runtime.devices import is_out_of_memory
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder
 from pipeline.vae import Vae, denormalize, find_vae
@@ -67,22 +69,25 @@ class Previews:
             "raw": contextlib.nullcontext(),
             "ema": state.averages["ema"].exchanged_with(state.placement.weights),
         }
-        rows = {}
+        rows: dict[str, Tensor] = {}
+        picture = None
         for name, in_place in weights.items():
-            with in_place:
+            with in_place, _memory_may_end(state.step, alone=self._hardware.processes == 1):
                 rows[name] = self._latents(state.placement.evaluate)
-        if self._vae is None:
-            return None
+        if self._vae is not None and len(rows) == len(weights):
+            with _memory_may_end(state.step, alone=True):
+                picture = self._picture(rows, state.step)
+        return picture
 
-        # Raw weights above averaged ones.
+    def _picture(self, rows: dict[str, Tensor], step: int) -> Image.Image:
+        """Raw weights above averaged ones."""
         images = torch.cat([self._decode(latents) for latents in rows.values()])
         labels = [name for name in rows for _ in range(self._options.preview_rows)]
         names = list(self._manifest["classes"])
         captions = [names[label] if names else "" for label in self._columns] * len(labels)
-        title = f"step {state.step:,}"
-        picture = grid(images.numpy(), len(self._columns), row_labels=labels, captions=captions, title=title)
+        picture = grid(images.numpy(), len(self._columns), row_labels=labels, captions=captions, title=f"step {step:,}")
         make_folder(self._folder)
-        save_png(self._folder / f"step-{state.step:07d}.png", picture, {"step": str(state.step)})
+        save_png(self._folder / f"step-{step:07d}.png", picture, {"step": str(step)})
         return picture
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -128,3 +133,17 @@ class Previews:
         gathered = self._hardware.accelerator.gather(made.contiguous())
         dealt = gathered.view(processes, -1, *made.shape[1:]).transpose(0, 1)  # [rounds, processes, C, H, W]
         return dealt.reshape(-1, *made.shape[1:])[:count]  # [cells, C, H, W]
+
+
+@contextlib.contextmanager
+def _memory_may_end(step: int, *, alone: bool) -> Iterator[None]:
+    """Go on without the block's result where memory ran out in it: a picture is not worth a run.
+
+    Where other processes wait for that result, `alone` is False, and the error ends the run as any other.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not alone or not is_out_of_memory(error):
+            raise
+        warn(f"no preview of step {step:,}: memory ran out; lower --preview-classes or --preview-rows")

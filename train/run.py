@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 
@@ -10,14 +11,14 @@ import numpy as np
 from pipeline.checkpoint.averages import MovingAverage
 from pipeline.diffusion import Process
 from pipeline.dit import DiT, DiTConfig, compile_blocks
-from pipeline.dit.macs import count_macs
+from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.latents import LatentStore, Manifest
 from pipeline.runtime.console import say
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import StopRequest
 from train import build, distributed
-from train.checkpointing import Saver, TrainState, newest_sound, restore, sweep
+from train.checkpointing import Saver, TrainState, clean_up, newest_sound, restore, sweep
 from train.data import BatchShard, DataOrder
 from train.distributed import Hardware
 from train.loop import Trainer, logs_at, run_steps
@@ -94,7 +95,10 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     kept_lines = _lines_kept(options, state.step)
 
     # All is found right: from here on the folder is this run's.
+    if options.run.overwrite:
+        machine.once(lambda: _check_room(options, config))
     _begin(options, machine, identity)
+    machine.once(lambda: clean_up(options.run))
     saver = Saver(options.run, machine, build.checkpoint_info(options, manifest, config, process))
     saver.saved_step = state.step if found is not None else None
     stack.callback(saver.finish)
@@ -159,6 +163,17 @@ def _begin(options: TrainOptions, machine: Hardware, data_identity: str) -> None
     if not (options.run.out / CONFIG).is_file():
         raise UserError(
             f"process {machine.rank} does not see {options.run.out}; --out must lie on a disk that all machines share"
+        )
+
+
+def _check_room(options: TrainOptions, config: DiTConfig) -> None:
+    """Raise UserError unless a first checkpoint fits beside the run that is to be replaced by it."""
+    tensors = 3 + len(options.average.decays)  # weights, two of AdamW, averages; all float32
+    needed, free = 4 * tensors * count_parameters(config), shutil.disk_usage(options.run.out).free
+    if (options.run.out / CONFIG).is_file() and needed > free:
+        raise UserError(
+            f"{options.run.out} has {free / 1e9:.1f} GB free, but a checkpoint takes {needed / 1e9:.1f} GB and the "
+            f"run that --overwrite replaces stays until there is one; free some space or choose another --out"
         )
 
 

@@ -1,4 +1,9 @@
-"""A run's folder: made, claimed by one command at a time, and refused to settings that would alter its past."""
+"""A run's folder: made, claimed by one command at a time, and refused to settings that would alter its past.
+
+`--overwrite` does not remove a run before there is another: what it consists of goes to RUN/.replaced, its settings
+last, and stays there until the new run has saved a checkpoint. A kill on the way is undone by the next command: the
+old run is the run until the new one's settings stand.
+"""
 
 import contextlib
 import json
@@ -10,16 +15,24 @@ from typing import Any
 import yaml
 
 from pipeline.checkpoint.folder import checkpoint_folders
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes, flush_file, make_folder, remove_folder, write_bytes
+from pipeline.runtime.files import (
+    explained_writes,
+    flush_file,
+    flush_folder,
+    make_folder,
+    remove_folder,
+    write_bytes,
+)
 from pipeline.runtime.work_queue import exclusive
 from train.options import TrainOptions, may_change, plain_values
 
 CONFIG, METRICS, DATA_IDENTITY = "config.yaml", "metrics.jsonl", "data_identity"
-_OURS = ("checkpoints", "samples", "tensorboard")
-_LOCK = ".lock"
-_LEFT_BY_A_KILL = re.compile(rf"\.({re.escape(CONFIG)}|{re.escape(METRICS)})\.\d+\.partial")
-_OURS_WHILE_BEGINNING = re.compile(rf"{re.escape(_LOCK)}|{_LEFT_BY_A_KILL.pattern}")
+_OURS = ("checkpoints", "samples", "tensorboard", METRICS)
+_LOCK, _REPLACED, _LEAVING = ".lock", ".replaced", ".leaving"
+_LEFT_BY_A_KILL = re.compile(r"\..+\.\d+\.partial")
+_OURS_WHILE_BEGINNING = re.compile(rf"\.lock|\.replaced|\.leaving|\.({CONFIG}|{METRICS})\.\d+\.partial")
 
 
 def check_run(options: TrainOptions, data_identity: str) -> None:
@@ -44,28 +57,65 @@ def has_learned(folder: Path) -> bool:
 
 
 def begin_run(options: TrainOptions, data_identity: str) -> None:
-    """Write the resolved options into the checked folder, which --overwrite empties first.
-
-    The settings come first and stay to the end: a kill at any moment leaves a folder that is known for a run.
-    """
+    """Write the resolved options into the checked folder; the run that --overwrite replaces is set aside first."""
     folder = options.run.out
     if options.run.overwrite and (folder / CONFIG).is_file():
-        _empty(folder)
+        _set_aside(folder)
     header = f"# The resolved options of this run; dit-train --config {CONFIG} repeats it.\n"
     header += f"# {DATA_IDENTITY}: {data_identity}\n"
     text = yaml.safe_dump(plain_values(options) | {"overwrite": False}, sort_keys=False, allow_unicode=True)
-    for left in (path for path in folder.iterdir() if _LEFT_BY_A_KILL.fullmatch(path.name)):
-        left.unlink(missing_ok=True)
+    for place in (folder, folder / "samples"):
+        for left in (path for path in place.glob(".*.partial") if _LEFT_BY_A_KILL.fullmatch(path.name)):
+            left.unlink(missing_ok=True)
     write_bytes(folder / CONFIG, (header + text).encode())
     make_folder(folder / "checkpoints")
 
 
-def _empty(folder: Path) -> None:
-    """Remove what a run consists of, but its settings, which are written anew; anything else stays."""
-    for name in _OURS:
-        remove_folder(folder / name)
+def _set_aside(folder: Path) -> None:
+    """Move what a run consists of to RUN/.replaced; anything else stays, and so does a run that lies there already."""
+    replaced = folder / _REPLACED
     with explained_writes(folder):
-        (folder / METRICS).unlink(missing_ok=True)
+        if (replaced / CONFIG).is_file():  # an earlier --overwrite, which has saved nothing yet
+            for name in _OURS:
+                _remove(folder / name)
+            return
+        make_folder(replaced)
+        for name in (*_OURS, CONFIG):
+            if (folder / name).exists():
+                (folder / name).rename(replaced / name)
+        flush_folder(replaced)
+        flush_folder(folder)
+    if checkpoint_folders(replaced):
+        say(f"the run that {folder} held stays in {replaced} until this one has saved its first checkpoint")
+
+
+def _put_back(folder: Path) -> None:
+    """Undo an --overwrite that was killed before the new run's settings stood."""
+    replaced = folder / _REPLACED
+    if not replaced.is_dir() or ((replaced / CONFIG).is_file() and (folder / CONFIG).is_file()):
+        return
+    with explained_writes(folder):
+        for name in (*_OURS, CONFIG):
+            if (replaced / name).exists():
+                (replaced / name).rename(folder / name)
+        flush_folder(folder)
+        replaced.rmdir()
+
+
+def drop_replaced(folder: Path) -> None:
+    """Remove the run that --overwrite replaced, now that there is a checkpoint of the new one."""
+    leaving = folder / _LEAVING
+    remove_folder(leaving)
+    if (folder / _REPLACED).is_dir():
+        (folder / _REPLACED).rename(leaving)  # half of it must not be put back
+        remove_folder(leaving)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        remove_folder(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _compare(folder: Path, options: TrainOptions, data_identity: str) -> None:
@@ -125,6 +175,7 @@ def claimed(folder: Path) -> Iterator[None]:
     )
     with exclusive(folder / _LOCK, needed=False, refusal=refusal):
         try:
+            _put_back(folder)
             yield
         finally:
             _leave_nothing(folder, made)
