@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.averages import MovingAverage
-from pipeline.checkpoint.folder import STATE_FILES, checkpoint_folders, describe_files, find_damage, write_model_files
+from pipeline.checkpoint.folder import STATE_FILES, describe_files, write_model_files
 from pipeline.checkpoint.tensor_files import save_safetensors
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
@@ -29,10 +29,10 @@ from pipeline.runtime.files import (
     write_json,
 )
 from train.distributed import Hardware
+from train.kept_checkpoints import checkpoint_path, clean_up, discard
 from train.optimizer import Optimizer
 from train.options import RunOptions
 from train.parallel import Placement, Replicated
-from train.run_folder import drop_replaced
 
 FORMAT, VERSION = "dit-train-state", 1
 Tensors = dict[str, Tensor]
@@ -164,11 +164,6 @@ def write_snapshot(folder: Path, snapshot: Snapshot, info: Mapping[str, Any]) ->
     write_json(folder / STATE_FILES, {"format": FORMAT, "version": VERSION, "files": listing})
 
 
-def why_not_resumable(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if every one is as it was written."""
-    return find_damage(folder) if (folder / STATE_FILES).exists() else f"{STATE_FILES} is missing"
-
-
 def restore(folder: Path, state: TrainState) -> None:
     """Make the state what it was when the checkpoint was taken.
 
@@ -280,106 +275,3 @@ class Saver:
             return
         written = time.perf_counter() - started
         say(f"checkpoint {final.name}: training paused {paused:.2f} s, written in {written:.1f} s")
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step:07d}"
-
-
-def clean_up(options: RunOptions) -> None:
-    """Remove what the newest checkpoint makes superfluous; what cannot go stays until the next time, with a warning."""
-    try:
-        if checkpoint_folders(options.out):
-            drop_replaced(options.out)
-        prune(options)
-    except OSError as error:
-        warn(f"an old checkpoint stays for now: {error.filename} cannot be removed ({error.strerror})")
-
-
-def prune(options: RunOptions) -> None:
-    """Remove checkpoints beyond the newest `keep_last`, but none at a multiple of `keep_every`.
-
-    While steps are being skipped, the newest one from before that stays too: it is what the run goes back to.
-    """
-    folders = checkpoint_folders(options.out)
-    if not options.keep_last or len(folders) <= options.keep_last:
-        return
-    older = folders[: -options.keep_last]
-    to_delete = [folder for step, folder in older if not (options.keep_every and step % options.keep_every == 0)]
-    if all(is_amid_skips(folder) for _, folder in folders if folder not in to_delete):
-        kept = next((folder for folder in reversed(to_delete) if not is_amid_skips(folder)), None)
-        to_delete = [folder for folder in to_delete if folder != kept]
-    for folder in to_delete:
-        discard(folder)
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint; under another name first, since a half-removed folder must not pass for one."""
-    leaving = folder.with_name(f".{folder.name}.partial")
-    remove_folder(leaving)
-    folder.rename(leaving)
-    remove_folder(leaving)
-
-
-def discard_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of what was rolled back behind."""
-    for number, folder in checkpoint_folders(run, whole=False):
-        if number > step:
-            discard(folder)
-
-
-def is_amid_skips(folder: Path) -> bool:
-    """Whether steps had just been skipped when the checkpoint was taken, or it does not tell."""
-    try:
-        return float(read_json(folder / "state" / "trainer.json")["skipped_in_a_row"]) > 0
-    except (UserError, KeyError, TypeError, ValueError):
-        return True
-
-
-def sweep(run: Path) -> None:
-    """Remove what killed processes left behind."""
-    for folder in (run / "checkpoints").glob(".step-*.partial"):
-        remove_folder(folder)
-
-
-def newest_sound(run: Path) -> Path | None:
-    """The newest checkpoint whose every byte is as written, or None in a run that has none yet.
-
-    Damaged ones that are newer are set aside with a clear line.
-
-    Raises:
-        UserError: there are checkpoints and none is whole; all stay as they are.
-    """
-    damaged: list[tuple[Path, str]] = []
-    for _, folder in reversed(checkpoint_folders(run, whole=False)):
-        damage = why_not_resumable(folder)
-        if damage is None:
-            _set_aside(damaged)
-            return folder
-        damaged.append((folder, damage))
-    if damaged:
-        folder, damage = damaged[0]
-        raise UserError(
-            f"{folder} is damaged: {damage}; and {run} holds no other checkpoint that is whole: restore one, or begin "
-            f"anew with --overwrite"
-        )
-    return None
-
-
-def newest_good(run: Path) -> Path | None:
-    """The newest whole checkpoint from before the skipped steps; if all were taken amid such, the newest whole one.
-
-    Skipped steps leave the weights alone, so that one is good too; it only may stand close before the trouble.
-    """
-    newest = newest_sound(run)
-    before = (folder for _, folder in reversed(checkpoint_folders(run, whole=False)) if not is_amid_skips(folder))
-    return next((folder for folder in before if why_not_resumable(folder) is None), newest)
-
-
-def _set_aside(damaged: list[tuple[Path, str]]) -> None:
-    for folder, damage in damaged:
-        aside = folder.with_name(f"damaged-{folder.name}")
-        remove_folder(aside)
-        folder.rename(aside)
-        warn(f"{folder} is damaged: {damage}; set aside as {aside.name}, going back to the checkpoint before it")

@@ -22,9 +22,10 @@ from pipeline.diffusion import Process
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.devices import peak_flops
 from pipeline.runtime.processes import StopRequest
-from train.checkpointing import Saver, TrainState, checkpoint_path, discard_after, newest_good, restore
+from train.checkpointing import Saver, TrainState, restore
 from train.data import Batch, BatchReader, BatchShard, DataOrder, view_candidates
 from train.distributed import Hardware
+from train.kept_checkpoints import checkpoint_path, discard_after, newest_good
 from train.losses import LatentNormalization, LossSums, draw, sample_losses
 from train.metrics import ESTIMATE_AFTER, Log, Numbers, StepTimer, beside_bar, say_estimate
 from train.optimizer import COUNTERS, learning_rate

@@ -18,9 +18,10 @@ from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import StopRequest
 from train import build, distributed
-from train.checkpointing import Saver, TrainState, clean_up, newest_sound, restore, sweep
+from train.checkpointing import Saver, TrainState, restore
 from train.data import BatchShard, DataOrder
 from train.distributed import Hardware
+from train.kept_checkpoints import clean_up, newest_sound, sweep
 from train.loop import Trainer, logs_at, run_steps
 from train.losses import LatentNormalization
 from train.metrics import Log, StepTimer, refuse_missing_wandb

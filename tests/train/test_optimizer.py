@@ -138,3 +138,27 @@ def test_counters_and_adams_state_put_back_go_on_with_the_same_bits():
         second.step(gradients(step), 1e-2)
     assert same(everything(first), everything(second))
     assert first.counters() == second.counters()
+
+
+def test_a_step_moves_by_the_rate_it_is_given_and_not_by_the_options():
+    for rate in (0.0, 1e-3, 0.5):
+        optimizer = make(OptimizerOptions(lr=1e-2))
+        before = [weight.detach().clone() for weight in optimizer.weights]
+        optimizer.step(gradients(0), rate)
+        for old, new in zip(before, optimizer.weights, strict=True):  # Adam's first step is the rate, whatever the size
+            torch.testing.assert_close((old - new).abs(), torch.full_like(old, rate), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_without_the_fused_kernel_the_step_is_the_same_and_bad_ones_are_skipped(monkeypatch, clip_norm):
+    options = OptimizerOptions(clip_norm=clip_norm)
+    fused = make(options, scaled=True)
+    monkeypatch.setattr("train.optimizer.FUSED_ON", set())
+    plain = make(options, scaled=True)
+    assert (fused.kernel, plain.kernel) == ("fused", "foreach")
+    for step, factor in ((0, SCALE_START), (1, math.nan), (2, SCALE_START / 2)):
+        for optimizer in (fused, plain):
+            optimizer.step(gradients(step, factor=factor), 1e-2)
+    assert plain.counters() == fused.counters() and plain.skipped == 1
+    for ours, theirs in zip(everything(plain)[0], everything(fused)[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

@@ -127,3 +127,23 @@ def test_averages_are_named_by_their_files():
 
 def test_a_validation_store_makes_the_share_of_a_preset_superfluous():
     assert DataOptions(latents="x", validation="y", validation_share=0.1).validation_share == 0
+
+
+EDGES = {
+    "steps": 1, "batch-size": 1, "lr": 0.0, "lr-end": 0.0, "lr-warmup-steps": 0, "decay-steps": 1, "weight-decay": 0.0,
+    "adam-eps": 0.0, "clip-norm": 1e-30, "max-skipped-in-a-row": 1, "max-rollbacks": 0, "validate-every": 1,
+    "validation-samples": 1, "prefetch": 1, "class-dropout": 1.0, "ema-decay": 0.0, "grad-accumulation": 1,
+    "save-every": 1, "keep-every": 1, "keep-last": 0, "log-every": 1, "time-limit": 0.0, "sample-every": 0,
+    "preview-guidance": 0.0, "preview-classes": 1, "preview-rows": 1, "preview-steps": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_the_outermost_good_value_of_every_bounded_option_is_taken(name):
+    assert plain_values(parse(f"--{name}={EDGES[name]}"))[name] == EDGES[name]
+
+
+def test_shares_and_decays_are_taken_from_edge_to_edge():
+    assert [parse(f"--validation-share={share}").data.validation_share for share in (0, 0.5)] == [0, 0.5]
+    assert parse("--class-dropout=0").model.class_dropout == 0
+    assert parse("--betas", "0", "0").optimizer.betas == (0, 0)

@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
+from pipeline.latents import LatentStore
+from pipeline.runtime.errors import UserError
 from tests.train.runs import assert_same_run, checkpoints, history, lines, make_store, poison, tensors, train
+from train.checkpointing import restore
 from train.data import BatchShard, DataOrder
 
 SAVING = ["--save-every", "2", "--keep-last", "0"]
@@ -108,3 +111,41 @@ def test_going_back_too_often_ends_with_a_clear_line(tmp_path, capsys):
     flags = ["--save-every", "1", "--max-skipped-in-a-row", "1", "--max-rollbacks", "2", "--batch-size", "2"]
     assert train(folder, tmp_path / "run", *flags, steps=100) == 1
     assert "2 returns did not help" in capsys.readouterr().err
+
+
+def test_after_rolling_back_nothing_of_the_abandoned_steps_is_left(bad_stretch, tmp_path, monkeypatch):
+    """Looked at when it is said: a kill after it must not resume what was abandoned, nor count its skipped steps."""
+    seen, states = [], []
+
+    def noted_restore(folder, state):
+        restore(folder, state)
+        states.append(state)
+
+    def noted_warn(message):
+        if "back to step" in message:
+            seen.append((checkpoints(tmp_path / "run"), float(states[-1].optimizer.skipped_in_a_row)))
+
+    monkeypatch.setattr("train.loop.restore", noted_restore)
+    monkeypatch.setattr("train.loop.warn", noted_warn)
+    flags = ["--save-every", "14", "--keep-last", "1", "--keep-every", "42", "--log-every", "10"]
+    assert train(bad_stretch, tmp_path / "run", *flags, steps=52) == 0
+    assert seen == [(["step-0000014"], 0.0)]
+    flags = ["--save-every", "21", "--keep-last", "1", "--keep-every", "42", "--log-every", "10"]
+    seen.clear()
+    assert train(bad_stretch, tmp_path / "amid", *flags, steps=52) == 0
+    assert [streak for _, streak in seen] == [0.0]
+
+
+def test_what_the_reader_meets_late_ends_the_run_with_its_status(store, tmp_path, monkeypatch, capsys):
+    gather, calls = LatentStore.gather, []
+
+    def cut_short(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 5:
+            raise UserError("the disk went away")
+        return gather(self, *args, **kwargs)
+
+    monkeypatch.setattr("pipeline.latents.store.LatentStore.gather", cut_short)
+    assert train(store, tmp_path / "run", steps=20) == 2
+    assert "the disk went away" in capsys.readouterr().err
+    assert 0 < lines(tmp_path / "run")[-1]["step"] < 20

@@ -6,7 +6,17 @@ import pytest
 
 from pipeline.checkpoint import read_checkpoint
 from pipeline.dit import compile_blocks
-from tests.train.runs import VAE, assert_close_histories, history, lines, make_store, tensors, train
+from tests.train.runs import (
+    VAE,
+    assert_close_histories,
+    assert_same_run,
+    checkpoints,
+    history,
+    lines,
+    make_store,
+    tensors,
+    train,
+)
 
 
 def test_unlabelled_images_train_an_unconditional_network(tmp_path):
@@ -69,3 +79,25 @@ def test_a_vae_with_a_factor_per_channel_trains_too(tmp_path):
 
 def test_an_order_for_slow_disks_trains_too(store, tmp_path):
     assert train(store, tmp_path / "run", "--order", "runs", steps=3) == 0
+
+
+def test_every_edge_at_once_trains(store, tmp_path):
+    flags = ["--batch-size", "1", "--prefetch", "1", "--save-every", "1", "--keep-last", "1", "--log-every", "1"]
+    flags += ["--validation-share", "0.5", "--validate-every", "1", "--validation-samples", "1", "--ema-decay", "0"]
+    flags += ["--class-dropout", "1", "--max-rollbacks", "0", "--clip-norm", "1e-30"]
+    assert train(store, tmp_path / "run", *flags, steps=2) == 0
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert all(line["validation_loss"] > 0 for line in lines(tmp_path / "run"))
+
+
+def test_no_time_at_all_saves_the_beginning_from_which_the_run_goes_on(store, tmp_path):
+    assert train(store, tmp_path / "run", "--time-limit", "0", steps=2) == 142
+    assert checkpoints(tmp_path / "run") == ["step-0000000"]
+    assert train(store, tmp_path / "run", steps=2) == 0
+    assert train(store, tmp_path / "straight", steps=2) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "straight", 2)
+
+
+def test_an_empty_folder_that_is_there_takes_a_run(store, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert train(store, tmp_path / "run", steps=1) == 0

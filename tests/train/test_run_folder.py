@@ -1,12 +1,13 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline.runtime.errors import UserError
 from train.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainOptions
-from train.run_folder import MetricsFile, begin_run, check_run, claimed
+from train.run_folder import MetricsFile, begin_run, check_run, claimed, drop_replaced
 
 
 def options(out, *, seed=0, steps=10, overwrite=False, **data):
@@ -143,3 +144,68 @@ def test_metrics_past_a_step_and_torn_lines_are_dropped(tmp_path):
     metrics.append({"step": 21, "loss": None})
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 21]
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_kill_while_a_run_is_set_aside_is_undone_by_the_next_command(tmp_path, monkeypatch, at):
+    """Killed before each rename: as long as the new settings do not stand, the old run is the run, and whole."""
+    open_run(options(tmp_path), "abc")
+    MetricsFile(tmp_path, after_step=0).append({"step": 1})
+    for name in ("checkpoints/step-0000001", "samples", "tensorboard"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoints/step-0000001/config.json").write_text("{}")
+    before = contents(tmp_path)
+    rename, calls = type(tmp_path).rename, []
+
+    def killed(path, target):
+        calls.append(path)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), claimed(tmp_path):
+        patch.setattr(type(tmp_path), "rename", killed)
+        begin_run(options(tmp_path, seed=1, overwrite=True), "abc")
+    with claimed(tmp_path):
+        check_run(options(tmp_path), "abc")
+    assert contents(tmp_path) == before
+
+
+def test_a_kill_before_the_new_settings_stand_brings_the_old_run_back_and_after_it_the_new_one_stays(
+    tmp_path, monkeypatch
+):
+    open_run(options(tmp_path), "abc")
+    MetricsFile(tmp_path, after_step=0).append({"step": 1})
+    before = contents(tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), claimed(tmp_path):
+        patch.setattr("train.run_folder.write_bytes", killed)
+        begin_run(options(tmp_path, seed=1, overwrite=True), "abc")
+    assert not (tmp_path / "config.yaml").exists()
+    with claimed(tmp_path):
+        assert contents(tmp_path) == before
+    open_run(options(tmp_path, seed=1, overwrite=True), "abc")
+    open_run(options(tmp_path, seed=1), "abc")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 1
+    assert yaml.safe_load((tmp_path / ".replaced" / "config.yaml").read_text())["seed"] == 0
+    drop_replaced(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name in {".replaced", ".leaving"}]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_text() for path in folder.rglob("*")}
+
+
+def test_lines_are_flushed_to_the_disk_when_that_is_asked_for(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(
+        "os.fsync", lambda descriptor: flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    )
+    metrics = MetricsFile(tmp_path, after_step=0)
+    metrics.append({"step": 1})
+    assert flushed == []
+    metrics.flush()
+    assert flushed == [str(tmp_path / "metrics.jsonl")]
