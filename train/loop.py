@@ -256,7 +256,7 @@ def _log_step(trainer: Trainer, result: StepResult, waited_seconds: float) -> bo
 def _read(trainer: Trainer, result: StepResult) -> tuple[Numbers, float, dict[str, float]]:
     """(means of the losses, gradient norm, the optimizer's counters), all in one copy to the host."""
     assert result.sums is not None
-    sums = trainer.hardware.add_up(result.sums.values)
+    sums = trainer.hardware.all_reduce_sum(result.sums.values)
     counters = trainer.state.optimizer.counter_values()
     values = torch.cat([sums, result.norm.reshape(1).to(sums.dtype), counters.to(sums.dtype)]).tolist()
     means, (norm, *counts) = LossSums.means(values[: LossSums.LENGTH]), values[LossSums.LENGTH :]

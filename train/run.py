@@ -97,9 +97,9 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
 
     # All is found right: from here on the folder is this run's.
     if options.run.overwrite:
-        machine.once(lambda: _check_room(options, config))
+        machine.on_main(lambda: _check_room(options, config))
     _begin(options, machine, identity)
-    machine.once(lambda: clean_up(options.run))
+    machine.on_main(lambda: clean_up(options.run))
     saver = Saver(options.run, machine, build.checkpoint_info(options, manifest, config, process))
     saver.saved_step = state.step if found is not None else None
     stack.callback(saver.finish)

@@ -147,7 +147,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(
     def refused(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("train.kept_checkpoints.sha256_of", refused)
+    monkeypatch.setattr("pipeline.checkpoint.folder.sha256_of", refused)
     assert train(store, run, *SETTINGS, steps=STEPS + 1) == 2
     assert "cannot be used (Permission denied)" in capsys.readouterr().err
     assert checkpoints(run) == checkpoints(straight)
