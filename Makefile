@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow mutants lint install clean-demo
+.PHONY: demo test slow crash-points mutants lint install clean-demo
 
 demo: $(VENV)/.installed
 	python examples/digits/make_images.py --out demo/images
@@ -17,7 +17,10 @@ test: $(VENV)/.installed-test
 	python -m pytest -n 2 --dist loadscope -m "not slow and not gpu" -q
 
 slow: $(VENV)/.installed-test
-	python -m pytest -n 2 --dist loadscope -m "slow and not gpu" -q --durations=10
+	python -m pytest -n 2 --dist loadscope -m "slow and not gpu" -q --durations=10 --ignore tests/crash_points
+
+crash-points: $(VENV)/.installed-test
+	python -m tests.crash_points --jobs 2 --table docs/robustness.md $(ARGS)
 
 mutants: $(VENV)/.installed-test
 	$(PIP_INSTALL) -e '.[test,mutants]'

@@ -1,0 +1,256 @@
+"""Where commands run: forks of one warm process in a folder of their own, what they left, and whether it is whole."""
+
+import contextlib
+import gc
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.runtime import console
+from tests.crash_points import shim
+
+MODULES = {
+    "extract": "extract.__main__",
+    "train": "train.__main__",
+    "plot": "train.plot",
+    "sample": "sample.__main__",
+    "evaluate": "sample.evaluate.__main__",
+    "convert": "pipeline.convert.__main__",
+    "inspect": "pipeline.inspect.__main__",
+}
+LATE = ("diffusers.models.autoencoders.autoencoder_kl", "diffusers", "extract.run", "train.run", "sample.run")
+LATE += ("sample.evaluate.evaluation", "pipeline.convert.run", "pipeline.inspect.store", "pipeline.inspect.checkpoint")
+PATIENCE_S, GRACE_S = 60.0, 3.0
+
+
+class _PreparedError(BaseException):
+    """The options are parsed; the command is not to go on."""
+
+
+def warm_up():
+    """Import all that the commands would, and start no thread: a fork of a process with threads has none of them."""
+    for name in (*MODULES.values(), *LATE):
+        importlib.import_module(name)
+
+
+def prepare(words):
+    """Parse a command's options here, once for all forks: it takes longer than what they ask for at this size."""
+    parse = console.parse_options
+
+    def remember(options_class, arguments, **about):
+        key, options = (options_class, tuple(arguments)), parse(options_class, arguments, **about)
+        console.parse_options = lambda *given, **more: (
+            options if (given[0], tuple(given[1])) == key else parse(*given, **more)
+        )
+        raise _PreparedError
+
+    console.parse_options = remember
+    with contextlib.suppress(_PreparedError):
+        call(words)
+    gc.freeze()
+
+
+def call(words):
+    """A command in this process; its exit status."""
+    sys.argv = list(words)
+    return sys.modules[MODULES[words[0]]].main()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a command: its exit status (minus the signal), None while it is stopped, and what it said."""
+
+    pid: int
+    status: int | None
+    said: str
+
+    @property
+    def is_refusal(self):
+        return self.status == 2 and "Traceback" not in self.said
+
+
+class Place:
+    """A folder with `in` (read), `o` (written, watched) and what is needed to put `o` back."""
+
+    def __init__(self, folder, server=""):
+        self.folder, self.server = Path(folder).resolve(), server
+        self.out, self.log = self.folder / "o", self.folder / "log"
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, words, point=None, mode="", *, listing=False, patience=PATIENCE_S, processes=1):
+        """A command to its end, or to where it is stopped; with a point, disturbed there."""
+        self.log.unlink(missing_ok=True)
+        if processes == 1:
+            return self.wait(self.start(words, point, mode, listing=listing), patience)
+        together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        ranks = [
+            self.start(words, point, mode, listing=listing, RANK=str(rank), LOCAL_RANK=str(rank), **together)
+            for rank in range(processes)
+        ]
+        return self._wait_for_all(ranks)
+
+    def start(self, words, point=None, mode="", *, listing=False, **environment):
+        """The process of a command."""
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= environment
+            self._become(words, point, mode, listing=listing)
+        return pid
+
+    def _become(self, words, point, mode, *, listing):
+        status = 1
+        try:
+            os.chdir(self.folder)
+            said = os.open(f"said-{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            os.environ["XDG_CACHE_HOME"] = str(self.out / "cache")
+            sys.modules["extract.__main__"]._BEGAN = time.time()
+            if listing or point:
+                shim.arm(self.out, self.log, point, mode)
+            status = call(self.words(words)) or 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:  # noqa: BLE001 - a fork never returns
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if listing:
+                (self.folder / "modules").write_text("\n".join(sys.modules))
+            os._exit(status)
+
+    def words(self, words):
+        """The command line with the server's address in it, and the name of the network that it serves."""
+        network = next((path.name for path in (self.folder / "in" / "web").glob("inception-*")), "")
+        return [word.replace("{server}", self.server).replace("{network}", network) for word in words]
+
+    def prepare(self, row):
+        """Do here, once, what every fork of a row's commands would do: parse options, import the last modules."""
+        for words in (row.command, row.other, *row.before, *([[*row.other, "--overwrite"]] if row.forces else [])):
+            prepare(self.words(words))
+
+    def import_the_rest(self):
+        """Import what the last listed command has imported late."""
+        for name in (self.folder / "modules").read_text().split():
+            if name not in sys.modules:
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
+        assert threading.active_count() == 1, threading.enumerate()
+
+    def wait(self, pid, patience=PATIENCE_S, *, kill=True):
+        """Until the command has ended, or has stopped at its point; one that takes too long is killed, or is None."""
+        deadline = time.monotonic() + patience
+        while True:
+            found, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+            if found:
+                break
+            if time.monotonic() > deadline and not kill:
+                return None
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return Ended(pid, 124, f"no end within {patience:g} s; {self._said(pid)}")
+            time.sleep(0.002)
+        if os.WIFSTOPPED(status):
+            return Ended(pid, None, "")
+        return Ended(pid, os.waitstatus_to_exitcode(status), self._said(pid))
+
+    def _wait_for_all(self, ranks):
+        """Until all have ended, as torchrun sees to: once one has failed the others are asked to end, and then killed."""
+        ended, failed = {}, None
+        while len(ended) < len(ranks):
+            found, status = os.waitpid(-1, os.WNOHANG)
+            if found in ranks:
+                ended[found] = Ended(found, os.waitstatus_to_exitcode(status), self._said(found))
+                if ended[found].status and failed is None:
+                    failed, asked = ended[found], time.monotonic()
+            if failed is not None:
+                late = time.monotonic() - asked
+                for pid in set(ranks) - set(ended):
+                    if late > GRACE_S:
+                        os.kill(pid, signal.SIGKILL if late > 2 * GRACE_S else signal.SIGTERM)
+            time.sleep(0.01)
+        return failed or ended[ranks[0]]
+
+    def _said(self, pid):
+        path = self.folder / f"said-{pid}"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        path.unlink(missing_ok=True)
+        return text
+
+    def clear(self):
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir(exist_ok=True)
+
+    def keep(self, name):
+        """Remember what stands in `o`."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        shutil.copytree(self.out, self.folder / name, symlinks=True)
+
+    def put_back(self, name):
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.copytree(self.folder / name, self.out, symlinks=True)
+
+    def tree(self, *, visible=False):
+        """{path: SHA-256} of all that stands in `o`, empty and hidden folders too; what a clock determines left out."""
+        found = {}
+        for path in self.out.rglob("*"):
+            name = path.relative_to(self.out).as_posix()
+            if visible and any(part.startswith(".") for part in name.split("/")):
+                continue
+            if not path.is_dir() or path.is_symlink():
+                found[name] = hashlib.sha256(timeless(path)).hexdigest()
+            elif path.name.startswith(".") or not any(path.iterdir()):
+                found[f"{name}/"] = ""
+        return found
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def timeless(path):
+    """A file's bytes without the seconds that a run took, and without inodes and process ids."""
+    data = path.read_bytes()
+    try:
+        if path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in data.splitlines()]
+            return json.dumps([[line["step"], line.get("loss"), line.get("grad_norm")] for line in lines]).encode()
+        if path.name == "trainer.json":
+            return json.dumps({**json.loads(data), "seconds": 0}).encode()
+        if path.name == "publish.json":
+            return re.sub(rb'"inode": \d+|\.\d+\.', b"", data)
+        if path.name == "files.json":
+            listing = json.loads(data)
+            listing["files"].pop("state/trainer.json", None)
+            return json.dumps(listing).encode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return data
+
+
+def anonymous(tree):
+    """The tree as a value, with process ids left out of names: what happens next depends on this alone."""
+    return tuple(
+        sorted((re.sub(r"[0-9a-f]{8,}|(?<=[.-])\d{2,5}(?=[.-])", "#", name), sha) for name, sha in tree.items())
+    )
+
+
+def below(tree, name):
+    """The part of a tree that is one output: a file or all of a folder, hidden things left out."""
+    inside = {path: sha for path, sha in tree.items() if path == name or path.startswith(f"{name}/")}
+    return {path: sha for path, sha in inside.items() if not any(part.startswith(".") for part in path.split("/"))}

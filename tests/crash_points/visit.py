@@ -1,0 +1,270 @@
+"""Every point of one writer in every mode: the command is disturbed there, and then four questions are asked.
+
+1. Does a reader take a half thing for whole, and was the old output whole until the new one was?
+2. Does the same command, given again, end byte-equal to an undisturbed one, with nothing hidden left?
+3. Is another command refused, or does it give exactly its own; and does it with --overwrite in any case?
+4. Was the error one sentence?
+"""
+
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tests.crash_points import shim
+from tests.crash_points.place import anonymous, below
+
+LIMIT_S = 10.0
+
+
+@dataclass
+class Report:
+    """What a writer's visits came to."""
+
+    writer: str
+    points: int = 0
+    visits: int = 0
+    missed: int = 0
+    states: int = 0
+    """Different trees after a crash; what follows is asked once for each."""
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of the commands; what a quiet machine takes, nearly."""
+    endings: Counter = field(default_factory=Counter)
+    bad: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class References:
+    """Trees of undisturbed commands: what stood before, what the command makes, what the other one makes."""
+
+    old: dict
+    new: dict
+    other: dict
+    points: list
+
+
+def references(place, row):
+    """Undisturbed runs of all commands of a row; `before` is kept for `Place.put_back`."""
+    place.prepare(row)
+    place.clear()
+    _run(place, row.other, row.expects)
+    other = place.tree()
+    place.clear()
+    for words in row.before:
+        _run(place, words)
+    if row.spoil:
+        path = place.out / row.spoil
+        os.truncate(path, path.stat().st_size // 2)
+    place.keep("before")
+    old = place.tree()
+    _run(place, row.command, row.expects, row.processes)
+    new = place.tree()
+    place.put_back("before")
+    ended = place.run(row.command, listing=True, processes=row.processes)
+    assert ended.status == row.expects, ended.said
+    points = shim.points_of(place.log)
+    place.import_the_rest()
+    again = place.tree()
+    assert again == new, f"{row.name}: two undisturbed runs differ in {_difference(again, new)}"
+    assert new != other, f"{row.name}: the other command makes the same"
+    return References(old, new, other, points)
+
+
+def _run(place, words, expected=0, processes=1):
+    ended = place.run(words, processes=processes)
+    assert ended.status == expected, f"{' '.join(words)}: {ended.said}"
+
+
+def choose(points, mode, *, once_per_site):
+    """The points that a mode is tried at: all that it suits, or the first of each call site."""
+    suitable = [point for point in points if point.suits(mode)]
+    if once_per_site:
+        firsts = {}
+        for point in suitable:
+            firsts.setdefault(point.site, point)
+        suitable = list(firsts.values())
+    return suitable
+
+
+def visit_all(place, row, plan, tell):
+    """A writer's report; `plan(points)` says which (point, mode) are visited, `tell` hears of each fault at once."""
+    start, cpu = time.monotonic(), _cpu_seconds()
+    report = Report(row.name)
+    try:
+        known = references(place, row)
+    except AssertionError as error:
+        report.bad.append({"point": "undisturbed", "mode": "none", "what": str(error)})
+        tell(row.name, report.bad[-1])
+        return report
+    report.points, seen = len(known.points), {}
+    for point, mode in plan(known.points):
+        ending, faults = _visit(place, row, known, seen, point, mode)
+        report.visits += 1
+        report.endings[ending] += 1
+        report.missed += ending == "not reached"
+        for fault in faults:
+            report.bad.append({"point": str(point), "mode": mode, "what": fault})
+            tell(row.name, report.bad[-1])
+    report.states = len(seen)
+    report.seconds, report.cpu_seconds = time.monotonic() - start, _cpu_seconds() - cpu
+    return report
+
+
+def _cpu_seconds():
+    used = os.times()
+    return used.children_user + used.children_system + used.user + used.system
+
+
+def _visit(place, row, known, seen, point, mode):
+    """(how it ended, what is wrong)."""
+    if mode == "stop":
+        return _visit_paused(place, row, known, point)
+    ended = _disturb(place, row, point, mode)
+    if not shim.was_hit(place.log):
+        return "not reached", []
+    state = anonymous(place.tree())
+    if state not in seen:
+        seen[state] = _after(place, row, known, lambda: _disturb(place, row, point, mode))
+    how, faults = seen[state]
+    return f"{_ending(ended)}, then other {how}", [*_errors(mode, ended), *faults]
+
+
+def _disturb(place, row, point, mode):
+    place.put_back("before")
+    return place.run(row.command, point, mode, processes=row.processes)
+
+
+def _after(place, row, known, disturb):
+    """(what became of the other command, what is wrong) after what `disturb` leaves, which has just been called.
+
+    It is called again for each question: a copy of what it left would have other inodes, which are part of it.
+    """
+    faults = _half_things(place, row, known)
+    again = place.run(row.command, processes=row.processes)
+    faults += _not_equal(place, "the same command again", again, known.new, status=row.expects)
+    if row.processes > 1:
+        return "not asked", faults
+    disturb()
+    other = place.run(row.other)  # unfinished work of the first one may stay, hidden, until --overwrite drops it
+    how = "refused" if other.is_refusal else "its own"
+    if not other.is_refusal:
+        faults += _not_equal(place, "the other command", other, known.other, visible=True, status=row.expects)
+    if row.forces:
+        if not other.is_refusal:
+            disturb()
+        forced = place.run([*row.other, "--overwrite"])
+        faults += _not_equal(place, "the other command with --overwrite", forced, known.other, status=row.expects)
+    return how, faults
+
+
+def _ending(ended):
+    return "killed" if ended.status == -signal.SIGKILL else f"status {ended.status}"
+
+
+def _errors(mode, ended):
+    """A failing disk may be borne or is said in a sentence."""
+    if not mode.startswith(("eio", "enospc")):
+        return []
+    if "Traceback" in ended.said:
+        return [f"traceback: {ended.said.strip().splitlines()[-1]}"]
+    return [] if ended.status in {0, 2} else [f"status {ended.status}: {ended.said.strip()[-200:]}"]
+
+
+def _half_things(place, row, known):
+    tree = place.tree()
+    faults = []
+    for name in row.outputs:
+        parts = [name] if row.kind != "run" else _checkpoints(tree, name)
+        for part in parts:
+            found, old, new = (below(known_tree, part) for known_tree in (tree, known.old, known.new))
+            if found in (old, new):
+                continue
+            if not found:
+                faults.append(f"the old {part} is gone before the new one is whole")
+            elif row.kind == "store":
+                taken = place.run(["inspect", f"o/{part}", "--verify"])  # a reader first ends what was begun
+                found = below(place.tree(), part)
+                if taken.status == 0 and found not in (old, new):
+                    faults.append(f"dit-inspect --verify takes a half {part} for whole")
+                elif taken.status != 0 and old and row.overwrites:
+                    faults.append(f"the old {part} is gone before the new one is whole")
+            else:
+                faults.append(f"{part} is half there under its name")
+        if row.kind == "run":
+            kinds = {_whose(tree, part, known) for part in parts} - {None}
+            if len(kinds) > 1:
+                faults.append("checkpoints of two runs stand side by side")
+    return faults
+
+
+def _whose(tree, part, known):
+    found, old, new = (below(known_tree, part) for known_tree in (tree, known.old, known.new))
+    return None if old == new else "old" if found == old else "new" if found == new else None
+
+
+def _checkpoints(tree, run):
+    start = f"{run}/checkpoints/"
+    return sorted({start + path.removeprefix(start).split("/")[0] for path in tree if path.startswith(f"{start}step-")})
+
+
+def _not_equal(place, who, ended, expected, *, visible=False, status=0):
+    """What is wrong with a command that should have ended with this tree."""
+    if ended.status != status:
+        last = ended.said.strip().splitlines()[-1:] or [""]
+        return [f"{who}: status {ended.status}: {last[0][-300:]}"]
+    tree, expected = place.tree(visible=visible), _visible(expected) if visible else expected
+    if tree == expected:
+        return []
+    return [f"{who} ends otherwise: {_difference(tree, expected)}"]
+
+
+def _difference(tree, expected):
+    changed = [name for name in sorted(tree.keys() & expected.keys()) if tree[name] != expected[name]]
+    extra, missing = sorted(tree.keys() - expected.keys()), sorted(expected.keys() - tree.keys())
+    parts = [
+        f"{what} {', '.join(names[:3])}{'…' if len(names) > 3 else ''}"
+        for what, names in (("other bytes in", changed), ("left over:", extra), ("missing:", missing))
+        if names
+    ]
+    return "; ".join(parts)
+
+
+def _visit_paused(place, row, known, point):
+    """The command stands still at the point while another one runs to its end, then goes on."""
+    paused = _disturb(place, row, point, "stop")
+    if paused.status is not None:
+        return "not reached", []
+    words = [*row.other, "--overwrite"] if row.overwrites else row.other
+    running = place.start(words)
+    second = place.wait(running, LIMIT_S, kill=False)
+    between = None if second is None else place.tree(visible=True)
+    os.kill(paused.pid, signal.SIGCONT)
+    first = place.wait(paused.pid)
+    second = second or place.wait(running)  # it has waited for a lock that the first one held only to look
+    tree = place.tree(visible=True)
+    new, other = _visible(known.new), _visible(known.other)
+    statuses = f"the paused one {_ending(first)}, the other {_ending(second)}"
+    faults = [
+        f"{who}: {ended.said.strip().splitlines()[-1][-300:]}"
+        for who, ended in (("paused", first), ("other", second))
+        if ended.status != 0 and not ended.is_refusal
+    ]
+    if second.status == 0 and between not in (other, None):
+        faults.append(f"the other command ends otherwise: {_difference(between, other)}")
+    may_replace = row.overwrites or not row.forces
+    last = first.status != 0 or between is None or not row.forces  # whether the other one's may be what stays
+    allowed = [new] * (first.status == 0) + [other] * (second.status == 0 and last)
+    if first.status == 0 and second.status == 0 and not may_replace:
+        faults.append("both end with 0: the slower one has replaced the other's")
+    elif not allowed:
+        said = " / ".join(ended.said.strip().splitlines()[-1] for ended in (first, second) if ended.said.strip())
+        faults.append(f"neither of the two made anything: {said}")
+    elif tree not in allowed:
+        faults.append(f"two at once are mixed ({statuses}): {_difference(tree, allowed[0])}")
+    return statuses, faults
+
+
+def _visible(tree):
+    return {name: sha for name, sha in tree.items() if not any(part.startswith(".") for part in name.split("/"))}
