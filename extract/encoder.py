@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.images import to_pixels
 from pipeline.runtime.console import say
 from pipeline.runtime.devices import float32_products, memory_explained
+from pipeline.runtime.threads import single_threaded
 from pipeline.vae import Vae
 
 CPU_LANE = 4  # one thread computes a whole batch, so larger ones only take memory
@@ -48,15 +49,10 @@ def arithmetic(device: torch.device) -> Iterator[None]:
     Diffusion's size), and the bytes must not depend on the machine's cores or on how many processes share them.
     On a GPU: TF32 for float32, and no trial runs to choose kernels.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    try:
-        with float32_products(device, tf32=True):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with single_threaded(), float32_products(device, tf32=True):
+        yield
 
 
 class Encoder:
@@ -77,11 +73,11 @@ class Encoder:
         on_gpu = vae.device.type == "cuda"
         self.vae = vae
         self.batch_size = batch_size or lane_of(vae.device, image_px)
-        lanes = 2 if on_gpu else cores_of_this_process()  # on a GPU, one prepares a batch while the other's runs
-        self.batches_ahead = lanes
+        at_once = 2 if on_gpu else cores_of_this_process()  # on a GPU, one prepares a batch while the other's runs
+        self.batches_ahead = at_once
         """Batches that may be under way while the next one is prepared."""
         self._flip, self._store_dtype, self._views, self._image_px = flip, store_dtype, views, image_px
-        self._pool = ThreadPoolExecutor(lanes, "encode", initializer=partial(torch.set_num_threads, 1))
+        self._pool = ThreadPoolExecutor(at_once, "encode", initializer=partial(torch.set_num_threads, 1))
         self._to_compile = compiled
         if compiled:
             say("compiling the encoder; the first batch takes a minute or so")

@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from extract.encoder import Encoder
-from extract.inputs import Loaded, Loader, read_ahead
+from extract.inputs import Loaded, Loader
 from extract.plan import Plan
 from extract.progress import ExtractProgress
 from extract.store_folder import OutputFolder
@@ -22,6 +22,7 @@ from pipeline.latents.writer import unstorable_rows, write_shard
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import StopRequest
+from pipeline.runtime.threads import read_ahead
 
 NOT_FINITE = "the VAE's latent is not finite in the precision that is asked for"
 

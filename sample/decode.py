@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.threads import CPU_LANE, InLanes, finite_rows
+from pipeline.runtime.threads import CPU_MICRO_BATCH, ParallelMap, finite_rows
 from pipeline.vae import Vae, to_bytes
 
 GPU_LANE_PIXELS = 16 * 256 * 256
@@ -18,10 +18,10 @@ GPU_LANE_PIXELS = 16 * 256 * 256
 
 def decode_lane(device: torch.device, *, pixels: int) -> int:
     """How many images of so many pixels are decoded at once: eight on a CPU, elsewhere what fills the same memory."""
-    return CPU_LANE if device.type == "cpu" else max(1, GPU_LANE_PIXELS // pixels)
+    return CPU_MICRO_BATCH if device.type == "cpu" else max(1, GPU_LANE_PIXELS // pixels)
 
 
-def decode_in_lanes(vae: Vae, latents: Tensor, *, size: int, in_lanes: InLanes) -> tuple[Tensor, Tensor]:
+def decode_in_lanes(vae: Vae, latents: Tensor, *, size: int, in_lanes: ParallelMap) -> tuple[Tensor, Tensor]:
     """(whether each row is finite [N], images uint8 [N, H, W, 3]) of raw latents, both on the CPU.
 
     A decoder's rounding depends on the size of its batch, so every lane has `size` rows: the last one is filled up.

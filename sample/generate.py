@@ -20,7 +20,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.diffusion import SAMPLERS, NetworkFn, classifier_free_guidance
 from pipeline.randomness import normal
 from pipeline.runtime.processes import keep_freed_memory
-from pipeline.runtime.threads import CPU_LANE, InLanes, finite_rows, one_thread_each
+from pipeline.runtime.threads import CPU_MICRO_BATCH, ParallelMap, finite_rows, one_thread_each
 from pipeline.vae import Vae, denormalize
 from sample.decode import check_finite, decode_in_lanes, decode_lane
 from sample.trajectory import Watch
@@ -74,7 +74,7 @@ class Generator:
         if self._on_cpu:
             keep_freed_memory()
         size = plan.batch_size
-        self._lane = min(CPU_LANE, -(-size // 4)) if self._on_cpu else size
+        self._lane = min(CPU_MICRO_BATCH, -(-size // 4)) if self._on_cpu else size
         self._workers = torch.get_num_threads() if self._on_cpu else 1
         pixels = config.height * config.width * (1 if vae is None else vae.downsample**2)
         self.decode_lane = min(self._lane, decode_lane(self.device, pixels=pixels))
@@ -180,7 +180,7 @@ class Generator:
         """Standard normals [count, C, h, w] of images first … first + count − 1, on the CPU."""
         return torch.stack([normal(self.shape, self.plan.seed, NOISE, k, *step) for k in range(first, first + count)])
 
-    def _lanes(self) -> contextlib.AbstractContextManager[InLanes]:
+    def _lanes(self) -> contextlib.AbstractContextManager[ParallelMap]:
         return one_thread_each(self.device, workers=self._workers)
 
 

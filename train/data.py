@@ -6,12 +6,11 @@ and every sample comes exactly once per epoch, whatever the processes, the accum
 A thread reads the batches ahead of the loop.
 """
 
-import queue
-import threading
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from pipeline.randomness import Permutation, generator
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.threads import read_ahead
 from train.options import Order
 
 if TYPE_CHECKING:  # the reader is handed an open store
@@ -167,7 +167,7 @@ class _Slot:
 class BatchReader:
     """Iterates over this process's rows of global batches `first`, `first` + 1, …, without end.
 
-    A batch's tensors are valid until the next one is asked for. Close it, or use it in a `with` block.
+    A batch's tensors are valid until the next one is asked for. Use it in a `with` block, which ends its thread.
     """
 
     def __init__(
@@ -184,75 +184,58 @@ class BatchReader:
     ) -> None:
         self.waited_seconds = 0.0
         self._store, self._order, self._shard = store, order, shard
-        self._views, self._seed, self._first, self._device = views, seed, first, device
-        self._filled: queue.Queue[tuple[int, _Slot] | BaseException] = queue.Queue()
-        self._free: queue.Queue[_Slot | None] = queue.Queue()
+        self._views, self._seed, self._device = views, seed, device
+        self._pinned = device.type == "cuda"  # from other memory a copy that is not waited for may read too late
 
         # Buffers that are filled in turn: one more than are read ahead, for the batch in use.
         latent = store.manifest.latent
         channels = latent.channels * (2 if latent.kind == "moments" else 1)
         shape = (shard.local_size, channels, latent.height, latent.width)
-        pinned = device.type == "cuda"
-        for _ in range(prefetch + 1):
-            latents = torch.empty(shape, dtype=getattr(torch, latent.dtype), pin_memory=pinned)
-            labels = torch.empty(shard.local_size, dtype=torch.int64, pin_memory=pinned)
-            self._free.put(_Slot(latents, labels))
+        self._slots = [
+            _Slot(
+                torch.empty(shape, dtype=getattr(torch, latent.dtype), pin_memory=self._pinned),
+                torch.empty(shard.local_size, dtype=torch.int64, pin_memory=self._pinned),
+            )
+            for _ in range(prefetch + 1)
+        ]
+        self._reading = read_ahead(itertools.count(first), self._read, workers=1, window=len(self._slots))
 
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, name="batch reader", daemon=True)
-        self._thread.start()
+    def __enter__(self) -> "BatchReader":
+        self._loaded = self._reading.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._reading.__exit__(*error)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             started = time.perf_counter()
-            item = self._filled.get()
+            number, slot = next(self._loaded)
             self.waited_seconds += time.perf_counter() - started
-            if isinstance(item, BaseException):
-                raise item
-            number, slot = item
             yield self._on_device(number, slot)
-            self._free.put(slot)
-
-    def __enter__(self) -> "BatchReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the thread; it ends with the read in flight."""
-        self._closing.set()
-        self._free.put(None)
-        self._thread.join()
 
     def _on_device(self, number: int, slot: _Slot) -> Batch:
         if self._device.type == "cpu":
             return Batch(number=number, latents=slot.latents, labels=slot.labels)
-        pinned = self._device.type == "cuda"  # from other memory a copy that is not waited for may read too late
-        latents = slot.latents.to(self._device, non_blocking=pinned)
-        labels = slot.labels.to(self._device, non_blocking=pinned)
-        if pinned:
+        latents = slot.latents.to(self._device, non_blocking=self._pinned)
+        labels = slot.labels.to(self._device, non_blocking=self._pinned)
+        if self._pinned:
             slot.copied = torch.cuda.Event(blocking=True)
             slot.copied.record()
         return Batch(number=number, latents=latents, labels=labels)
 
-    def _read_ahead(self) -> None:
-        try:
-            if self._device.type == "cuda":  # else this thread would open a context on the first GPU
-                torch.cuda.set_device(self._device)
-            number = self._first
-            while (slot := self._free.get()) is not None and not self._closing.is_set():
-                if slot.copied is not None:
-                    slot.copied.synchronize()
-                indices = self._order.batch(number, self._shard)
-                views = draw_views(self._views, number, self._shard, self._seed)
-                _, labels = self._store.gather(indices, views, out=slot.latents)
-                check_labels(labels.numpy(), len(self._store.manifest["classes"]), self._store.path)
-                slot.labels.copy_(labels)
-                self._filled.put((number, slot))
-                number += 1
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that trains
-            self._filled.put(error)
+    def _read(self, number: int) -> _Slot:
+        """A batch in its buffer, whose last contents the device has read."""
+        slot = self._slots[number % len(self._slots)]
+        if slot.copied is not None:
+            torch.cuda.set_device(self._device)  # else this thread would open a context on the first GPU
+            slot.copied.synchronize()
+        indices = self._order.batch(number, self._shard)
+        views = draw_views(self._views, number, self._shard, self._seed)
+        _, labels = self._store.gather(indices, views, out=slot.latents)
+        check_labels(labels.numpy(), len(self._store.manifest["classes"]), self._store.path)
+        slot.labels.copy_(labels)
+        return slot
 
 
 def check_labels(labels: Indices, classes: int, path: str) -> None:

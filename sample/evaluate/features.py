@@ -17,7 +17,7 @@ from safetensors import safe_open
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import Launch
-from pipeline.runtime.threads import CPU_LANE, one_thread_each
+from pipeline.runtime.threads import CPU_MICRO_BATCH, one_thread_each
 from sample.evaluate.image_set import ImageSet, image_digests, names_of
 from sample.evaluate.inception import FIDInception
 from sample.evaluate.metrics import FeatureName
@@ -110,7 +110,7 @@ def _features_of_batch(
             pixels = part.to(device).permute(0, 3, 1, 2)
             return {name: rows.cpu() for name, rows in network(pixels, wanted).items()}
 
-    size = CPU_LANE if device == "cpu" else len(batch)
+    size = CPU_MICRO_BATCH if device == "cpu" else len(batch)
     with one_thread_each(torch.device(device)) as in_lanes:
         parts = list(in_lanes(lane, torch.from_numpy(batch).split(size)))
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in wanted}

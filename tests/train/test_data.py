@@ -69,7 +69,8 @@ def test_reading_ahead_is_bounded_and_buffers_are_used_again(store):
 def test_closing_ends_the_thread_even_with_batches_waiting(store):
     with LatentStore(store) as latents, reader(latents, prefetch=4) as batches:
         take(batches, 1)
-    assert not any(thread.name == "batch reader" for thread in threading.enumerate())
+        assert any(thread.name.startswith("read_") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("read_") for thread in threading.enumerate())
 
 
 def test_an_error_while_reading_is_raised_where_the_batch_is_asked_for(tmp_path):
