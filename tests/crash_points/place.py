@@ -224,12 +224,16 @@ def _free_port():
 
 
 def timeless(path):
-    """A file's bytes without the seconds that a run took, and without inodes and process ids."""
+    """A file's bytes without the seconds that a run took, inodes, process ids, and whether --overwrite was given."""
     data = path.read_bytes()
     try:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
             return json.dumps([[line["step"], line.get("loss"), line.get("grad_norm")] for line in lines]).encode()
+        if path.name == "result.json":
+            result = json.loads(data)
+            result["options"].pop("overwrite", None)
+            return json.dumps(result).encode()
         if path.name == "trainer.json":
             return json.dumps({**json.loads(data), "seconds": 0}).encode()
         if path.name == "publish.json":
