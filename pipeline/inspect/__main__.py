@@ -12,6 +12,11 @@ from pipeline.runtime.errors import UserError
 
 def run(options: InspectOptions) -> None:
     """Print what is asked for to standard output."""
+    if options.machine:
+        from pipeline.inspect.machine import describe_machine
+
+        _write(describe_machine(options.path))
+        return
     if options.models:
         from pipeline.inspect.models import describe_models
 

@@ -28,10 +28,14 @@ class InspectOptions:
     """Attention heads of a bare state dict whose width is none of the published ones."""
     models: bool = False
     """Print the paper's table of models, our parameters and operations beside the paper's."""
+    machine: bool = False
+    """Print this machine's device, precision, attention kernel, memory and versions; with a PATH, what its disk can do."""
 
     def __post_init__(self) -> None:
-        if self.path is None and not self.models:
-            raise UserError("give the PATH of a store or a checkpoint, or --models")
+        if self.path is None and not self.models and not self.machine:
+            raise UserError("give the PATH of a store or a checkpoint, or --models, or --machine")
+        if self.machine and (self.models or self.verify or self.grid):
+            raise UserError("--machine looks at the machine and the disk of PATH alone; leave the other flags out")
         if self.path is None and (self.verify or self.grid):
             raise UserError("--verify and --grid need the PATH of a store or a checkpoint")
         if self.classes is not None and self.grid is None:

@@ -38,7 +38,7 @@ from pipeline.runtime.work_queue import OccupiedError, Presence, exclusive
 READY = "ready"
 RECORD = "publish.json"
 _POLL_SECONDS = 0.2
-_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
+_AT_FDCWD, NOREPLACE, EXCHANGE = -100, 1, 2
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -230,7 +230,7 @@ def _put(made: Path, final: Path, *, overwrite: bool) -> None:
             _put_folder(made, final, overwrite=overwrite)
         elif overwrite:
             made.replace(final)
-        elif not _renameat2(made, final, _NOREPLACE):
+        elif not renameat2(made, final, NOREPLACE):
             os.link(made, final)  # refuses what is there, as a plain rename does not
             made.unlink()
         flush_folder(final.parent)
@@ -240,18 +240,18 @@ def _put_folder(made: Path, final: Path, *, overwrite: bool) -> None:
     if final.is_dir() and not any(final.iterdir()):
         made.rename(final)  # an empty folder is nothing
     elif not os.path.lexists(final):
-        if not _renameat2(made, final, _NOREPLACE):
+        if not renameat2(made, final, NOREPLACE):
             made.rename(final)
     elif not overwrite:
         raise FileExistsError(errno.EEXIST, "it is there already", str(final))
-    elif not _renameat2(made, final, _EXCHANGE):
+    elif not renameat2(made, final, EXCHANGE):
         old = made.with_name(f"old-{made.name}")
         remove_folder(old)
         final.rename(old)
         made.rename(final)
 
 
-def _renameat2(source: Path, target: Path, how: int) -> bool:
+def renameat2(source: Path, target: Path, how: int) -> bool:
     """Linux's rename that exchanges two names, or refuses to replace; False where the system or the disk lacks it."""
     if not sys.platform.startswith("linux"):
         return False
