@@ -1,16 +1,18 @@
 """Image k from (seed, k) alone, and what a step costs."""
 
 import threading
+import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.checkpoint import read_checkpoint
-from pipeline.diffusion import RectifiedFlow
+from pipeline.diffusion import SAMPLERS, GaussianDiffusion, RectifiedFlow
 from pipeline.dit import compile_blocks
 from pipeline.vae import load_vae
-from sample.decode import NotFiniteError, Overlap, overlapping
+from sample.decode import NotFiniteError, Overlap, decode_lane, overlapping
 from sample.generate import Generator, ReversePlan
 from sample.trajectory import Watch
 
@@ -159,6 +161,62 @@ def test_flow_checkpoints_are_sampled_too(generator, make_checkpoint, sampler):
     assert torch.isfinite(made.latents(0, labels(0, 4))).all()
 
 
+def test_an_unconditional_flow_is_sampled_with_times_that_are_no_whole_numbers(generator, make_checkpoint):
+    flow = make_checkpoint("flow-unconditional", process=RectifiedFlow(), learn_sigma=False, num_classes=0)
+    made = generator(4, path=flow, sampler="euler", guidance=1.0, steps=3)
+    assert torch.isfinite(made.latents(0, np.full(4, -1))).all()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_every_precision_is_that_of_autocast_by_hand_and_near_float32(generator, tiny, precision, dtype):
+    made = generator(4, sampler="ddim", steps=2, guidance=1.0, precision=precision)
+    kinds = []
+    made.model.blocks[0].attn.qkv.register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
+    found = made.latents(0, labels(0, 4))
+    assert set(kinds) == {dtype or torch.float32}
+
+    def by_hand(dtype):
+        model, y = read_checkpoint(tiny).model.eval(), torch.from_numpy(labels(0, 4))
+        rows = []
+        for row in range(4):  # in lanes of one, as a batch of four is cut
+            with torch.no_grad(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                x = made._noise(row, 1)
+                rows.append(
+                    SAMPLERS["ddim"](GaussianDiffusion(), partial(model, y=y[row : row + 1]), x, pytest.fail, steps=2)
+                )
+        return made.raw(torch.cat(rows))
+
+    assert torch.equal(found, by_hand(dtype))
+    error = (found - by_hand(None)).norm() / found.norm()
+    assert error == 0 if dtype is None else 0 < error < 0.05
+
+
+def test_weights_of_products_are_cast_once_when_the_network_is_taken_and_no_others(generator):
+    kept = {
+        name
+        for name, weight in generator(4, precision="bf16").model.state_dict().items()
+        if weight.dtype != torch.bfloat16
+    }
+    assert kept == {"y_embedder.embedding_table.weight"}
+
+
+def test_a_gpus_noise_is_drawn_ahead_and_is_the_same(generator):
+    made, there = generator(4, steps=5), generator(4, steps=5)
+    there._on_cpu, drawn, inner = False, [], there._noise
+    there._noise = lambda *key: drawn.append((key[2:], threading.current_thread())) or inner(*key)
+    with made._noise_of(8) as here, there._noise_of(8) as ahead:
+        for step in ((), (0,), (1,), (2,), (3,)):
+            assert torch.equal(here(*step), ahead(*step))
+    assert [step for step, _ in drawn] == [(), (0,), (1,), (2,), (3,)]
+    assert [thread is threading.main_thread() for _, thread in drawn] == [True, True, False, False, False]
+
+
+def test_the_memory_of_a_decoders_lane_on_a_gpu_does_not_grow_with_the_image():
+    gpu = torch.device("cuda")
+    assert [decode_lane(gpu, pixels=side**2) for side in (128, 256, 512, 1024, 2048)] == [64, 16, 4, 1, 1]
+    assert {decode_lane(torch.device("cpu"), pixels=side**2) for side in (64, 256, 1024)} == {8}
+
+
 def test_values_that_are_not_finite_are_told_by_their_rows(generator, make_checkpoint):
     made = generator(8, path=make_checkpoint("poisoned", poison=True))
     given = labels(0, 8)
@@ -217,3 +275,16 @@ def test_overlapped_work_runs_beside_the_main_thread_and_its_errors_come_out():
     with overlapping(enabled=False) as overlap:
         overlap.run(lambda: threads.append(threading.current_thread()))
     assert threads[1] is threading.main_thread()
+
+
+def test_what_overlaps_ends_before_an_error_leaves_the_block():
+    written = []
+
+    def slow():
+        time.sleep(0.3)
+        written.append("whole")
+
+    with pytest.raises(KeyboardInterrupt), overlapping(enabled=True) as overlap:
+        overlap.run(slow)
+        raise KeyboardInterrupt
+    assert written == ["whole"]

@@ -48,6 +48,34 @@ def test_what_cannot_be_is_refused_with_the_flag_that_mends_it(arguments, messag
         parse(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "group", "field", "value"),
+    [
+        (["--samples-per-class", "1"], "images", "samples_per_class", 1),
+        (["--num-samples", "1"], "images", "num_samples", 1),
+        (["--num-samples", "1", "--labels", "balanced"], "images", "labels", "balanced"),
+        (["--num-samples", "1", "--labels", "random", "--classes", "0"], "images", "classes", "0"),
+        (["--steps", "1"], "reverse", "steps", 1),
+        (["--eta", "0"], "reverse", "eta", 0.0),
+        (["--eta", "1"], "reverse", "eta", 1.0),
+        (["--guidance", "0"], "reverse", "guidance", 0.0),
+        (["--guidance-channels", "all"], "reverse", "guidance_channels", None),
+        (["--guidance-channels", "3"], "reverse", "guidance_channels", 3),
+        (["--guidance-interval", "0:1"], "reverse", "interval", (0.0, 1.0)),
+        (["--seed", "-1"], "reverse", "seed", -1),
+        (["--batch-size", "1"], "compute", "batch_size", 1),
+        (["--mixed-precision", "fp16"], "compute", "mixed_precision", "fp16"),
+        (["--decode-dtype", "float16"], "compute", "decode_dtype", "float16"),
+    ],
+)
+def test_what_is_just_possible_is_taken(arguments, group, field, value):
+    assert getattr(getattr(parse(*arguments), group), field) == value
+
+
+def test_two_moments_are_a_trajectory():
+    assert parse("--trajectory", "2").trajectory == 2
+
+
 def test_an_output_of_another_kind_is_refused():
     with pytest.raises(UserError, match=r"--out a.jpg ends in .jpg; use .png, .npz, .safetensors, or FOLDER/"):
         parse(out="a.jpg")

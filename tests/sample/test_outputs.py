@@ -119,6 +119,21 @@ def test_a_grid_of_drawn_labels_is_a_square_sorted_by_class_with_captions(tmp_pa
     assert np.abs(middles[3] - middles[0] - down - right).max() < 8
 
 
+def test_a_sorted_grid_says_each_class_below_its_image_and_none_where_there_are_no_classes(tmp_path):
+    tiles = np.full((4, 64, 64, 3), 200, dtype=np.uint8)
+
+    def drawn(name, labels, class_name):
+        write_grid(tmp_path / name, [tiles], labels, class_name=class_name, columns=None)
+        return grey(tmp_path / name)
+
+    captioned = drawn("a.png", np.array([0, 1, 0, 1]), lambda label: ["I", "WWWW"][label])
+    ink = [(captioned[:, half] < 100).sum() for half in (slice(0, 70), slice(70, None))]
+    assert ink[1] > 0 and ink[0] > 0
+    assert captioned.shape[0] > drawn("b.png", np.full(4, -1), pytest.fail).shape[0]
+    half = captioned.shape[0] // 2
+    assert (captioned[:half] < 100).sum() < (captioned[half:] < 100).sum(), "sorted: the short name is above"
+
+
 def test_a_strip_is_a_row_of_moments(tmp_path):
     frames = np.zeros((2, 5, 64, 64, 3), dtype=np.uint8)
     write_strip(tmp_path / "s.png", frames, row_labels=["a", "b"], captions=[f"t = {t}" for t in range(5)])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.diffusion import classifier_free_guidance
+from pipeline.diffusion import GaussianDiffusion, RectifiedFlow, classifier_free_guidance
 from pipeline.dit import DiT, DiTConfig
 from pipeline.runtime.errors import UserError
 
@@ -14,7 +14,7 @@ class Counting:
 
     def __call__(self, x, t, y):
         self.batches.append(len(x))
-        return (y + t / 100)[:, None, None, None] * torch.ones(len(x), 8, *x.shape[2:])
+        return (y + t / 100)[:, None, None, None] * torch.ones(len(x), 8, *x.shape[2:], device=x.device)
 
 
 X = torch.zeros(2, 4, 2, 2)
@@ -66,6 +66,16 @@ def test_outside_the_interval_guidance_rests_and_costs_one_pass(t, inside):
     assert model.batches == [4 if inside else 2]
     assert torch.equal(channels(output)[:, 4], Y + torch.tensor(t) / 100)
     assert channels(output)[0, 0].eq(1 + t / 100) == (not inside)
+
+
+@pytest.mark.parametrize(("step", "passes"), [(500, 4), (900, 2)])
+def test_on_a_device_nobody_waits_to_read_whether_a_step_is_inside_the_interval(step, passes):
+    x = X.to("meta")  # whose values cannot be read at all
+    for process, at in ((GaussianDiffusion(), step), (RectifiedFlow(), step / 1000)):
+        model = Counting()
+        denoise = classifier_free_guidance(model, Y.to("meta"), scale=3.0, null_class=5, interval=(0.3, 0.7))
+        denoise(x, process.network_timesteps(process.timesteps(at, x)))
+        assert model.batches == [passes]
 
 
 def test_in_a_mixed_batch_each_sample_is_guided_by_its_own_time():
