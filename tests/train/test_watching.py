@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pipeline.vae import load_vae
+from pipeline.checkpoint import read_checkpoint
+from pipeline.diffusion import SAMPLERS, classifier_free_guidance
+from pipeline.image_grid import grid
+from pipeline.randomness import normal
+from pipeline.vae import Vae, denormalize, load_vae
 from tests.train.runs import QUICK, ROOT, assert_same_run, command, environment, lines, make_store, train
 from train.__main__ import main
-from train.plot import distinct_names, smoothed
+from train.plot import distinct_names, draw_curves, read_series, smoothed
 from train.plot import main as plot
 
 NUMBERS = {"step", "loss", "mse", "vb", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "grad_norm", "lr"}
@@ -183,3 +188,120 @@ def test_a_checkpoint_says_all_that_sampling_needs(watched, demo_store):
         assert info[key] == expected
     assert info["diffusion"]["objective"] == "ddpm" and info["model"]["num_classes"] == 4
     assert info["training"]["batch_size"] == 8
+
+
+@pytest.fixture(scope="module")
+def cells(demo_store, tmp_path_factory):
+    """(run, the images of its last preview in the order of the grid, their captions)."""
+    run, seen = tmp_path_factory.mktemp("cells") / "run", []
+
+    def noted(images, columns, **kwargs):
+        seen.append((images, kwargs["captions"]))
+        return grid(images, columns, **kwargs)
+
+    flags = ["--sample-every", "2", "--preview-steps", "3", "--preview-classes", "3", "--lr", "1e-2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.previews.grid", noted)
+        assert train(demo_store, run, *flags, steps=2) == 0
+    return run, *seen[-1]
+
+
+def test_every_preview_cell_is_its_own_image_of_its_own_class_by_its_own_weights(cells):
+    """Each cell against the same image made alone: noise of its place, label of its column, raw above averaged."""
+    run, images, captions = cells
+    assert len(images) == len(captions) == 12 and captions[:3] == ["class 0", "class 2", "class 3"]
+    assert all(not np.array_equal(a, b) for k, a in enumerate(images) for b in images[k + 1 :])
+    vae = load_vae("demo")
+    for row, weights in enumerate(("raw", "raw", "ema", "ema")):
+        checkpoint = read_checkpoint(run, weights=weights)
+        for column, label in enumerate((0, 2, 3)):
+            place = (row % 2) * 3 + column
+            denoise = classifier_free_guidance(
+                checkpoint.model,
+                torch.tensor([label]),
+                scale=1.5,
+                null_class=4,
+                time_scale=checkpoint.process.time_scale,
+            )
+            noise = normal((4, 8, 8), 0, "preview", place)[None]
+            made = SAMPLERS["ddim"](checkpoint.process, denoise, noise, lambda _, same=noise: same, steps=3)
+            alone = vae.decode(denormalize(made, vae.scaling_factor, vae.shift_factor))[0]
+            difference = np.abs(alone.numpy().astype(int) - images[row * 3 + column].astype(int))
+            assert difference.max() <= 1, (row, column)
+
+
+@pytest.mark.parametrize("where", ["train.previews.classifier_free_guidance", "pipeline.vae.Vae.decode"])
+def test_a_preview_that_runs_out_of_memory_is_said_and_changes_nothing(
+    demo_store, watched, tmp_path, monkeypatch, capsys, where
+):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(where, full)
+    flags = ["--sample-every", "2", "--validation-share", "0.2", "--validate-every", "2", "--log-every", "2"]
+    assert train(demo_store, tmp_path / "run", *flags, "--save-every", "2", steps=4) == 0
+    assert "no preview of step 4: memory ran out; lower --preview-classes or --preview-rows" in capsys.readouterr().err
+    assert_same_run(watched, tmp_path / "run", 4)
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_a_preview_is_decoded_in_pieces_of_a_bounded_size(demo_store, cells, tmp_path, monkeypatch):
+    sizes, decode = [], Vae.decode
+
+    def noted(self, latents):
+        sizes.append(len(latents))
+        return decode(self, latents)
+
+    monkeypatch.setattr("train.previews.PIECE_PX", 4 * 64 * 64)
+    monkeypatch.setattr("pipeline.vae.Vae.decode", noted)
+    flags = ["--sample-every", "2", "--preview-steps", "3", "--preview-classes", "3", "--lr", "1e-2"]
+    assert train(demo_store, tmp_path / "run", *flags, steps=2) == 0
+    assert sizes == [4, 2, 4, 2]
+
+
+def falling_run(folder, *, scale=1.0):
+    """A run whose loss falls a hundredfold and whose rate jumps once."""
+    folder.mkdir(parents=True)
+    lines = [
+        {"step": step, "loss": scale * 10 ** (-step / 50), "lr": 1e-3 if step < 50 else 1e-4} for step in range(1, 101)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_loss_that_falls_is_drawn_falling_on_a_logarithmic_axis(tmp_path):
+    """By pixels: a hundredfold fall at a constant rate is a straight line from the upper left to the lower right."""
+    run = falling_run(tmp_path / "run")
+    assert plot([str(run), "--smoothing", "0"]) == 0
+    image = picture(run / "curves.png")[:340, :600, :3].astype(int)  # the first panel
+    drawn = np.abs(image - [0x1F, 0x77, 0xB4]).sum(axis=2) < 40
+    columns = np.flatnonzero(drawn.any(axis=0))
+    heights = np.array([np.flatnonzero(drawn[:, column]).mean() for column in columns])
+    steady = slice(5, -5)
+    assert heights[-1] - heights[0] > 200 and np.all(np.diff(heights[steady]) >= 0)
+    straight = np.interp(columns, columns[[0, -1]], heights[[0, -1]])
+    assert np.abs(heights - straight).max() < 6
+
+
+def test_the_rate_is_drawn_as_it_was_logged_and_every_axis_has_readable_ticks(tmp_path):
+    series = read_series(falling_run(tmp_path / "run"))
+    figure = draw_curves({"run": series}, smoothing=0.9)
+    figure.canvas.draw()
+    loss, rate = figure.axes
+    assert [tuple(point) for point in rate.lines[0].get_xydata()] == series["lr"] and len(rate.lines) == 1
+    for axes in (loss, rate):
+        low, high = axes.get_ylim()
+        labels = [
+            t.get_text() for t, y in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True) if low <= y <= high
+        ]
+        assert low < high and 3 <= len(labels) == len(set(labels)) and max(map(len, labels)) <= 7
+        assert axes.get_xlabel() == "step"
+
+
+def test_several_runs_share_one_picture_and_are_told_apart(tmp_path):
+    runs = {name: read_series(falling_run(tmp_path / name, scale=k)) for k, name in ((1, "one"), (2, "two"))}
+    figure = draw_curves(runs, smoothing=0.5)
+    loss = figure.axes[0]
+    named = [line for line in loss.lines if not line.get_label().startswith("_")]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["one loss", "two loss"]
+    assert len({line.get_color() for line in named}) == 2
