@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipeline.hub import fetch, weight_patterns
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
 
@@ -53,55 +54,19 @@ def find_folder(name: str) -> tuple[Path, str]:
 
 
 def _from_hub(name: str) -> Path:
-    """The snapshot folder of a Hub repository, from the local cache where it is there, else downloaded into it."""
+    """The VAE's folder in the Hub's local cache, from where it is taken if it is whole, else downloaded into it."""
+    patterns = [*weight_patterns("", ".safetensors"), *weight_patterns("vae/", ".safetensors")]
     for offline in (True, False):  # the local cache first: no network where nothing is missing
-        for prefix in ("", "vae/"):
-            config = _hub_file(name, f"{prefix}config.json", offline=offline)
-            if config is None:
-                continue
-            weights = _hub_file(name, f"{prefix}{WEIGHTS}", offline=offline)
-            index = None if weights else _hub_file(name, f"{prefix}{INDEX}", offline=offline)
-            shards = _shard_names(index) if index else []
-            if weights or all([index, *(_hub_file(name, f"{prefix}{shard}", offline=offline) for shard in shards)]):
-                return config.parent
-            if not offline:
-                return config.parent  # `weight_files` says what is missing
+        try:
+            snapshot = fetch(name, patterns, offline=offline)
+        except UserError as error:
+            raise UserError(f"the VAE {error}") from error
+        if snapshot is None:
+            continue
+        for folder in (snapshot, snapshot / "vae"):
+            if (folder / "config.json").exists() and (not offline or not _missing_weights(folder)):
+                return folder  # what the Hub itself lacks is said by `weight_files`
     raise UserError(f"{name} on the Hub holds no VAE: it has neither config.json nor vae/config.json")
-
-
-def _hub_file(name: str, file: str, *, offline: bool) -> Path | None:
-    """One file of a repository in the local cache; None if it has none of that name (or, offline, not yet)."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(hf_hub_download(name, file, local_files_only=offline))
-    except LocalEntryNotFoundError as error:
-        if offline:
-            return None
-        raise UserError(
-            f"the VAE {name} is no local folder and not in the local Hub cache, and the Hub cannot be reached; "
-            "check the name, go online once, or give a local folder"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except GatedRepoError as error:
-        raise UserError(
-            f"the VAE {name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"there is no VAE {name}: neither a local folder nor a repository on the Hub that you may read; "
-            "check the spelling"
-        ) from error
-    except OSError as error:
-        raise UserError(f"the VAE {name} cannot be fetched from the Hub ({_one_line(error)}); try again") from error
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -119,16 +84,28 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a model folder, sorted."""
-    files = [folder / WEIGHTS]
-    if not files[0].exists() and (folder / INDEX).exists():
-        files = [folder / shard for shard in _shard_names(folder / INDEX)]
-    missing = [path.name for path in files if not path.exists()]
+    """The safetensors files of a model folder, sorted.
+
+    Raises:
+        UserError: some are missing.
+    """
+    missing = [path.name for path in _missing_weights(folder)]
     if missing:
         pickled = any(folder.glob("*.bin"))
         why = "; its .bin file is a pickle, which could run code and is never loaded: convert it to safetensors"
         raise UserError(f"the VAE {name} has no {', '.join(missing)}{why if pickled else ''}")
-    return files
+    return _named_weights(folder)
+
+
+def _named_weights(folder: Path) -> list[Path]:
+    """One whole file, or what the index of shards names."""
+    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+        return [folder / shard for shard in _shard_names(folder / INDEX)]
+    return [folder / WEIGHTS]
+
+
+def _missing_weights(folder: Path) -> list[Path]:
+    return [path for path in _named_weights(folder) if not path.exists()]
 
 
 def _shard_names(index: Path) -> list[str]:

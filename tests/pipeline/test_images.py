@@ -237,6 +237,12 @@ def test_boxes_depend_on_their_key_alone_and_stay_inside():
         assert 0.74 < (right - left) / (bottom - top) < 1.35
 
 
+def test_a_box_may_be_as_wide_or_as_high_as_the_image_and_begin_anywhere():
+    """In an image of 4×4 a box of 4×3 or 3×4 can only be a drawn one: the fallback is 4×4."""
+    boxes = {choose_box(4, 4, 0, index) for index in range(300)}
+    assert {(0, 0, 4, 3), (0, 1, 4, 4), (0, 0, 3, 4), (1, 0, 4, 4), (0, 0, 4, 4)} <= boxes
+
+
 def test_boxes_keep_their_values_for_ever():
     assert [choose_box(300, 200, 0, index) for index in range(3)] == GOLDEN_BOXES
 

@@ -217,6 +217,19 @@ def test_a_folder_of_a_whole_pipeline_gives_its_vae(demo, tmp_path):
     assert (vae.name, vae.sha256) == ("pipe", demo.sha256)
 
 
+def in_shards(folder):
+    """Spread a VAE's weights over two files, as large ones come."""
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    names = sorted(tensors)
+    places = {name: f"diffusion_pytorch_model-0000{1 + k % 2}-of-00002.safetensors" for k, name in enumerate(names)}
+    for place in set(places.values()):
+        save_file({name: tensors[name] for name in names if places[name] == place}, folder / place, {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / f"{weights.name}.index.json").write_text(json.dumps(index))
+
+
 def test_a_hub_name_is_found_in_the_local_cache(demo, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -228,6 +241,9 @@ def test_a_hub_name_is_found_in_the_local_cache(demo, tmp_path, monkeypatch):
         (root / "refs" / "main").write_text("c" * 40)
     assert load_vae("some/vae").describe() == demo.describe() | {"name": "some/vae"}
     assert load_vae("some/pipeline").sha256 == demo.sha256
+    shutil.copytree(tmp_path / "models--some--vae", tmp_path / "models--in--shards")
+    in_shards(tmp_path / "models--in--shards" / "snapshots" / ("c" * 40))
+    assert load_vae("in/shards").sha256 == demo.sha256
     with pytest.raises(UserError, match="some/other is no local folder and not in the local Hub cache"):
         load_vae("some/other")
 

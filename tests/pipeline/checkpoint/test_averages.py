@@ -29,6 +29,18 @@ def test_an_average_is_float32_and_a_copy():
     assert average.tensors[1].tolist() == [1, 1]
 
 
+def test_updates_of_trained_weights_keep_no_history():
+    live = [weight.requires_grad_() for weight in weights(0)]
+    average = MovingAverage(live, decay=0.5)
+    for step in range(3):
+        average.update(live, step=step)
+        average.update(live, step=step, skip=torch.tensor(0.0))
+        with average.exchanged_with(live):
+            pass
+    assert [tensor.grad_fn for tensor in (*average.tensors, *live)] == [None] * 4
+    assert not any(tensor.requires_grad for tensor in average.tensors)
+
+
 def test_a_skipped_step_leaves_it_alone():
     average = MovingAverage(weights(0), decay=0.5)
     average.update(weights(1), step=0, skip=torch.tensor(1.0))

@@ -91,6 +91,8 @@ def test_missing_averages_name_the_flag_that_helps(tmp_path):
 
 def test_equal_weights_give_equal_bytes(tmp_path):
     first, second = (write_checkpoint(tmp_path / name) for name in "ab")
+    files = sorted(file.name for file in first.iterdir())
+    assert files == ["config.json", "ema.safetensors", "model.safetensors"]
     for file in first.iterdir():
         assert file.read_bytes() == (second / file.name).read_bytes()
 

@@ -670,6 +670,20 @@ def test_a_hub_repository_with_pickled_weights_alone_is_read_too(tmp_path, golde
     assert difference("someone/DiT-tiny", golden) < 2e-5
 
 
+def test_a_vae_in_shards_comes_from_the_hub_without_its_pickles(tmp_path, vae_folder, hub_server):
+    from diffusers import AutoencoderKL
+
+    from pipeline.vae import load_vae
+
+    repository = tmp_path / "repository"
+    AutoencoderKL.from_pretrained(vae_folder).save_pretrained(repository, max_shard_size="20KB")
+    assert len(list(repository.glob("*.safetensors"))) > 1
+    (repository / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    fetched = hub_server(repository)
+    assert load_vae("someone/DiT-tiny").sha256 == load_vae(str(vae_folder)).sha256
+    assert "diffusion_pytorch_model.bin" not in fetched
+
+
 def test_a_hub_name_offline_gives_one_clear_sentence(run, tmp_path, hub_cache):
     status, _, err = run("facebook/DiT-XL-2-256", tmp_path / "new", "dit")
     assert status == 2

@@ -68,4 +68,5 @@ def test_the_table_takes_seconds():
 
 def test_the_page_about_models_holds_the_table(table):
     page = Path(__file__).parents[3] / "docs" / "models.md"
+    assert models_markdown(list(table.values())).count("\n") == 17, "two lines of heading, then a line for each model"
     assert models_markdown(list(table.values())) in page.read_text()

@@ -156,6 +156,8 @@ def test_an_unconditional_network_takes_no_labels_or_null_ones():
     model = lively(tiny(num_classes=0))
     x, t, _ = inputs(model.config)
     assert torch.equal(model(x, t), model(x, t, torch.zeros(3, dtype=torch.long)))
+    flowing = t.float() + 0.25  # as a flow's times come
+    assert torch.equal(model(x, flowing), model(x, flowing, torch.zeros(3, dtype=torch.long)))
 
 
 def test_timesteps_need_not_be_whole():
