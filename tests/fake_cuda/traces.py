@@ -1,6 +1,6 @@
 """Training steps, samplers and the decoder traced on the card that computes nothing; the findings as JSON.
 
-    python traces.py LIBGUARD.so [item|cpu|double]     with one of the three, a fault is put into the training step
+python traces.py LIBGUARD.so [item|cpu|double]     with one of the three, a fault is put into the training step
 """
 
 import json

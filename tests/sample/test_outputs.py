@@ -75,7 +75,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_a_folder_has_one_png_per_image_in_its_class_and_its_number_in_the_name(tmp_path):
-    about = fill_folder(tmp_path / "f", parts(IMAGES, 4), LABELS, folder_name=lambda label: f"n{label}", final=tmp_path)
+    about = fill_folder(tmp_path / "f", parts(IMAGES, 4), LABELS, folder_name=lambda label: f"n{label}")
     files = sorted((tmp_path / "f").rglob("*.png"))
     assert about["files"] == len(files) == 10
     with Image.open(tmp_path / "f" / "n9" / "000005.png") as image:
@@ -90,7 +90,7 @@ def test_a_folder_has_one_png_per_image_in_its_class_and_its_number_in_the_name(
 
 def test_images_without_a_class_have_no_sub_folder(tmp_path):
     unlabelled = np.full(10, -1)
-    fill_folder(tmp_path / "f", parts(IMAGES, 4), unlabelled, folder_name=lambda _: "", final=tmp_path)
+    fill_folder(tmp_path / "f", parts(IMAGES, 4), unlabelled, folder_name=lambda _: "")
     assert len(list((tmp_path / "f").glob("*.png"))) == 10
 
 
