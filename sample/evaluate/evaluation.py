@@ -1,6 +1,6 @@
 """One `dit-evaluate` from its options to its numbers: open the inputs, make features, score, write."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -8,19 +8,20 @@ from pipeline.runtime.cli import flag_values
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import read_json, write_json
+from pipeline.runtime.files import explained_writes, make_folder, read_json, sha256_of, write_json
 from pipeline.runtime.processes import Launch, launch
-from pipeline.runtime.publish import Stage, making
+from pipeline.runtime.publish import making
+from pipeline.runtime.work_queue import exclusive
 from sample.evaluate import report
 from sample.evaluate.features import DIGESTS, Blocks, make_features
 from sample.evaluate.image_set import pixels_fingerprint
 from sample.evaluate.inception import FIDInception
 from sample.evaluate.inception_weights import load_inception
-from sample.evaluate.metrics import FEWEST_FOR_FID, Gaussian
+from sample.evaluate.job import REFERENCE_FEATURES, EvaluationJob, resolve_job
+from sample.evaluate.metrics import FEWEST_FOR_FID
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import write_statistics
 from sample.evaluate.scoring import Comparison, Side, compute_scores, warn_of_few
-from sample.evaluate.task import REFERENCE_FEATURES, Task, settle_task
 from sample.run import too_large
 from sample.sidecar import sidecar_of
 from sample.work_folder import WorkFolder, begin
@@ -34,156 +35,178 @@ def evaluate(options: EvaluateOptions) -> int:
     """
     place = launch()
     with ExitStack() as at_the_end:
-        task, network, work = _begin(options, place, at_the_end)
-        if not task.writes_reference and not task.scores:
-            return _tell_again(task, place)
+        job, network, work = _begin(options, place, at_the_end)
+        if not job.writes_reference and not job.scores:
+            if place.is_main:
+                _tell_again(job)
+            return 0
         if network is not None:
-            _make_all_features(task, network, work, place)
+            _make_all_features(job, network, work, place)
         if place.is_main:
-            _finish(task, work)
-            _remove(work)
+            with _one_at_a_time(job):
+                _finish(job, work)
+                for made in work.values():
+                    made.remove()
     return 0
 
 
 def _begin(
     options: EvaluateOptions, place: Launch, at_the_end: ExitStack
-) -> tuple[Task, FIDInception | None, dict[Path, WorkFolder]]:
-    """The task, its network if it needs one, and its work folders, which every process has opened when this returns."""
-    with _barriers(place) as barrier:
+) -> tuple[EvaluationJob, FIDInception | None, dict[Path, WorkFolder]]:
+    """The job, its network if it needs one, and its work folders, which every process has opened when this returns."""
+    with _from_main(place) as from_main:
+        # The main process alone downloads weights and VAEs and reads all images for their key; the others are told.
+        keys: dict[str, str] = {}
         if place.is_main:
-            task = settle_task(options)
-        barrier()  # the main process alone downloads weights and VAEs; the others find them in the cache
+            job = resolve_job(options)
+            keys = {flag: side.images_key for flag, side in job.sides.items()}
+        keys = from_main(keys)
         if not place.is_main:
-            task = settle_task(options)
-        for side in task.sides.values():
+            job = resolve_job(options)
+        for flag, side in job.sides.items():
+            side.images_key = keys[flag]
             at_the_end.callback(side.close)
-        network = load_inception(task.weights) if task.weights is not None and task.extractions else None
+        network = load_inception(job.weights) if job.weights is not None and job.extractions else None
         work: dict[Path, WorkFolder] = {}
         for is_turn in (place.is_main, not place.is_main):  # the main process puts the plans there
-            for folder, made in task.extractions.items() if is_turn else ():
+            for folder, made in job.extractions.items() if is_turn else ():
                 work[folder] = begin(folder, made.plan, chunks=made.parts, overwrite=True)
                 at_the_end.callback(work[folder].close)
-            barrier()
-        barrier()  # nobody comes late to a folder that the main process has finished and removed
-    return task, network, work
+            from_main({})
+        from_main({})  # nobody comes late to a folder that the main process has finished and removed
+    return job, network, work
 
 
-def _remove(work: Mapping[Path, WorkFolder]) -> None:
-    for made in work.values():
-        made.remove()
-    for base in {folder.parent for folder in work}:
-        with suppress(OSError):  # another evaluation's work is in it
-            base.rmdir()
+@contextmanager
+def _one_at_a_time(job: EvaluationJob) -> Iterator[None]:
+    """Let commands that share features or an output end one after the other, each seeing what the ones before left."""
+    if not job.extractions and job.options.out is None:
+        yield
+        return
+    make_folder(job.work_base)
+    lock = job.work_base / "finish.lock"
+    with exclusive(lock, needed=False):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # unfinished or another evaluation's work is in it
+                job.work_base.rmdir()
 
 
-def _tell_again(task: Task, place: Launch) -> int:
+def _tell_again(job: EvaluationJob) -> None:
     """Print the numbers of an earlier run that was asked for the same."""
-    if place.is_main:
-        named = [path for path in (task.options.out, task.options.make_reference) if path is not None]
-        say(f"{' and '.join(named)}: there already, made from these very inputs; nothing to do")
-        if task.metrics:
-            result = read_json(Path(task.options.out or ""))
-            print(report.table(result["metrics"], result["std"]))
-    return 0
+    named = [path for path in (job.options.out, job.options.make_reference) if path is not None]
+    say(f"{' and '.join(named)}: there already, made from these very inputs; nothing to do")
+    if job.metrics:
+        result = read_json(Path(job.options.out or ""))
+        print(report.table(result["metrics"], result["std"]))
 
 
-def _make_all_features(task: Task, network: FIDInception, work: dict[Path, WorkFolder], place: Launch) -> None:
-    for folder, extraction in task.extractions.items():
+def _make_all_features(job: EvaluationJob, network: FIDInception, work: dict[Path, WorkFolder], place: Launch) -> None:
+    for folder, extraction in job.extractions.items():
         again = True
         while again:
-            with memory_explained(lambda: too_large(task.batch_size)):
+            with memory_explained(lambda: too_large(job.batch_size)):
                 make_features(
                     extraction.images,
                     network,
                     extraction.wanted,
                     work[folder],
                     place=place,
-                    batch_size=task.batch_size,
-                    device=task.device,
+                    batch_size=job.batch_size,
+                    device=job.device,
                 )
-            again = place.is_main and work[folder].drop_damaged() > 0  # a part that is not as it was written
+            again = (  # for a part that is not as it was written
+                place.is_main and work[folder].is_open() and work[folder].drop_damaged() > 0
+            )
 
 
-def _finish(task: Task, work: dict[Path, WorkFolder]) -> None:
-    """From the features of all images to the files and the table."""
-    for side in task.sides.values():
-        folder = task.folder_of(side)
+def _finish(job: EvaluationJob, work: dict[Path, WorkFolder]) -> None:
+    """From the features of all images to the files and the table.
+
+    Raises:
+        UserError: something else is there by now, and --overwrite is not given.
+    """
+    # The same command may have run beside this one and be done.
+    writes = job.writes_reference and not job.reference_is_there()
+    scores = job.scores and not job.result_is_there()
+    if not writes and not scores:
+        _tell_again(job)
+        return
+    if not all(made.is_open() for made in work.values()):
+        raise UserError("the same command ran beside this one and has removed the features; give the command again")
+
+    # Only now are the features complete.
+    for side in job.sides.values():
+        folder = job.folder_of(side)
         if folder is not None:
-            names = (*task.extractions[folder].wanted, DIGESTS)
+            names = (*job.extractions[folder].wanted, DIGESTS)
             side.blocks = {name: Blocks(work=work[folder], name=name) for name in names}
-    if task.writes_reference:
-        _write_reference(task)
-    if task.scores:
-        _score(task)
+    if writes:
+        _write_reference(job)
+    if scores:
+        _score(job)
 
 
-def _write_reference(task: Task) -> None:
+def _write_reference(job: EvaluationJob) -> None:
     """Write --make-reference and its sidecar, which appear together."""
-    side, path = task.reference_source, Path(task.options.make_reference or "")
+    side, path = job.reference_source, Path(job.options.make_reference or "")
     images = side.given.images
-    assert images is not None, "settled: a reference is made of images"
-    assert task.weights is not None, "settled: features need the network"
+    assert images is not None, "resolve_job has seen to it: a reference is made of images"
+    assert job.weights is not None, "resolve_job has seen to it: features need the network"
     if images.count < FEWEST_FOR_FID:
         warn(f"{path} will hold statistics of {images.count} images; FID needs at least {FEWEST_FOR_FID}")
     provenance = {
         "images": report.describe_images(images, fingerprint=_fingerprint(side)),
-        "inception": task.weights.describe(),
-        "batch_size": task.batch_size,
+        "inception": job.weights.describe(),
+        "batch_size": job.batch_size,
         "versions": report.all_versions(),
     }
-    features = side.blocks["features_2048"].rows() if task.options.reference_features else None
-    sidecar = {"request": task.reference_request, **provenance, "source": side.given.path}
-    with _made_once(path, task, is_made=lambda: task.has_reference) as stage:
-        write_json(stage.place(sidecar_of(path)), sidecar)
-        gaussians: dict[str, Gaussian] = {feature: side.fitted(feature) for feature in REFERENCE_FEATURES}
-        write_statistics(stage.place(path), gaussians, count=images.count, features=features, provenance=provenance)
+    gaussians = {feature: side.fitted(feature) for feature in REFERENCE_FEATURES}
+    features = side.blocks["features_2048"].rows() if job.options.reference_features else None
+    sidecar = sidecar_of(path)
+    with making(path, overwrite=job.options.overwrite, beside=(sidecar,), wait=True) as stage:
+        made = stage.place(path)
+        with explained_writes(path):
+            write_statistics(made, gaussians, count=images.count, features=features, provenance=provenance)
+        described = {"request": job.reference_request, **provenance, "source": side.given.path}
+        write_json(stage.place(sidecar), {**described, "sha256": sha256_of(made)})
     say(f"wrote {path} (statistics of {images.count} images)")
 
 
-@contextmanager
-def _made_once(path: Path, task: Task, *, is_made: Callable[[], bool]) -> Iterator[Stage]:
-    """Publish an output; where another command has just published the very same, that one stays and serves."""
-    try:
-        with making(path, overwrite=task.options.overwrite, wait=True) as stage:
-            yield stage
-    except UserError:
-        if not is_made():
-            raise
-
-
-def _score(task: Task) -> None:
-    options = task.options
-    samples, reference = task.sides["--samples"], task.sides.get("--reference")
+def _score(job: EvaluationJob) -> None:
+    options = job.options
+    samples, reference = job.sides["--samples"], job.sides.get("--reference")
     if reference is not None:
-        warn_of_few(task.metrics, samples, reference)
+        warn_of_few(job.metrics, samples, reference)
     scores = compute_scores(
-        task.metrics,
+        job.metrics,
         Comparison(
             samples=samples,
             reference=reference or samples,
             seed=options.reverse.seed,
             kid_subsets=options.kid_subsets,
             kid_subset_size=options.kid_subset_size,
-            device=task.device,
+            device=job.device,
         ),
     )
     result = report.build(
         scores,
-        request=task.score_request,
+        request=job.score_request,
         inputs={
             flag.removeprefix("--"): report.describe_input(side.given, fingerprint=_fingerprint(side))
-            for flag, side in task.sides.items()
+            for flag, side in job.sides.items()
         },
-        inception=None if task.weights is None else task.weights.describe(),
+        inception=None if job.weights is None else job.weights.describe(),
         options=flag_values(options),
-        device=task.device,
-        batch_size=task.batch_size,
+        device=job.device,
+        batch_size=job.batch_size,
     )
     if options.out is not None:
-        out = Path(options.out)
-        with _made_once(out, task, is_made=lambda: report.request_of(out) == task.score_request) as stage:
-            write_json(stage.place(out), result)
-        say(f"wrote {out}")
+        with making(Path(options.out), overwrite=options.overwrite, wait=True) as stage:
+            write_json(stage.place(Path(options.out)), result)
+        say(f"wrote {options.out}")
     print(report.table(result["metrics"], result["std"]))
 
 
@@ -193,8 +216,8 @@ def _fingerprint(side: Side) -> str | None:
 
 
 @contextmanager
-def _barriers(place: Launch) -> Iterator[Callable[[], None]]:
-    """Give a function that returns when every process has called it as often; with one process, at once.
+def _from_main(place: Launch) -> Iterator[Callable[[dict[str, str]], dict[str, str]]]:
+    """Give a function that returns the main process's value when every process has called it as often.
 
     A process group is needed only here: afterwards the processes share their work through files, so that none
     waits in a collective for one that has died or is long done.
@@ -203,7 +226,7 @@ def _barriers(place: Launch) -> Iterator[Callable[[], None]]:
         UserError: the variables of a launcher are incomplete, or the processes do not find each other.
     """
     if place.world_size == 1:
-        yield lambda: None
+        yield lambda value: value
         return
     import torch.distributed
 
@@ -215,13 +238,16 @@ def _barriers(place: Launch) -> Iterator[Callable[[], None]]:
             f"start them with torchrun or accelerate launch, or unset RANK and WORLD_SIZE for one process"
         ) from error
 
-    def barrier() -> None:
+    def from_main(value: dict[str, str]) -> dict[str, str]:
+        held = [value]
         try:
+            torch.distributed.broadcast_object_list(held)
             torch.distributed.barrier()
         except RuntimeError as error:  # another process has ended, and has said why
             raise SystemExit(2) from error
+        return held[0]
 
     try:
-        yield barrier
+        yield from_main
     finally:
         torch.distributed.destroy_process_group()

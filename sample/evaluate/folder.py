@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.images import ImageError, center_crop, decode_image
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import sha256_of
 from sample.evaluate.options import PART_IMAGES
 
 SUFFIXES = frozenset(
@@ -29,6 +31,15 @@ def list_images(folder: Path) -> list[str]:
         wanted = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
         found += [Path(place, name).relative_to(folder).as_posix() for name in wanted]
     return sorted(found)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[Path]:
+    """Turn what keeps the file from being read inside the block into a `UserError` that names it."""
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file and its rights") from error
 
 
 class FolderImages:
@@ -56,11 +67,11 @@ class FolderImages:
         return str(self.folder / self.names[index])
 
     def key(self) -> str:
-        """A digest over every file's name, length and time of change, and over the crop."""
+        """A digest over every file's name and bytes, and over the crop; size and time can stay when a file changes."""
         digest = hashlib.sha256(repr(self.image_size).encode())
-        for name in self.names:
-            status = (self.folder / name).stat()
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        with ThreadPoolExecutor(self.workers) as pool:
+            for name, data in zip(self.names, pool.map(self._sha256_of, self.names), strict=True):
+                digest.update(f"{name}\0{data}\0".encode())
         return digest.hexdigest()
 
     def describe(self) -> dict[str, object]:
@@ -81,14 +92,14 @@ class FolderImages:
     def close(self) -> None:
         """Nothing is open between batches."""
 
+    def _sha256_of(self, name: str) -> str:
+        with _readable(self.folder / name) as path:
+            return sha256_of(path)
+
     def _read(self, name: str) -> NDArray[np.uint8]:
-        path = self.folder / name
         try:
-            image = decode_image(path.read_bytes(), str(path))
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror or error}); check the file and its rights"
-            ) from error
+            with _readable(self.folder / name) as path:
+                image = decode_image(path.read_bytes(), str(path))
         except ImageError as error:
             raise UserError(f"{path} cannot be used: {error}; restore it or take it out of the folder") from error
         return np.asarray(image, dtype=np.uint8) if self.image_size is None else center_crop(image, self.image_size)

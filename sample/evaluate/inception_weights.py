@@ -2,16 +2,21 @@
 
 import os
 import re
-import urllib.error
-import urllib.request
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 from urllib.parse import urlparse
 
+import torch.hub
 from torch import Tensor
 
 from pipeline.checkpoint.tensor_files import load_tensors
-from pipeline.runtime.console import progress, say
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, replacing, sha256_of
 from sample.evaluate.inception import FIDInception
@@ -19,7 +24,6 @@ from sample.evaluate.inception import FIDInception
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
-_PIECE = 1 << 20
 _TIMEOUT_SECONDS = 60
 
 
@@ -124,20 +128,20 @@ def _download(url: str) -> Path:
     say(f"downloading {url} to {path}")
     with replacing(path) as temporary:
         try:
-            _fetch(url, temporary)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            with time_limited():
+                torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
+        except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
             raise UserError(f"{url} cannot be downloaded ({error}); {_where_to_get_it()}") from error
         _check_hash(name, sha256_of(temporary), url)
     return path
 
 
-def _fetch(url: str, target: Path) -> None:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, target.open("wb") as file:  # noqa: S310 -- scheme checked
-        total = int(response.headers.get("Content-Length") or 0)
-        bar = progress(total or None, unit="bytes", description="download")
-        while piece := response.read(_PIECE):
-            file.write(piece)
-            bar.update(len(piece))
-        bar.close()
-        if total and file.tell() != total:
-            raise ConnectionError(f"it ended after {file.tell()} of {total} bytes")
+@contextmanager
+def time_limited() -> Iterator[None]:
+    """Let no connection opened inside the block wait for its server longer than a minute; torch.hub sets no limit."""
+    kept = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(kept)

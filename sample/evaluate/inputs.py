@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.checkpoint.forms import HUB_NAME
 from pipeline.latents.names import is_store
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.publish import finish
 from sample.evaluate.folder import FolderImages
 from sample.evaluate.image_set import ImageSet
 from sample.evaluate.npz import NpzImages, list_arrays
@@ -47,6 +48,8 @@ def open_inputs(options: EvaluateOptions) -> dict[str, Input]:
     """
     named = {"--samples": options.samples, "--reference": options.reference}
     given = {flag: path for flag, path in named.items() if path is not None}
+    for path in given.values():
+        finish(Path(path))  # of several files of one output, a kill may have left some without their names
     kinds = {flag: kind_of(path, flag) for flag, path in given.items()}
     inputs: dict[str, Input] = {}
     for flag in sorted(given, key=lambda flag: kinds[flag] == "folder"):

@@ -20,14 +20,13 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import replacing
-from sample.evaluate.metrics import Gaussian
+from sample.evaluate.metrics import FeatureName, Gaussian
 from sample.evaluate.npz import content_key, list_arrays, read_array
 
 FORMAT = "dit-reference"
 VERSION = 1
-ARRAY_NAMES = {"features_2048": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-_WIDTHS = {"features_2048": 2048, "spatial": 2023}
+ARRAY_NAMES: dict[FeatureName, tuple[str, str]] = {"features_2048": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_WIDTHS: dict[FeatureName, int] = {"features_2048": 2048, "spatial": 2023}
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -48,10 +47,10 @@ class StatisticsFile:
     def key(self) -> str:
         return content_key(self.path)
 
-    def has_gaussian(self, feature: str) -> bool:
+    def has_gaussian(self, feature: FeatureName) -> bool:
         return all(name in self._arrays for name in ARRAY_NAMES[feature])
 
-    def gaussian(self, feature: str) -> Gaussian:
+    def gaussian(self, feature: FeatureName) -> Gaussian:
         """The Gaussian of `features_2048` or `spatial`.
 
         Raises:
@@ -117,13 +116,13 @@ class StatisticsFile:
 
 def write_statistics(
     path: Path,
-    gaussians: Mapping[str, Gaussian],
+    gaussians: Mapping[FeatureName, Gaussian],
     *,
     count: int,
     features: NDArray[np.floating] | None,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a file of statistics, whole or not at all; the same numbers give the same bytes."""
+    """Write a file of statistics; the same numbers give the same bytes."""
     arrays: dict[str, NDArray[Any]] = {}
     for feature, gaussian in gaussians.items():
         mean_name, covariance_name = ARRAY_NAMES[feature]
@@ -133,7 +132,7 @@ def write_statistics(
         arrays["features"] = features
     text = json.dumps({"format": FORMAT, "version": VERSION, **provenance}, ensure_ascii=True)
     arrays["provenance"] = np.asarray(text)
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_EPOCH), "w", force_zip64=True) as file:
                 npy.write_array(file, np.asarray(array, order="C"), allow_pickle=False)

@@ -108,7 +108,7 @@ def count_name(metric: str, count: int | None) -> str:
     return f"{title}-{f'{count // 1000}k' if count % 1000 == 0 else count}"
 
 
-def settle_metrics(wanted: Sequence[str], samples: Side, reference: Side | None, *, asked: bool) -> tuple[str, ...]:
+def resolve_metrics(wanted: Sequence[str], samples: Side, reference: Side | None, *, asked: bool) -> tuple[str, ...]:
     """The metrics to compute.
 
     Args:

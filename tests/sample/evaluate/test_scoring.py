@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.runtime.errors import UserError
 from sample.evaluate.inputs import Input
-from sample.evaluate.scoring import Comparison, Side, compute_scores, count_name, settle_metrics
+from sample.evaluate.scoring import Comparison, Side, compute_scores, count_name, resolve_metrics
 
 SETTINGS = {"seed": 0, "kid_subsets": 2, "kid_subset_size": 10, "device": "cpu"}
 
@@ -34,12 +34,12 @@ def test_a_metric_is_named_with_its_count(count, name):
 
 
 def test_the_limits_are_2048_for_fid_and_four_for_neighbours():
-    assert settle_metrics(("fid", "sfid"), side(2048), side(2048), asked=True) == ("fid", "sfid")
+    assert resolve_metrics(("fid", "sfid"), side(2048), side(2048), asked=True) == ("fid", "sfid")
     with pytest.raises(UserError, match="fid and sfid: at least 2048 images are needed, but --reference x has 2047"):
-        settle_metrics(("fid", "sfid", "kid"), side(), side(2047, flag="--reference"), asked=False)
+        resolve_metrics(("fid", "sfid", "kid"), side(), side(2047, flag="--reference"), asked=False)
     with pytest.raises(UserError, match="precision and recall: at least 4 images are needed"):
-        settle_metrics(("precision", "recall"), side(4), side(3), asked=True)
-    assert settle_metrics(("is", "kid"), side(2), side(2), asked=True) == ("is", "kid")
+        resolve_metrics(("precision", "recall"), side(4), side(3), asked=True)
+    assert resolve_metrics(("is", "kid"), side(2), side(2), asked=True) == ("is", "kid")
 
 
 def test_the_inception_score_of_a_folder_does_not_depend_on_its_class_folders():

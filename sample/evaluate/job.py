@@ -1,4 +1,4 @@
-"""Options and what lies at their paths into a task: metrics settled, images and statistics checked, work planned."""
+"""Options and what lies at their paths into a job: metrics chosen, images and statistics checked, work planned."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.runtime.console import warn
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import make_folder, read_json
+from pipeline.runtime.files import make_folder, read_json, sha256_of
 from pipeline.runtime.publish import finish
 from sample.evaluate import report
 from sample.evaluate.image_set import ImageSet, digest_of
@@ -17,7 +17,7 @@ from sample.evaluate.inception_weights import InceptionWeights, cache_folder, fi
 from sample.evaluate.inputs import open_inputs
 from sample.evaluate.metrics import METRICS, FeatureName
 from sample.evaluate.options import EvaluateOptions
-from sample.evaluate.scoring import Side, settle_metrics
+from sample.evaluate.scoring import Side, resolve_metrics
 from sample.sidecar import sidecar_of
 
 FEATURE_BATCH = {"cpu": 32, "cuda": 256}
@@ -39,8 +39,8 @@ class Extraction:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Task:
-    """What is to be done, settled and checked."""
+class EvaluationJob:
+    """What is to be done, resolved and checked."""
 
     options: EvaluateOptions
     sides: Mapping[str, Side]
@@ -71,45 +71,48 @@ class Task:
 
     @cached_property
     def writes_reference(self) -> bool:
-        """Whether --make-reference is still to be written.
+        """Whether --make-reference is to be written."""
+        return self.options.make_reference is not None and not self.reference_is_there()
+
+    @cached_property
+    def scores(self) -> bool:
+        """Whether numbers are to be computed."""
+        return bool(self.metrics) and not self.result_is_there()
+
+    def reference_is_there(self) -> bool:
+        """Whether --make-reference holds what is asked for just now, whoever wrote it; never with --overwrite.
 
         Raises:
-            UserError: something else is there, and --overwrite is not given.
+            UserError: it holds something else.
         """
-        if self.options.make_reference is None:
-            return False
-        path = Path(self.options.make_reference)
+        path = Path(self.options.make_reference or "")
         finish(path)
-        if not path.exists() or self.options.overwrite:
-            return True
-        if self.has_reference:
+        if self.options.overwrite or not path.exists():
             return False
+        sidecar = sidecar_of(path)
+        written = read_json(sidecar) if sidecar.is_file() else {}
+        intact = written.get("sha256") in {None, sha256_of(path)}  # sidecars of before have none
+        if intact and written.get("request") == self.reference_request:
+            return True
         raise UserError(
             f"--make-reference {path} is there already and holds something else; choose another name or --overwrite"
         )
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether --make-reference is there, made from these very inputs."""
-        sidecar = sidecar_of(Path(self.options.make_reference or ""))
-        return sidecar.is_file() and read_json(sidecar).get("request") == self.reference_request
-
-    @cached_property
-    def scores(self) -> bool:
-        """Whether numbers are still to be computed.
+    def result_is_there(self) -> bool:
+        """Whether --out holds the answer just now, whoever wrote it; never with --overwrite.
 
         Raises:
-            UserError: --out holds something else, and --overwrite is not given.
+            UserError: it holds another result.
         """
-        if not self.metrics:
+        if self.options.out is None:
             return False
-        if self.options.out is None or self.options.overwrite or not Path(self.options.out).exists():
+        path = Path(self.options.out)
+        finish(path)
+        if self.options.overwrite or not path.exists():
+            return False
+        if report.request_of(path) == self.score_request:
             return True
-        if report.request_of(Path(self.options.out)) == self.score_request:
-            return False
-        raise UserError(
-            f"--out {self.options.out} is there already and holds another result; choose another name or --overwrite"
-        )
+        raise UserError(f"--out {path} is there already and holds another result; choose another name or --overwrite")
 
     @cached_property
     def extractions(self) -> dict[Path, Extraction]:
@@ -129,7 +132,7 @@ class Task:
                 "batch_size": self.batch_size,
                 "device": self.device.partition(":")[0],
             }
-            folder = self._work_base / digest_of(plan)[:16]
+            folder = self.work_base / digest_of(plan)[:16]
             extractions[folder] = Extraction(images=images, wanted=tuple(sorted(wanted)), plan=plan)
         return extractions
 
@@ -150,21 +153,22 @@ class Task:
         return wanted
 
     @property
-    def _work_base(self) -> Path:
+    def work_base(self) -> Path:
+        """Where the features stand, each plan's in a folder of its own."""
         out = self.options.out or self.options.make_reference
         if self.options.work is not None:
             return Path(self.options.work)
         return cache_folder() / "evaluate" if out is None else Path(out).with_name(f".{Path(out).name}.features")
 
 
-def settle_task(options: EvaluateOptions) -> Task:
-    """Open the inputs and settle every choice that the command line left open.
+def resolve_job(options: EvaluateOptions) -> EvaluationJob:
+    """Open the inputs and make every choice that the command line left open.
 
     Raises:
         UserError: an input is not what it must be, or the weights of the network are missing.
     """
     sides = {flag: Side(given) for flag, given in open_inputs(options).items()}
-    metrics = _settle_metrics(options, sides)
+    metrics = _resolve_metrics(options, sides)
     source = sides.get("--reference") or sides["--samples"]
     if options.make_reference is not None and source.given.images is None:
         raise UserError(f"--make-reference needs images, but {source.label} holds statistics alone; give the images")
@@ -182,13 +186,15 @@ def settle_task(options: EvaluateOptions) -> Task:
             make_folder(Path(path).parent)
     device = str(choose_device(options.compute.device)[0])
     batch_size = options.compute.batch_size or FEATURE_BATCH.get(device.partition(":")[0], 256)
-    return Task(options=options, sides=sides, metrics=metrics, weights=weights, device=device, batch_size=batch_size)
+    return EvaluationJob(
+        options=options, sides=sides, metrics=metrics, weights=weights, device=device, batch_size=batch_size
+    )
 
 
-def _settle_metrics(options: EvaluateOptions, sides: Mapping[str, Side]) -> tuple[str, ...]:
+def _resolve_metrics(options: EvaluateOptions, sides: Mapping[str, Side]) -> tuple[str, ...]:
     if options.only_makes_reference:
         return ()
-    return settle_metrics(
+    return resolve_metrics(
         options.wanted, sides["--samples"], sides.get("--reference"), asked=options.metrics is not None
     )
 
