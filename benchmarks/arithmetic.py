@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.extract import VAES
 from benchmarks.report import table
 from benchmarks.stores import latent_spec, write_store
-from benchmarks.suite.vae import count_vae
+from benchmarks.vae import count_vae
 from pipeline.dit import DiTConfig
 from pipeline.dit.macs import count_macs, count_parameters
 

@@ -1,24 +1,13 @@
-"""How fast extraction is: all of it against the bare VAE, loading against plain Pillow, listing a million files.
+"""How fast extraction is: all of it against the bare VAE, loading against plain Pillow, listing very many files.
 
-    python -m benchmarks.extract                      # everything, on the GPU if there is one
-    python -m benchmarks.extract --quick              # a small VAE, few and small images: does it run?
-    python -m benchmarks.extract --part encode --encode-dtype bfloat16 --compile
-
-Prints one JSON object. Parts that are compared take turns, so that a busy machine slows both; the figures are medians
-over the rounds, the ratios medians of each round's ratio. Loading is counted in processor time of one thread.
+Parts that are compared take turns, so that a busy machine slows both; the figures are medians over the rounds, the
+ratios medians of each round's ratio. Loading is counted in processor time of one thread.
 """
 
-import io
-import json
-import os
-import platform
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.machine import Setting
+from benchmarks.report import Pieces, Row
+from benchmarks.timing import release, seconds_of, spread
 from extract.encoder import Encoder, arithmetic, cores_of_this_process
 from extract.fill import ExtractJob, fill
 from extract.inputs import Loader
@@ -35,12 +27,11 @@ from extract.progress import Amount, ExtractProgress, duration
 from extract.sources.folders import FolderSource
 from extract.sources.listing import cached_listing
 from extract.store_folder import OutputFolder
-from pipeline.runtime.console import run_command
-from pipeline.runtime.devices import choose_device
-from pipeline.runtime.processes import StopRequest, launch
+from pipeline.runtime.processes import StopRequest
 from pipeline.vae import Vae, load_vae
 
 IMAGENET = 1_281_167
+CPU_BOUND, GPU_BOUND = 0.95, 0.90
 VAES: dict[str, dict[str, Any]] = {
     "sd": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},  # Stable Diffusion's, 83.7 M parameters
     "small": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
@@ -48,63 +39,90 @@ VAES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchmarkOptions:
-    """What to measure, and on what."""
+class Case:
+    """What is measured on a device."""
 
-    part: Literal["all", "load", "encode", "list"] = "all"
-    """Which part to measure."""
-    vae_size: Literal["sd", "small"] = "sd"
+    vae_size: Literal["sd", "small"]
     """Size of the VAE, whose weights are random: Stable Diffusion's, or one that only shows that this runs."""
-    image_size: int = 256
+    image_size: int
     """Pixels along one side."""
-    images: int = 256
+    images: int
     """JPEG files of 500×375 pixels to encode, as most of ImageNet's are."""
-    files: int = 1_000_000
+    files: int
     """Files to list."""
-    rounds: int = 3
+    rounds: int
     """Turns that count, after one that warms up."""
-    batch_size: int | None = None
-    """As in dit-extract."""
-    workers: int | None = None
-    """As in dit-extract."""
-    device: str = "auto"
-    """As in dit-extract."""
-    encode_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """As in dit-extract."""
-    compile: bool = False
-    """As in dit-extract."""
-    contiguous: bool = False
-    """On a GPU: weights and pixels in PyTorch's usual layout instead of channels_last."""
-    quick: bool = False
-    """A small VAE, 48 images of 64 pixels, 20,000 files, 2 rounds."""
+    load_rounds: int
+    """The same for loading."""
 
 
-def run(options: BenchmarkOptions) -> None:
-    """Measure, and print the figures as JSON."""
-    if options.quick:
-        options = replace(options, vae_size="small", image_size=64, images=48, files=20_000, rounds=2)
-    results: dict[str, Any] = {"command": " ".join(["python -m benchmarks.extract", *sys.argv[1:]]), **machine()}
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        data = make_images(work / "images", options.images, (500, 375))
-        if options.part in {"all", "load"}:
-            results["load"] = measure_loading(data, options)
-        if options.part in {"all", "encode"}:
-            results["encode"] = measure_encoding(data, work, options)
-        if options.part in {"all", "list"}:
-            results["list"] = measure_listing(work / "many", options.files)
-    print(json.dumps(results, indent=1))
+def case_of(setting: Setting) -> Case:
+    """The sizes for this device."""
+    if setting.quick:
+        return Case(vae_size="small", image_size=64, images=16, files=2_000, rounds=2, load_rounds=3)
+    if setting.on_gpu:
+        return Case(vae_size="sd", image_size=256, images=2048, files=1_000_000, rounds=3, load_rounds=15)
+    return Case(vae_size="sd", image_size=64, images=16, files=100_000, rounds=3, load_rounds=15)
 
 
-def machine() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def pieces(setting: Setting) -> Pieces:
+    """Loading on one core; the whole pipeline, both views stored; listing."""
+    case, folder = case_of(setting), setting.folder / "extract"
     return {
-        "cores": cores_of_this_process(),
-        "load_average": os.getloadavg()[0],
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "loading": lambda: _loading(images_in(folder, case), case),
+        "whole": lambda: _whole(images_in(folder, case), folder, case, setting),
+        "listing": lambda: measure_listing(folder / "many", case.files),
     }
+
+
+def images_in(folder: Path, case: Case) -> Path:
+    """The JPEG files, drawn once."""
+    data = folder / "images"
+    if not data.exists():
+        make_images(data, min(case.images, 256), (500, 375))
+        link_copies(data, case.images)
+    return data
+
+
+def _loading(data: Path, case: Case) -> list[Row]:
+    loading = measure_loading(data, case)
+    return [
+        Row(
+            what=f"read, decode and crop JPEG of 500×375 to {case.image_size} px, one core",
+            unit="images/s",
+            ours=spread([loading["ours_per_s"]]),
+            plain=spread([loading["pillow_per_s"]]),
+            ratio=spread(loading["ratios"]),
+            wanted_ratio=None if case.vae_size == "small" else 1.0,
+            note="the same pixels" if loading["same_pixels"] else "other pixels",
+        ),
+    ]
+
+
+def _whole(data: Path, folder: Path, case: Case, setting: Setting) -> list[Row]:
+    encoding = measure_encoding(data, folder, case, setting)
+    release(setting.device)
+    return [
+        Row(
+            what=f"files to store, {case.vae_size} VAE at {case.image_size} px, both views, "
+            f"batch {encoding['batch_size']}",
+            unit="images/s",
+            ours=spread([encoding["pipeline_per_s"]]),
+            limit=encoding["pipeline_per_s"] / encoding["pipeline_over_bare"],
+            limit_name="the bare encode",
+            wanted_share=None if setting.quick else GPU_BOUND if setting.on_gpu else CPU_BOUND,
+            note=f"ImageNet with both views at this rate: {encoding['imagenet_both_views_at_this_rate']}",
+            more=encoding,
+        ),
+    ]
+
+
+def link_copies(folder: Path, count: int) -> None:
+    """Further names of the same files, until there are `count`: drawing them all would take longer than measuring."""
+    originals = sorted(folder.rglob("*.jpg"))
+    for number in range(len(originals), count):
+        original = originals[number % len(originals)]
+        original.with_name(f"{number:06d}-again.jpg").hardlink_to(original)
 
 
 def make_images(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -134,6 +152,7 @@ def alternate(rounds: int, parts: dict[str, Callable[[], float]]) -> dict[str, l
 
 
 def summary(rates: dict[str, list[float]], of: str, against: str) -> dict[str, Any]:
+    """Medians of rates taken in turns, and the ratio of two of them round by round."""
     ratios = [one / other for one, other in zip(rates[of], rates[against], strict=True)]
     medians = {f"{name}_per_s": round(statistics.median(values), 3) for name, values in rates.items()}
     return {
@@ -160,11 +179,12 @@ def plain_pillow(path: Path, size: int) -> np.ndarray[Any, Any]:
     return pixels[top : top + size, left : left + size]
 
 
-def measure_loading(data: Path, options: BenchmarkOptions) -> dict[str, Any]:
-    loader = loader_of(data, options.image_size)
+def measure_loading(data: Path, case: Case) -> dict[str, Any]:
+    """Rates of reading, decoding and cropping on one core, ours and the usual way, and whether the pixels are equal."""
+    loader = loader_of(data, case.image_size)
     paths = [data / key for key in loader.listing.keys]
     same = all(
-        np.array_equal(plain_pillow(path, options.image_size), loader(index).crops[0])  # type: ignore[index]
+        np.array_equal(plain_pillow(path, case.image_size), loader(index).crops[0])  # type: ignore[index]
         for index, path in enumerate(paths[:8])
     )
 
@@ -172,11 +192,9 @@ def measure_loading(data: Path, options: BenchmarkOptions) -> dict[str, Any]:
         return rate_of(lambda: [loader(index) for index in range(len(paths))], len(paths), time.process_time)
 
     def pillow() -> float:
-        return rate_of(
-            lambda: [plain_pillow(path, options.image_size) for path in paths], len(paths), time.process_time
-        )
+        return rate_of(lambda: [plain_pillow(path, case.image_size) for path in paths], len(paths), time.process_time)
 
-    result = summary(alternate(options.rounds, {"ours": ours, "pillow": pillow}), "ours", "pillow")
+    result = summary(alternate(case.load_rounds, {"ours": ours, "pillow": pillow}), "ours", "pillow")
     return {**result, "same_pixels": same}
 
 
@@ -202,54 +220,40 @@ def make_vae(folder: Path, size: str) -> Path:
     return folder
 
 
-def measure_encoding(data: Path, work: Path, options: BenchmarkOptions) -> dict[str, Any]:
-    device, _ = choose_device(options.device, launch())
-    vae = load_vae(
-        str(make_vae(work / "vae", options.vae_size)), device=device, dtype=getattr(torch, options.encode_dtype)
-    )
-    if options.contiguous:
-        vae.model.to(memory_format=torch.contiguous_format)
-        vae.model.encode = contiguous(vae.model.encode)
-    loader = loader_of(data, options.image_size)
+def measure_encoding(data: Path, work: Path, case: Case, setting: Setting) -> dict[str, Any]:
+    """Rates of the pipeline and of the bare VAE, compiled on a GPU, and their ratio."""
+    device = setting.device
+    vae = load_vae(str(make_vae(work / "vae", case.vae_size)), device=device)
+    loader = loader_of(data, case.image_size)
     stores = iter(range(10**6))
-    with encoder_of(vae, options) as encoder:
+    with Encoder(
+        vae,
+        batch_size=None,
+        flip=True,
+        store_dtype=torch.float16,
+        views=2,
+        image_px=case.image_size,
+        compiled=setting.on_gpu,
+    ) as encoder:
         count = len(loader.listing) // encoder.batch_size * encoder.batch_size
         crops = [loader(index).crops for index in range(encoder.batch_size)]
         batches = count // encoder.batch_size
         parts = {
-            "pipeline": lambda: run_pipeline(work / f"store-{next(stores)}", loader, encoder, count, options),
+            "pipeline": lambda: run_pipeline(work / f"store-{next(stores)}", loader, encoder, count),
             "bare": lambda: rate_of(lambda: bare(encoder, crops, batches), count),
         }
         if device.type == "cpu":
-            parts["bare_all_threads"] = lambda: all_threads(vae, options.image_size, encoder.batch_size, count)
+            parts["bare_all_threads"] = lambda: all_threads(vae, case.image_size, encoder.batch_size, count)
         with arithmetic(device):
-            rates = alternate(options.rounds, parts)
+            rates = alternate(case.rounds, parts)
     result = summary(rates, "pipeline", "bare")
     seconds = IMAGENET / result["pipeline_per_s"]
     views = {"views_per_image": 2, "encodes_per_s": round(2 * result["pipeline_per_s"], 3)}
-    settings = {"vae": options.vae_size, "batch_size": encoder.batch_size, "device": str(device), "images": count}
+    settings = {"vae": case.vae_size, "batch_size": encoder.batch_size, "device": str(device), "images": count}
     return {**settings, **result, **views, "imagenet_both_views_at_this_rate": duration(seconds)}
 
 
-def contiguous(encode: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
-    return lambda pixels: encode(pixels.contiguous(memory_format=torch.contiguous_format))
-
-
-@contextmanager
-def encoder_of(vae: Vae, options: BenchmarkOptions) -> Iterator[Encoder]:
-    with Encoder(
-        vae,
-        batch_size=options.batch_size,
-        flip=True,
-        store_dtype=torch.float16,
-        views=2,
-        image_px=options.image_size,
-        compiled=options.compile,
-    ) as encoder:
-        yield encoder
-
-
-def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int, options: BenchmarkOptions) -> float:
+def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int) -> float:
     """Images per second from files to a store's shards on disk.
 
     Shards hold whole batches, as those of thousands of images do but for their last one.
@@ -268,7 +272,7 @@ def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int, option
             encoder=encoder,
             shard_format="safetensors",
             store_dtype="float16",
-            workers=options.workers or cores_of_this_process(),
+            workers=cores_of_this_process(),
             fail_on_error=True,
         )
         amount = Amount(plan=plan, span=job.span, sample_bytes=encoder.sample_bytes)
@@ -297,28 +301,22 @@ def all_threads(vae: Vae, size: int, batch_size: int, count: int) -> float:
 # --- listing ----------------------------------------------------------------------------------------------------
 
 
-def measure_listing(folder: Path, count: int) -> dict[str, Any]:
+def measure_listing(folder: Path, count: int) -> list[Row]:
     """Seconds to list a folder of that many files, and to load the listing from its cache."""
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
     for number in range(count):
         if number % 1300 == 0:
             (folder / f"n{number // 1300:08d}").mkdir(parents=True)
-        path = folder / f"n{number // 1300:08d}" / f"{number:07d}.png"
-        path.touch()
-    source = FolderSource(root=folder)
-    cache = folder.parent / "listing.npz"
-    timed: dict[str, Any] = {"files": count}
-    for name in ("first_s", "cached_s"):
-        began = time.perf_counter()
-        listing = cached_listing(source, cache)
-        timed[name] = round(time.perf_counter() - began, 2)
-    began = time.perf_counter()
-    _ = listing.sha256
-    Plan(inputs=len(listing), seed=0, samples_per_shard=4096).rows(0)
-    return {**timed, "hash_and_plan_s": round(time.perf_counter() - began, 2)}
+        (folder / f"n{number // 1300:08d}" / f"{number:07d}.png").touch()
+    source, cache = FolderSource(root=folder), folder.parent / "listing.npz"
+    listings = []
+    taken = {
+        name: seconds_of(lambda: listings.append(cached_listing(source, cache)))
+        for name in ("list", "load the listing of")
+    }
 
+    def hash_and_plan() -> None:
+        _ = listings[-1].sha256
+        Plan(inputs=len(listings[-1]), seed=0, samples_per_shard=4096).rows(0)
 
-if __name__ == "__main__":
-    description = __doc__.splitlines()[0]
-    sys.exit(run_command(BenchmarkOptions, run, prog="benchmarks.extract", description=description))
+    taken["hash and plan"] = seconds_of(hash_and_plan)
+    return [Row(what=f"{name} {count:,} files", unit="s", ours=spread([one])) for name, one in taken.items()]

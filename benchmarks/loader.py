@@ -1,18 +1,11 @@
-"""How fast are batches read? Run `python -m benchmarks.loader [--quick] [--json FILE]`.
+"""The loader alone: our store in both shard formats and plain `webdataset`, each against one .npy file per sample.
 
-The same latents, [8, 32, 32] float16, one view per sample drawn at random from two, in random order, batches of 256:
-gathered from our store in both shard formats, loaded from one .npy file per sample and view as most projects of the
-field keep them, and streamed by plain `webdataset` from our tars. Interleaved rounds; warm (everything in the page
-cache) and cold (dropped from it before every round). One process, no workers.
+The same latents, [8, 32, 32] float16, one view per sample drawn at random from two, in random order, batches of 256.
+Interleaved rounds; warm (everything in the page cache) and cold (dropped from it before every round). One process, no
+workers.
 """
 
-import argparse
-import json
 import os
-import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.machine import Setting
+from benchmarks.report import Pieces, Row
+from benchmarks.timing import rates, ratios, seconds_of
 from pipeline import randomness
 from pipeline.latents import LatentSpec, LatentStore
 from pipeline.latents.writer import StoreDescription, finish_store, write_shard
@@ -28,7 +24,7 @@ from pipeline.latents.writer import StoreDescription, finish_store, write_shard
 BATCH = 256
 VIEWS = ("center", "center-hflip")
 SHAPE = (8, 32, 32)
-PLAIN = "one .npy per sample"
+OURS = "safetensors shards"
 WANTED = {"warm": 8.0, "cold": 3.0}
 
 Reader = Callable[[int], int]
@@ -52,26 +48,48 @@ class Data:
         return draws.permutation(self.samples).astype(np.int64), draws.integers(0, len(VIEWS), self.samples)
 
 
-def main() -> int:
-    """Exit status 0 if the ratios to the per-sample loop are what we promise, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2,048 samples and 3 rounds")
-    parser.add_argument("--samples", type=int, default=8192, help="samples (default 8192; 64 KiB of disk each)")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
-    parser.add_argument("--folder", type=Path, help="where to put the data (default the system's temporary folder)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    arguments = parser.parse_args()
-    samples, rounds = (2048, 3) if arguments.quick else (arguments.samples, arguments.rounds)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        data = Data(folder=Path(folder), samples=samples)
+def pieces(setting: Setting) -> Pieces:
+    """One row per way of reading and state of the page cache."""
+    return {state: partial(_read, state, setting) for state in WANTED}
+
+
+def _read(state: str, setting: Setting) -> list[Row]:
+    samples = 512 if setting.quick else 8192 if setting.on_gpu else 4096
+    data = Data(folder=setting.folder / "loader", samples=samples)
+    if not data.folder.exists():
+        data.folder.mkdir()
         make(data)
-        result = {state: measure(data, rounds, state) for state in WANTED}
-    report = {"samples": samples, "rounds": rounds, "batch": BATCH, "shape": list(SHAPE), "torch": torch.__version__}
-    report |= {"cpus": os.cpu_count(), **result}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    reached = all(result[state]["ratios"]["safetensors"]["median"] >= wanted for state, wanted in WANTED.items())
-    return 0 if reached else 1
+    readers: dict[str, Reader] = {
+        "plain": partial(load_each, data),
+        OURS: partial(gather, data, "safetensors"),
+        "WebDataset tars": partial(gather, data, "webdataset"),
+        "tars streamed by plain webdataset": partial(stream, data),
+    }
+    return _rows(data, readers, state, setting)
+
+
+def _rows(data: Data, readers: dict[str, Reader], state: str, setting: Setting) -> list[Row]:
+    times: dict[str, list[float]] = {name: [] for name in readers}
+    for number in range(7 + 1):
+        for name in readers if number % 2 else reversed(readers):
+            if state == "cold":
+                drop_from_cache(data.files)
+            seconds = seconds_of(partial(readers[name], number))
+            if number:  # the first round warms up
+                times[name].append(seconds)
+    shape = "×".join(map(str, SHAPE))
+    return [
+        Row(
+            what=f"{name}, {data.samples:,} samples of {shape} float16 in random order, batches of {BATCH}, {state}",
+            unit="samples/s",
+            ours=rates(times[name], data.samples),
+            plain=rates(times["plain"], data.samples),
+            ratio=ratios({"plain": times["plain"], "ours": times[name]}),
+            wanted_ratio=None if setting.quick or name != OURS else WANTED[state],
+        )
+        for name in readers
+        if name != "plain"
+    ]
 
 
 def make(data: Data) -> None:
@@ -113,51 +131,6 @@ def make(data: Data) -> None:
         )
         finish_store(data.folder / shard_format, description, shards=len(shards))
     os.sync()
-
-
-def measure(data: Data, rounds: int, state: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Samples per second and ratios to the .npy loop, as medians over interleaved rounds with their spread.
-
-    The same per second of CPU time: that hardly changes on a machine that is busy with other things.
-    """
-    readers: dict[str, Reader] = {
-        "safetensors": partial(gather, data, "safetensors"),
-        "webdataset tars": partial(gather, data, "webdataset"),
-        PLAIN: partial(load_each, data),
-        "plain webdataset": partial(stream, data),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in readers}
-    cpu_rates: dict[str, list[float]] = {name: [] for name in readers}
-    for number in range(rounds + 1):
-        names = list(readers) if number % 2 else list(reversed(readers))
-        for name in names:
-            if state == "cold":
-                drop_from_cache(data.files)
-            wall, cpu = time.perf_counter(), time.process_time()
-            count = readers[name](number)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            if number:  # the first round warms up
-                rates[name].append(count / wall)
-                cpu_rates[name].append(count / cpu)
-    ratios = {name: [a / b for a, b in zip(values, rates[PLAIN], strict=True)] for name, values in rates.items()}
-    print(f"{state}: {data.samples} samples, batches of {BATCH}, {rounds} interleaved rounds")
-    for name in readers:
-        rate, ratio, per_cpu = spread(rates[name]), spread(ratios[name]), spread(cpu_rates[name])
-        wanted = f"; at least {WANTED[state]:g} wanted" if name == "safetensors" else ""
-        print(
-            f"  {name:<20} {rate['median']:>9,.0f} samples/s {ratio['median']:6.2f}× the .npy loop "
-            f"({ratio['min']:.2f} … {ratio['max']:.2f}{wanted}), {per_cpu['median']:>9,.0f} per second of CPU time",
-            flush=True,
-        )
-    return {
-        key: {name: spread(values) for name, values in table.items()}
-        for key, table in (("rates", rates), ("ratios", ratios), ("rates_per_cpu_second", cpu_rates))
-    }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def drop_from_cache(files: list[Path]) -> None:
@@ -213,7 +186,3 @@ def stream(data: Data, number: int) -> int:
         count += len(torch.from_numpy(moments)[:, 0].contiguous())
         torch.as_tensor(labels)
     return count
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how fast that machine can be at best.
+"""What a benchmark ran on, how fast that machine can be at best, and what every part of the benchmarks is given.
 
 Ceilings are measured, not read from a data sheet: matrix products on random numbers (zeros run up to 13 % faster on
 some GPUs), and copies larger than any cache.
@@ -34,6 +34,26 @@ class Ceilings:
         """FLOP/s of "fp32", "tf32" or "bf16" products: the best seen, since a ceiling is no average."""
         found = getattr(self, precision)
         return (found or self.fp32).greatest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Where and how much to measure: what every part is given."""
+
+    device: torch.device
+    ceilings: Ceilings
+    folder: Path
+    """For files; removed at the end."""
+    quick: bool
+    """Only see that it runs: tiny sizes, whose figures mean nothing."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def rounds(self, usual: int) -> int:
+        """Interleaved rounds."""
+        return 2 if self.quick else usual
 
 
 def describe(device: torch.device) -> dict[str, Any]:

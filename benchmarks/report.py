@@ -6,7 +6,7 @@ work without what surrounds it) sets. Ratios are above 1 where ours is faster.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,10 @@ class Row:
             if value is not None
         ]
         return ", ".join(aims) + {True: ", reached", False: ", **missed**", None: ""}[self.reached] if aims else ""
+
+
+Pieces = Mapping[str, Callable[[], list[Row]]]
+"""What a part measures, by name and in order; each gives its rows alone, so that one that fails costs only itself."""
 
 
 @dataclass(kw_only=True, slots=True)

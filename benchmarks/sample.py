@@ -1,34 +1,28 @@
-"""Is sampling as fast as a loop written the way the release writes it? Run `python -m benchmarks.sample [--quick]`.
+"""Sampling, per step and whole with decoding, against a loop written as the public release writes it."""
 
-Both make the same images from the same weights and the same noise, with the same steps and guidance; the plain loop in
-float32 with PyTorch's own threads, ours with what `dit-sample` takes on this device. They take turns, and the ratio of
-the medians is printed with the time that 50,000 images at 250 steps would take.
-"""
-
-import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.network import _fill as fill_both
+from benchmarks.machine import Setting
+from benchmarks.network import fill_both
 from benchmarks.plain_dit import PlainDiT
+from benchmarks.report import Pieces, Row
+from benchmarks.timing import Spread, interleaved, ratios, spread
 from pipeline.checkpoint import Checkpoint
 from pipeline.diffusion import GaussianDiffusion
 from pipeline.dit import DiT, compile_blocks
+from pipeline.dit.macs import count_macs
 from pipeline.randomness import normal
+from pipeline.runtime.devices import float32_products
 from pipeline.vae import Vae, load_vae
 from sample.generate import NOISE, Generator, ReversePlan
 
-FIFTY_THOUSAND = 50_000
-PAPER_STEPS = 250
-CPU_BOUND, GPU_BOUND = 1.0, 4.0
+GPU_BOUND, CPU_BOUND = 4.0, 0.95
 GUIDANCE, GUIDED_CHANNELS = 1.5, 3
 
 
@@ -44,65 +38,87 @@ class Race:
     compiled: bool
 
 
-def main() -> int:
-    """Exit status 0 if ours reaches the bound of this device, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__)
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--quick", action="store_true", help="2 steps, 3 rounds")
-    parser.add_argument("--model", default="DiT-XL/2" if gpu else "DiT-S/2", help="preset, 4×32×32 latents")
-    parser.add_argument("--batch-size", type=int, default=64 if gpu else 4)
-    parser.add_argument("--steps", type=int, default=20 if gpu else 3)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
-    given = parser.parse_args()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One network."""
+
+    model: str
+    batch_size: int
+    steps: int
+    rounds: int
+
+
+def cases(setting: Setting) -> list[Case]:
+    """What is measured on this device."""
+    if setting.quick:
+        return [Case(model="DiT-Ti/2", batch_size=2, steps=2, rounds=2)]
+    if setting.on_gpu:
+        return [Case(model="DiT-XL/2", batch_size=64, steps=100, rounds=3)]
+    return [Case(model=name, batch_size=2, steps=2, rounds=7) for name in ("DiT-S/2", "DiT-B/4")]
+
+
+def pieces(setting: Setting) -> Pieces:
+    """Per network two rows: the whole with decoding, and the reverse process alone."""
+    return {case.model: partial(_compare, case, setting) for case in cases(setting)}
+
+
+def _compare(case: Case, setting: Setting) -> list[Row]:
     race = Race(
-        model=given.model,
-        batch_size=given.batch_size,
-        steps=2 if given.quick else given.steps,
-        rounds=3 if given.quick else given.rounds,
-        device=given.device,
-        compiled=given.compile,
+        model=case.model,
+        batch_size=case.batch_size,
+        steps=case.steps,
+        rounds=case.rounds,
+        device=setting.device.type,
+        compiled=setting.on_gpu,
     )
-    bound = CPU_BOUND if race.device == "cpu" else GPU_BOUND
-    return 0 if run(race) >= bound else 1
-
-
-def run(race: Race) -> float:
-    """The ratio of the plain loop's median time to ours, printed with what it means."""
-    ours, plain = DiT.from_preset(race.model), PlainDiT(DiT.from_preset(race.model).config)
+    ours, plain = DiT.from_preset(case.model), PlainDiT(DiT.from_preset(case.model).config)
     fill_both(ours, plain)
     vae = load_vae("demo", device=race.device)
-    labels = np.arange(race.batch_size) % ours.config.num_classes
-    share = modulation_share(ours)
+    labels = np.arange(case.batch_size) % ours.config.num_classes
     generator = our_side(ours, vae, race)
     plain = plain.to(race.device).eval()
 
-    def run_ours() -> NDArray[np.uint8]:
-        return generator.pixels(generator.latents(0, labels))
-
-    def run_plain() -> NDArray[np.uint8]:
-        with torch.device(race.device):
-            return plain_loop(plain, vae, labels, race)
-
-    apart = np.abs(run_ours().astype(int) - run_plain()).max()  # this also warms both up
-    times: dict[str, list[float]] = {"plain": [], "ours": []}
-    for i in range(race.rounds):
-        for name in ("plain", "ours") if i % 2 == 0 else ("ours", "plain"):
-            times[name].append(seconds(run_plain if name == "plain" else run_ours))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ratio = median["plain"] / median["ours"]
-    print(f"{race.model}, batch {race.batch_size}, {race.steps} steps, guidance {GUIDANCE} on {race.device}")
-    for name in ("plain", "ours"):
-        per_image = median[name] / race.steps * PAPER_STEPS / race.batch_size
-        hours = per_image * FIFTY_THOUSAND / 3600
-        print(
-            f"  {name:5}  {median[name]:8.2f} s ({min(times[name]):.2f} … {max(times[name]):.2f})   "
-            f"{1 / per_image:10.4f} images/s at {PAPER_STEPS} steps   {hours:10.1f} h for 50k"
+    with float32_products(setting.device, tf32=True):  # the plain loop's
+        times = interleaved(
+            {
+                "plain": lambda: plain_loop(plain, vae, labels, race),
+                "ours": lambda: generator.pixels(generator.latents(0, labels)),
+            },
+            rounds=case.rounds,
+            device=setting.device,
         )
-    print(f"  ratio  {ratio:.2f} over {race.rounds} rounds in turns; pixels differ by at most {apart} levels")
-    print(f"  modulation and conditioning are {share:.1%} of a forward pass: the most that sharing them could save")
-    return ratio
+        alone = interleaved({"ours": lambda: generator.latents(0, labels)}, rounds=2, device=setting.device, warm_ups=0)
+    precision = "bf16" if setting.on_gpu else "fp32"
+    passes = 2 * case.batch_size  # with guidance
+    flops_per_step = 2.0 * count_macs(ours.config) * passes
+    what = f"{case.model} at 256 px, batch {case.batch_size}, guidance, {case.steps} steps"
+    whole = _rates(times["ours"], case)
+    paper = whole.median * case.steps / 250
+    return [
+        Row(
+            what=f"{what}, with decoding (demo VAE)",
+            unit="image steps/s",
+            ours=whole,
+            plain=_rates(times["plain"], case),
+            ratio=ratios(times),
+            limit=setting.ceilings.matmul(precision) / flops_per_step * case.batch_size,
+            limit_name=f"{precision} matmul",
+            wanted_ratio=None if setting.quick else GPU_BOUND if setting.on_gpu else CPU_BOUND,
+            note=f"at 250 steps {paper:.3g} images/s, {50_000 / paper / 3600:.3g} h for 50,000",
+        ),
+        Row(
+            what=f"{what}, the reverse process alone",
+            unit="image steps/s",
+            ours=_rates(alone["ours"], case),
+            limit=setting.ceilings.matmul(precision) / flops_per_step * case.batch_size,
+            limit_name=f"{precision} matmul",
+        ),
+    ]
+
+
+def _rates(seconds: list[float], case: Case) -> Spread:
+    """Images times steps per second, guided steps counted once."""
+    return spread([case.batch_size * case.steps / taken for taken in seconds])
 
 
 def our_side(model: DiT, vae: Vae, race: Race) -> Generator:
@@ -139,7 +155,7 @@ def plain_loop(model: PlainDiT, vae: Vae, labels: NDArray[np.int64], race: Race)
     y = torch.from_numpy(labels).to(race.device)
     y = torch.cat([y, torch.full_like(y, model.config.null_class)])
     for k, i in enumerate(reversed(range(race.steps))):
-        t = torch.tensor([i] * len(x))
+        t = torch.full((len(x),), i, device=x.device)
 
         def at(table: NDArray[np.float64], t: Tensor = t) -> Tensor:
             return torch.from_numpy(table).to(t.device)[t].float()[:, None, None, None]
@@ -175,14 +191,3 @@ def modulation_share(model: DiT) -> float:
     per_token = sum(p.numel() for name, p in parameters.items() if "attn" in name or "mlp.fc" in name)
     attention = config.depth * 2 * config.tokens * config.hidden_size
     return shared / (shared + config.tokens * (per_token + attention))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock time of one call; it ends with the pixels on the CPU."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    sys.exit(main())

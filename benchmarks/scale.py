@@ -1,4 +1,4 @@
-"""What 100 million samples cost the loader and the shard plan: `python -m benchmarks.scale [--samples N]`.
+"""What 100 million samples cost the loader and the shard plan.
 
 The store is simulated: as many shards as there would be, of their true sizes and with true headers, but their latents
 are holes in the files, so that it takes 100 MB of disk instead of 1.6 TB. Everything that is measured is what
@@ -6,47 +6,74 @@ are holes in the files, so that it takes 100 MB of disk instead of 1.6 TB. Every
 the whole process's, PyTorch included, so a process of its own measures it.
 """
 
-import argparse
-import json
+import multiprocessing
 import statistics
-import sys
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import Setting
+from benchmarks.report import Pieces, Row
 from benchmarks.stores import simulate_store
-from benchmarks.timing import resident_bytes, seconds_of
+from benchmarks.timing import resident_bytes, seconds_of, spread
 from extract.plan import Plan
 from pipeline.latents import LatentStore
 from train.data import BatchShard, DataOrder
 
 SAMPLES = 100_000_000
 BATCH = 256
+BATCHES = 40
 MOST_BYTES, MOST_SECONDS = 2e9, 10.0
 
 
-def main() -> int:
-    """Exit status 0 if memory and start-up are within bounds, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"simulated samples (default {SAMPLES})")
-    parser.add_argument("--batches", type=int, default=40, help="batches of 256 to gather (default 40)")
-    parser.add_argument("--folder", type=Path, help="where to put the store (default the system's temporary folder)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = measure(Path(folder) / "store", arguments.samples, arguments.batches)
-    text = json.dumps(found, indent=1)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    return 0 if found["peak_bytes"] <= MOST_BYTES and found["start_seconds"] <= MOST_SECONDS else 1
+def pieces(setting: Setting) -> Pieces:
+    """Start-up, batches and memory."""
+    return {"scale": lambda: measure(setting)}
 
 
-def measure(folder: Path, samples: int, batches: int) -> dict[str, Any]:
+def measure(setting: Setting) -> list[Row]:
+    """Start-up, batches and memory, in a process that has nothing else in its memory."""
+    samples = SAMPLES // 1000 if setting.quick else SAMPLES
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+        found = other.submit(cost_of, setting.folder / "scale", samples, BATCHES).result()
+    what = f"{samples:,} samples in {found['shards']:,} shards"
+    first = spread([found["first_batches_seconds"]])
+    steady = spread([found["steady_batches_seconds"]])
+    return [
+        Row(
+            what=f"{what}: open the store, make the data order, gather the first batch",
+            unit="s",
+            ours=spread([found["start_seconds"]]),
+            wanted_at_most=MOST_SECONDS,
+            more=found,
+        ),
+        Row(what=f"{what}: a batch of {BATCH} while shards are opened for the first time", unit="s", ours=first),
+        Row(what=f"{what}: a batch of {BATCH} once every shard was opened", unit="s", ours=steady),
+        Row(
+            what=f"{what}: indices of a batch at position 10¹² of the data order",
+            unit="s",
+            ours=spread([found["order_seconds"][str(10**12)]]),
+        ),
+        Row(
+            what=f"{what}: plan the shards and list the first one's {found['plan_rows_per_shard']:,.0f} inputs",
+            unit="s",
+            ours=spread([found["plan_seconds"]]),
+        ),
+        Row(
+            what=f"{what}: most memory of the whole process",
+            unit="GB",
+            ours=spread([found["peak_bytes"] / 1e9]),
+            wanted_at_most=MOST_BYTES / 1e9,
+            note=f"{found['imports_bytes'] / 1e9:.2f} GB of it imports",
+        ),
+    ]
+
+
+def cost_of(folder: Path, samples: int, batches: int) -> dict[str, Any]:
     """Seconds and bytes of starting up, of batches early and late, and of planning shards."""
     imports = resident_bytes()
     started = time.perf_counter()
@@ -97,7 +124,3 @@ def plan_cost(samples: int) -> dict[str, float]:
     made = time.perf_counter() - started
     last = seconds_of(lambda: plan.rows(plan.shards - 1))
     return {"plan_seconds": made, "plan_last_shard_seconds": last, "plan_rows_per_shard": float(len(first))}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,73 +1,241 @@
-"""Is a whole training step as fast as a plain loop? Run `python -m benchmarks.train [--quick]`.
+"""The whole training step, data, optimizer and average included, against a loop written as the reference writes it.
 
-Per model: the median over interleaved rounds of (plain time / our time) for whole steps in float32, with data, AdamW
-and EMA (above 1 ours is faster), and the peak memory of each in a process of its own. The plain loop is written as the
-reference writes it: one file per sample, draws in the loop, `AdamW`, the average parameter by parameter, `.item()` in
-every step. Then: how long the batch at a far position of the data order takes, against the first.
-
-With `--compile` instead: our step compiled against our step as it is, and how long its first step takes.
+A GPU may not hold a loop's batch: then that loop gets the largest half, quarter, … of it that fits, rates are compared
+per image, and memory is compared at the smaller of the two. Networks are taken one after the other, and the
+turns of one network are long enough (several steps) that handing memory over between them does not count.
 """
 
-import argparse
 import contextlib
-import statistics
-import subprocess
-import sys
+import dataclasses
 import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import Setting
 from benchmarks.plain_dit import PlainDiT
+from benchmarks.report import Pieces, Row
 from benchmarks.stores import CLASSES, write_store
-from benchmarks.timing import CPU
+from benchmarks.timing import CPU, Work, finish, interleaved, peak_bytes, rates, ratios, release, seconds_of
 from pipeline.diffusion import GaussianDiffusion
 from pipeline.dit import DiTConfig
+from pipeline.dit.macs import count_macs
+from pipeline.runtime.devices import is_out_of_memory
 from train import distributed, options
-from train.data import BatchShard, DataOrder
 from train.loop import reader_of, train_step
 from train.run import assemble
 
-BOUND = 0.95
+Build = Callable[[int], AbstractContextManager[Work]]
+"""Something to train with, by batch size."""
 SAMPLES = 512
-Step = Callable[[], object]
-"""Trains one step; ours gives the seconds it has waited for data so far."""
+PROFILED_STEPS = 3
 
 
-def main() -> int:
-    """Exit status 0 if every bound is met, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="S/2 alone, batch 2, 7 rounds of one step")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds per model (default 9)")
-    parser.add_argument("--steps", type=int, default=2, help="steps per round (default 2)")
-    parser.add_argument("--batch-size", type=int, default=4, help="samples per step (default 4)")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default 2; 1 measures CPU time)")
-    parser.add_argument("--memory-of", choices=["plain", "ours"], help="run that loop alone and print its peak memory")
-    parser.add_argument("--compile", action="store_true", help="time our step compiled against our step eager")
-    parser.add_argument("--models", nargs="+", default=["DiT-S/2", "DiT-B/4"], help="models")
-    parser.add_argument("--data", type=Path, help="folder of an earlier process's data")
-    chosen = parser.parse_args()
-    if chosen.quick:
-        chosen.models, chosen.batch_size, chosen.steps, chosen.rounds = ["DiT-S/2"], 2, 1, 7
-    torch.set_num_threads(chosen.threads)
-    if chosen.memory_of:
-        return _print_memory(chosen.memory_of, chosen.models[0], chosen.data, chosen.batch_size)
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder)
-        write_data(data)
-        if chosen.compile:
-            for name in chosen.models:
-                _compare_compiled(name, data, chosen)
-            return 0
-        fine = [_compare(name, data, chosen) for name in chosen.models]
-        return 0 if all(fine) and _compare_positions() else 1
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One network and its aims."""
+
+    model: str
+    side: int = 32
+    """Latent cells along one side."""
+    batch_size: int
+    wanted_ratio: float | None = None
+    wanted_share: float | None = None
+    wanted_memory: float | None = None
+    memory: bool = True
+    """Whether to measure memory too."""
+    eager: bool = False
+    """Whether to leave compilation out on a GPU, too."""
+    optimizer: str | None = None
+    """As in dit-train; None is its default."""
+
+    @property
+    def name(self) -> str:
+        variation = ", eager" * self.eager + (f", {self.optimizer}" if self.optimizer else "")
+        return f"{self.model} at {8 * self.side} px{variation}"
+
+
+def cases(setting: Setting) -> list[Case]:
+    """What is measured on this device."""
+    if setting.quick:
+        return [Case(model="DiT-Ti/2", side=8, batch_size=4)]
+    if setting.on_gpu:
+        return [
+            Case(model="DiT-XL/2", batch_size=256, wanted_ratio=2.5, wanted_share=0.55, wanted_memory=0.5),
+            Case(model="DiT-XL/2", batch_size=256, memory=False, eager=True),
+            *[Case(model="DiT-XL/2", batch_size=256, memory=False, optimizer="muon")] * has_muon(),
+            Case(model="DiT-XL/2", side=64, batch_size=64),
+            Case(model="DiT-L/2", batch_size=256, memory=False),
+            Case(model="DiT-B/2", batch_size=256, memory=False),
+            Case(model="DiT-S/2", batch_size=256, memory=False),
+        ]
+    return [
+        Case(model="DiT-S/2", batch_size=4, wanted_ratio=0.95),
+        Case(model="DiT-B/4", batch_size=4, wanted_ratio=0.95, memory=False),
+    ]
+
+
+def has_muon() -> bool:
+    """Whether training knows this optimizer."""
+    return "optimizer" in {field.name for field in dataclasses.fields(options.OptimizerOptions)}
+
+
+def pieces(setting: Setting) -> Pieces:
+    """One row per network, on a GPU also eager."""
+    return {case.name: partial(_compare, case, setting) for case in cases(setting)}
+
+
+def _compare(case: Case, setting: Setting) -> list[Row]:
+    """Our step against the plain one, each at its batch size or, where memory ends, at the largest half that fits."""
+    data = setting.folder / f"train-{case.side}"
+    if not data.exists():
+        data.mkdir()
+        write_data(data, case.side)
+    ours, plain = builders(case, data, setting)
+    our_batch = plain_batch = case.batch_size
+    if setting.on_gpu:
+        our_batch, plain_batch = (largest_that_fits(build, case.batch_size, setting.device) for build in (ours, plain))
+    while True:
+        try:
+            return [_race(case, (ours, our_batch), (plain, plain_batch), setting)]
+        except RuntimeError as error:  # each fits alone, but not beside what the other keeps
+            if not is_out_of_memory(error) or max(our_batch, plain_batch) == 1:
+                raise
+        release(setting.device)
+        if our_batch > plain_batch:
+            our_batch //= 2
+        else:
+            plain_batch = max(1, plain_batch // 2)
+
+
+def _race(case: Case, ours: tuple[Build, int], plain: tuple[Build, int], setting: Setting) -> Row:
+    (build_ours, our_batch), (build_plain, plain_batch) = ours, plain
+    at = min(our_batch, plain_batch)
+    builds = (build_ours, build_plain) if case.memory else ()
+    memory = [peak_bytes(partial(build, at), setting.device) for build in builds]
+    with build_ours(our_batch) as our_work, build_plain(plain_batch) as plain_work:
+        times = interleaved(
+            {"plain": plain_work, "ours": our_work},
+            rounds=setting.rounds(5 if setting.on_gpu else 7),
+            device=setting.device,
+            warm_ups=2,
+            calls=3 if setting.on_gpu else 1,
+            hand_over=setting.on_gpu,
+        )
+        release(setting.device)
+        wait = data_wait(our_work, setting)
+    release(setting.device)
+
+    flops = 6.0 * count_macs(DiTConfig.from_preset(case.model, input_size=case.side))
+    precision = "bf16" if setting.on_gpu else "fp32"
+    batches = {"ours": our_batch, "plain": plain_batch}
+    smaller = [f"{name} at {batch}, what fits" for name, batch in batches.items() if batch != case.batch_size]
+    if smaller:
+        smaller.append(f"memory at {at}")
+    return Row(
+        what=f"{case.name}, batch {case.batch_size}",
+        unit="images/s",
+        ours=rates(times["ours"], our_batch),
+        plain=rates(times["plain"], plain_batch),
+        ratio=ratios(times, per_plain=plain_batch, per_ours=our_batch),
+        limit=setting.ceilings.matmul(precision) / flops,
+        limit_name=f"{precision} matmul",
+        wanted_ratio=case.wanted_ratio,
+        wanted_share=case.wanted_share,
+        wanted_memory=case.wanted_memory,
+        ours_bytes=memory[0] if memory else None,
+        plain_bytes=memory[1] if memory else None,
+        note=", ".join([*smaller, f"waits for data {wait:.1%} of the time"]),
+        more={"data_wait_share": wait, "our_batch": our_batch, "plain_batch": plain_batch, "memory_batch": at},
+    )
+
+
+def data_wait(our_work: Work, setting: Setting) -> float:
+    """The share of the time that our loop waits for data."""
+    steps = 10 if setting.on_gpu else 3
+
+    def waited() -> float:
+        seconds = our_work()
+        assert isinstance(seconds, float)
+        return seconds
+
+    before = waited()
+    taken = steps * seconds_of(our_work, setting.device, calls=steps)
+    return (waited() - before) / taken * steps / (steps + 1)
+
+
+def builders(case: Case, data: Path, setting: Setting) -> tuple[Build, Build]:
+    """Ours and the plain loop."""
+    compiled = setting.on_gpu and not case.eager
+    ours = partial(our_step, case.model, data, device=setting.device, compiled=compiled, optimizer=case.optimizer)
+    plain = partial(plain_step, case.model, data, device=setting.device, side=case.side)
+    return ours, plain
+
+
+def largest_that_fits(build: Build, batch_size: int, device: torch.device) -> int:
+    """The batch size, halved until a step fits into memory; 1 where nothing does."""
+    while batch_size > 1 and not _fits(build, batch_size, device):
+        batch_size //= 2
+    return batch_size
+
+
+def _fits(build: Build, batch_size: int, device: torch.device) -> bool:
+    try:
+        with build(batch_size) as work:
+            seconds_of(work, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        release(device)
+    return True
+
+
+def measure_profile(setting: Setting, *, top: int = 14) -> list[dict[str, Any]]:
+    """The operations of the first case's step by their own time on the device, with their share of all of it."""
+    case = cases(setting)[0]
+    data = setting.folder / f"profile-{case.side}"
+    data.mkdir()
+    write_data(data, case.side)
+    build, _ = builders(case, data, setting)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
+    with build(case.batch_size) as step:
+        for _ in range(3):
+            step()
+        finish(setting.device)
+        with profile(activities=activities) as recorded:
+            for _ in range(PROFILED_STEPS):
+                step()
+            finish(setting.device)
+    release(setting.device)
+    events = [event for event in recorded.key_averages() if not setting.on_gpu or event.device_type == DeviceType.CUDA]
+    own = partial(_own_time, on_gpu=setting.on_gpu)
+    whole = sum(own(event) for event in events) or 1.0
+    chosen = sorted(events, key=own, reverse=True)[:top]
+    return [
+        {"name": event.key[:100], "share": own(event) / whole, "calls": round(event.count / PROFILED_STEPS, 1)}
+        for event in chosen
+        if own(event) > 0
+    ]
+
+
+def _own_time(event: Any, *, on_gpu: bool) -> float:
+    """Microseconds in the operation itself: kernels on a GPU, else the CPU's."""
+    return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
 
 
 def write_data(folder: Path, side: int = 32) -> None:
@@ -81,22 +249,26 @@ def write_data(folder: Path, side: int = 32) -> None:
 
 @contextlib.contextmanager
 def our_step(
-    name: str, data: Path, batch_size: int, *, device: torch.device = CPU, compiled: bool = False
-) -> Iterator[Step]:
-    """One step as `dit-train` makes it: in float32 on a CPU, compiled and in the default precision on a GPU.
-
-    Args:
-        compiled: compile on a CPU, too.
-    """
+    name: str,
+    data: Path,
+    batch_size: int,
+    *,
+    device: torch.device = CPU,
+    compiled: bool = False,
+    optimizer: str | None = None,
+    checkpointing: bool = False,
+) -> Iterator[Work]:
+    """One step as `dit-train` makes it: in float32 on a CPU, in the default precision on a GPU."""
     on_gpu = device.type == "cuda"
     torch.compiler.reset()  # a run compiles for one shape, and so must each of ours
     AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the device of an earlier one
+    chosen: dict[str, Any] = {"optimizer": optimizer} if optimizer else {}
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as run:
         wanted = options.TrainOptions(
             data=options.DataOptions(latents=str(data / "store")),
             run=options.RunOptions(out=Path(run) / "run", tensorboard=False),
-            model=options.ModelOptions(model=name, compile=on_gpu or compiled),
-            optimizer=options.OptimizerOptions(batch_size=batch_size),
+            model=options.ModelOptions(model=name, compile=compiled, gradient_checkpointing=checkpointing),
+            optimizer=options.OptimizerOptions(batch_size=batch_size, **chosen),
             hardware=options.HardwareOptions(
                 device="auto" if on_gpu else "cpu", mixed_precision=None if on_gpu else "no"
             ),
@@ -129,7 +301,7 @@ class PlainFiles(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 @contextlib.contextmanager
-def plain_step(name: str, data: Path, batch_size: int, *, device: torch.device = CPU, side: int = 32) -> Iterator[Step]:
+def plain_step(name: str, data: Path, batch_size: int, *, device: torch.device = CPU, side: int = 32) -> Iterator[Work]:
     """One step as the reference's training script makes it; on a GPU with workers, pinned memory and TF32."""
     on_gpu = device.type == "cuda"
     model = PlainDiT(DiTConfig.from_preset(name, input_size=side)).to(device)
@@ -178,92 +350,3 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
     averages, parameters = OrderedDict(average.named_parameters()), OrderedDict(model.named_parameters())
     for name, parameter in parameters.items():
         averages[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
-
-
-def _compare(name: str, data: Path, chosen: argparse.Namespace) -> bool:
-    with our_step(name, data, chosen.batch_size) as ours, plain_step(name, data, chosen.batch_size) as plain:
-        median, found = _race({"plain": plain, "ours": ours}, chosen)
-    print(f"{name}  {found}; at least {BOUND} wanted", flush=True)
-    plain_mb, ours_mb = (_memory_of(loop, name, data, chosen) for loop in ("plain", "ours"))
-    print(f"{name}  peak memory beyond the imports: plain {plain_mb:.0f} MB  ours {ours_mb:.0f} MB", flush=True)
-    return median >= BOUND and ours_mb <= plain_mb
-
-
-def _compare_compiled(name: str, data: Path, chosen: argparse.Namespace) -> None:
-    size = chosen.batch_size
-    with our_step(name, data, size) as eager, our_step(name, data, size, compiled=True) as compiled:
-        first_step_seconds = _seconds(compiled, 1)
-        _, found = _race({"eager": eager, "compiled": compiled}, chosen)
-    print(f"{name}  {found}; first compiled step {first_step_seconds:.0f} s", flush=True)
-
-
-def _race(steps: dict[str, Step], chosen: argparse.Namespace) -> tuple[float, str]:
-    """(median ratio of the first one's time to the second one's, what was found in words); a round to warm up."""
-    names, (first, second) = list(steps), steps.values()
-    times = [_round(first, second, chosen.steps, plain_first=k % 2 == 0) for k in range(chosen.rounds + 1)][1:]
-    ratios = [of_first / of_second for of_first, of_second in times]
-    median = statistics.median(ratios)
-    step_ms = (1000 * statistics.median(column) / chosen.steps for column in zip(*times, strict=True))
-    each = "  ".join(f"{name} {ms:.0f} ms" for name, ms in zip(names, step_ms, strict=True))
-    return median, (
-        f"batch {chosen.batch_size}  {chosen.threads} threads  whole step: {each}  ratio {median:.3f} "
-        f"({min(ratios):.3f} … {max(ratios):.3f}, {len(ratios)} rounds)"
-    )
-
-
-def _round(plain: Step, ours: Step, steps: int, *, plain_first: bool) -> tuple[float, float]:
-    """(plain, our) seconds; the order alternates, so that a machine that slows down favours neither."""
-    if plain_first:
-        return _seconds(plain, steps), _seconds(ours, steps)
-    of_ours = _seconds(ours, steps)
-    return _seconds(plain, steps), of_ours
-
-
-def _seconds(step: Step, steps: int) -> float:
-    """Time of some steps; on one thread CPU time, which leaves out what other programs take."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    for _ in range(steps):
-        step()
-    return clock() - start
-
-
-def _memory_of(loop: str, name: str, data: Path, chosen: argparse.Namespace) -> float:
-    words = [sys.executable, "-m", "benchmarks.train", "--memory-of", loop, "--models", name, "--data", str(data)]
-    words += ["--batch-size", str(chosen.batch_size), "--threads", str(chosen.threads)]
-    result = subprocess.run(words, capture_output=True, text=True, check=True)
-    return float(result.stdout)
-
-
-def _print_memory(loop: str, name: str, data: Path, batch_size: int) -> int:
-    """Peak memory of three steps beyond what the imports take, in MB."""
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports what the first optimizer imports
-    before = distributed.peak_resident_bytes()
-    with plain_step(name, data, batch_size) if loop == "plain" else our_step(name, data, batch_size) as step:
-        for _ in range(3):
-            step()
-    print((distributed.peak_resident_bytes() - before) / 1e6)
-    return 0
-
-
-def _compare_positions() -> bool:
-    """Whether the batch a billion epochs away costs what the first one costs."""
-    shard = BatchShard(batch_size=256)
-    seconds = {}
-    for number in (0, 10**9 * 5005):
-        times = []
-        for k in range(100):
-            started = time.perf_counter()
-            DataOrder(1_281_167, seed=k).batch(number, shard)
-            times.append(time.perf_counter() - started)
-        seconds[number] = statistics.median(times)
-    first, far = seconds.values()
-    print(
-        f"indices of a batch of 256 of 1,281,167 samples: first {1e6 * first:.0f} µs  "
-        f"a billion epochs away {1e6 * far:.0f} µs"
-    )
-    return far < 3 * first
-
-
-if __name__ == "__main__":
-    sys.exit(main())

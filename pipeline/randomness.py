@@ -35,7 +35,7 @@ def normal(shape: tuple[int, ...], seed: int, purpose: str, *numbers: int) -> "t
     """Standard normals, float32 on the CPU, that depend on the key alone."""
     import torch
 
-    return torch.randn(shape, generator=generator(seed, purpose, *numbers))
+    return torch.randn(shape, generator=generator(seed, purpose, *numbers), device="cpu")  # whatever the default is
 
 
 class Permutation:

@@ -39,7 +39,7 @@ def test_no_count_is_above_its_bound(measured):
 def test_a_gather_by_batch_is_eight_times_as_fast_as_one_file_per_sample(measured):
     found, _ = measured
     warm = found["parts"]["loader"][0]
-    assert "warm" in warm["what"]
+    assert warm["what"].startswith("safetensors shards") and "warm" in warm["what"]
     assert warm["ratio"]["median"] >= 8
 
 

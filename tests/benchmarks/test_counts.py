@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks.dispatch import CPU_ONLY_READS, Recorder, graph_breaks, recorded
+from benchmarks.counts import CPU_ONLY_READS, Recorder, graph_breaks, recorded, reverse_process
 from benchmarks.stores import simulate_store, write_store
-from benchmarks.suite.counts import reverse_process
 from benchmarks.train import our_step
 from extract.plan import Plan
 from pipeline.dit import DiT, compile_blocks

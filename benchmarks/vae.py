@@ -1,37 +1,45 @@
-"""Encoding and decoding alone, with a VAE of Stable Diffusion's size and random weights.
+"""Encoding and decoding alone, with a VAE of Stable Diffusion's size and random weights; half precision's price.
 
 Ours is the VAE as the commands run it, on a GPU channels_last with the encoder compiled; the plain one is diffusers'
-model as it loads, in float32 (TF32 on a GPU). bfloat16 and eager variants stand beside it on a GPU.
+model as it loads, in float32 (TF32 on a GPU). bfloat16 stands beside it on a GPU. How far half precision moves what the
+demo VAE gives is measured on drawings of the kind that `examples/demo_vae` makes: latents in units of the normalised
+latent (posterior mean, root mean square over all values), pictures in bytes; both against float32 on the same device.
 """
 
 import contextlib
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.extract import VAES, make_vae
-from benchmarks.report import Row
-from benchmarks.suite.setting import Setting
-from benchmarks.timing import device_seconds_of, interleaved, rates, ratios, release
-from pipeline.vae import load_vae
+from benchmarks.machine import Setting
+from benchmarks.report import Pieces, Row
+from benchmarks.timing import device_seconds_of, interleaved, rates, ratios, release, spread
+from examples.demo_vae.drawings import draw_canvas
+from pipeline.images import to_pixels
+from pipeline.randomness import derive_seed
+from pipeline.runtime.devices import float32_products
+from pipeline.vae import Vae, load_vae, normalize
 
 CPU_BOUND = 0.95
 
 
-def measure(setting: Setting) -> list[Row]:
-    """Encode and decode in float32, and on a GPU in bfloat16 too."""
+def pieces(setting: Setting) -> Pieces:
+    """Encode and decode in float32, and on a GPU in bfloat16 too; how far half precision moves the results."""
+    dtypes = (torch.float32, torch.bfloat16) if setting.on_gpu else (torch.float32,)
+    speed = {f"speed in {str(dtype)[6:]}": partial(_speed, dtype, setting) for dtype in dtypes}
+    return {**speed, "precision": partial(precision_rows, setting)}
+
+
+def _speed(dtype: torch.dtype, setting: Setting) -> list[Row]:
     folder = make_vae(setting.folder / "vae", "small" if setting.quick else "sd")
     side, batch = (256, 32) if setting.on_gpu else (64, 2) if setting.quick else (96, 2)
-    kept = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        dtypes = (torch.float32, torch.bfloat16) if setting.on_gpu else (torch.float32,)
-        return [row for dtype in dtypes for row in _compare(str(folder), dtype, side, batch, setting)]
-    finally:
-        torch.set_float32_matmul_precision(kept)
+    with float32_products(setting.device, tf32=True):
+        return _compare(str(folder), dtype, side, batch, setting)
 
 
 def _compare(folder: str, dtype: torch.dtype, side: int, batch: int, setting: Setting) -> list[Row]:
@@ -97,3 +105,42 @@ def count_vae(direction: str, sizes: dict[str, object], side: int) -> int:
         else:
             model.decode(torch.empty(1, 4, side // 8, side // 8))
     return int(counter.get_total_flops()) // 2
+
+
+def precision_rows(setting: Setting) -> list[Row]:
+    """How far bfloat16 and float16 move the demo VAE's latents and pictures."""
+    images = 2 if setting.quick else 32 if setting.on_gpu else 8
+    draw = np.random.default_rng(derive_seed(0, "vae-precision"))
+    pixels = torch.from_numpy(to_pixels(np.stack([draw_canvas(draw) for _ in range(images)])))
+    exact = load_vae("demo", device=setting.device)
+    latents = latents_of(exact, pixels)
+    unscaled = torch.cat([exact.encode(part)[:, : exact.channels].cpu() for part in pixels.split(8)])
+    pictures = pictures_of(exact, unscaled)
+    rows = []
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        vae = load_vae("demo", device=setting.device, dtype=dtype)
+        moved = latents_of(vae, pixels) - latents
+        changed = (pictures_of(vae, unscaled) - pictures).abs()
+        what = f"demo VAE in {name} against float32, {images} images of 128 px"
+        rms, greatest = float(moved.square().mean().sqrt()), float(moved.abs().max())
+        rows += [
+            Row(what=f"{what}: latents move by (rms)", unit="", ours=spread([rms]), note=f"at most {greatest:.4f}"),
+            Row(
+                what=f"{what}: bytes of decoded pictures move by (mean)",
+                unit="",
+                ours=spread([float(changed.mean())]),
+                note=f"at most {float(changed.max()):.0f}",
+            ),
+        ]
+    return rows
+
+
+def latents_of(vae: Vae, pixels: Tensor) -> Tensor:
+    """Normalised posterior means (or points), on the CPU."""
+    latents = torch.cat([vae.encode(part)[:, : vae.channels].cpu() for part in pixels.split(8)])
+    return normalize(latents, vae.scaling_factor, vae.shift_factor)
+
+
+def pictures_of(vae: Vae, unscaled: Tensor) -> Tensor:
+    """Decoded bytes as float."""
+    return torch.cat([vae.decode(part) for part in unscaled.split(8)]).float()

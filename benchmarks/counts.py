@@ -1,4 +1,4 @@
-"""What a piece of work asks PyTorch to do, counted: the same on every machine, so a test can hold it.
+"""What no machine changes, so that a test can hold it: operations and host reads per step, graphs per compiled block.
 
 A host read is an operation whose result Python needs before it can go on, `.item()` above all. On a GPU it waits until
 everything before it is computed, so a training step must have none.
@@ -11,10 +11,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.machine import Setting
+from benchmarks.report import Pieces, Row
+from benchmarks.sample import Race, our_side
+from benchmarks.stores import write_store
+from benchmarks.timing import spread
+from benchmarks.train import our_step
+from pipeline.dit import DiT
+from pipeline.vae import load_vae
+
 ROOT = Path(__file__).parents[1]
+MODEL = "DiT-Ti/2"
 _aten = torch.ops.aten
 HOST_READS = {
     _aten._local_scalar_dense.default,
@@ -75,3 +86,44 @@ def graph_breaks(module: torch.nn.Module, *inputs: torch.Tensor) -> tuple[int, i
     found = torch._dynamo.explain(module)(*inputs)
     torch.compiler.reset()
     return found.graph_count, found.graph_break_count
+
+
+def pieces(setting: Setting) -> Pieces:
+    """All counts."""
+    return {"counts": lambda: measure(setting)}
+
+
+def measure(setting: Setting) -> list[Row]:
+    """Counted on the CPU with a tiny network of six blocks; every DiT asks for the same per block and per step."""
+    write_store(setting.folder / "store", samples=16, side=8)
+    with our_step(MODEL, setting.folder, 4) as step:
+        for _ in range(2):  # the first one logs
+            step()
+        training = recorded(step)
+    reverse = [reverse_process(steps) for steps in (2, 3)]
+    block = DiT.from_preset(MODEL, input_size=8).blocks[0]
+    _, breaks = graph_breaks(block, torch.zeros(1, 16, 128), torch.zeros(1, 128))
+    return [
+        _count("host reads in a training step that logs nothing", training.waits.total(), at_most=0),
+        _count(
+            "host reads in a step of guided sampling", reverse[1].waits.total() - reverse[0].waits.total(), at_most=0
+        ),
+        _count("graph breaks in a compiled block", breaks, at_most=0),
+        _count(f"operations in an eager training step, {MODEL}", training.operations.total()),
+        _count(
+            f"operations in an eager step of guided sampling, {MODEL}",
+            reverse[1].operations.total() - reverse[0].operations.total(),
+        ),
+    ]
+
+
+def reverse_process(steps: int) -> Recorder:
+    """What sampling one batch in so many steps does."""
+    race = Race(model=MODEL, batch_size=1, steps=steps, rounds=1, device="cpu", compiled=False)
+    generator = our_side(DiT.from_preset(MODEL, input_size=8), load_vae("demo"), race)
+    generator._workers = 1  # in this thread, where it can be watched
+    return recorded(lambda: generator.latents(0, np.zeros(1, dtype=np.int64)))
+
+
+def _count(what: str, value: int, *, at_most: float | None = None) -> Row:
+    return Row(what=what, unit="", ours=spread([float(value)]), wanted_at_most=at_most)

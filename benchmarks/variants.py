@@ -1,21 +1,23 @@
 """What was tried for the network's forward and backward pass on a GPU, each against the way training takes.
 
 Every entry is a prediction put to the test: compilation and CUDA graphs, the attention kernels, activations computed
-again. None of it runs on a CPU, where compilation gave no resolved gain and took minutes.
+again. On a CPU only compilation is tried, which gave no resolved gain there.
 """
 
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.report import Row
-from benchmarks.suite.network import Case, networks, precision_of_ours
-from benchmarks.suite.setting import Setting
-from benchmarks.timing import device_seconds_of, interleaved, peak_bytes, rates, ratios, release
+from benchmarks.machine import Setting
+from benchmarks.network import Case, networks, precision_of_ours
+from benchmarks.report import Pieces, Row
+from benchmarks.timing import device_seconds_of, interleaved, peak_bytes, rates, ratios, release, seconds_of
+from benchmarks.train import our_step, write_data
 from pipeline.dit import DiT, compile_blocks
 
 Around = Callable[[], AbstractContextManager[Any]]
@@ -43,15 +45,37 @@ def variants() -> dict[str, tuple[dict[str, Any] | None, Around, bool]]:
     }
 
 
-def measure(setting: Setting) -> list[Row]:
-    """One row per variant: its rate, and the rate of the usual way in the same rounds."""
+def pieces(setting: Setting) -> Pieces:
+    """Per variant its rate, and the rate of the usual way in the same rounds; on a CPU the compiled training step."""
     if not setting.on_gpu:
-        return []
+        return {} if setting.quick else {"training step compiled": partial(_compiled_step, setting)}
     case = Case(model="DiT-XL/2", batch_size=64)
-    return [_against_base(name, case, setting) for name in variants() if name != BASE]
+    return {name: partial(_against_base, name, case, setting) for name in variants() if name != BASE}
 
 
-def _against_base(name: str, case: Case, setting: Setting) -> Row:
+def _compiled_step(setting: Setting) -> list[Row]:
+    """The whole step of S/2 compiled, beside the eager one."""
+    model, size = "DiT-S/2", 4
+    write_data(setting.folder)
+    with (
+        our_step(model, setting.folder, size) as eager,
+        our_step(model, setting.folder, size, compiled=True) as compiled,
+    ):
+        first_seconds = seconds_of(compiled)
+        times = interleaved({"plain": eager, "ours": compiled}, rounds=9)
+    return [
+        Row(
+            what=f"{model} at 256 px, batch {size}, whole training step: compiled",
+            unit="images/s",
+            ours=rates(times["ours"], size),
+            plain=rates(times["plain"], size),
+            ratio=ratios(times),
+            note=f"“plain” is: eager; the first step takes {first_seconds:.0f} s",
+        )
+    ]
+
+
+def _against_base(name: str, case: Case, setting: Setting) -> list[Row]:
     with networks(case, setting) as (base, _, inputs):
         other = DiT(base.config, seed=None).to(setting.device)
         other.load_state_dict(base.state_dict())
@@ -70,7 +94,7 @@ def _against_base(name: str, case: Case, setting: Setting) -> Row:
             for role in ("ours", "plain")
         ]
     release(setting.device)
-    return Row(
+    row = Row(
         what=f"{case.model} at 256 px, batch {case.batch_size}, forward and backward: {name}",
         unit="images/s",
         ours=rates(times["ours"], case.batch_size),
@@ -80,6 +104,7 @@ def _against_base(name: str, case: Case, setting: Setting) -> Row:
         plain_bytes=peaks[1],
         note=f"“plain” is: {BASE}",
     )
+    return [row]
 
 
 def _both_ways(network: DiT, inputs: Any, around: Around, setting: Setting) -> Callable[[], None]:
