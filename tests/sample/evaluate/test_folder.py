@@ -76,3 +76,19 @@ def test_the_key_changes_with_a_file_and_with_the_crop(tmp_path, pictures, save_
     assert key != open_folder(tmp_path, image_size=8).key()
     Image.fromarray(pictures(1, first=99)[0]).save(tmp_path / "a" / "0000.png")
     assert key != open_folder(tmp_path).key()
+
+
+def test_folders_behind_links_are_looked_into(tmp_path, pictures, save_pictures):
+    save_pictures(tmp_path / "elsewhere", pictures(2))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert list_images(tmp_path / "x") == ["linked/a/0000.png", "linked/b/0001.png"]
+
+
+def test_a_file_that_may_not_be_read_is_named_wherever_it_is_read(tmp_path, pictures, save_pictures):
+    save_pictures(tmp_path, pictures(4))
+    images = open_folder(tmp_path)
+    (tmp_path / "b" / "0003.png").unlink()
+    for look in (images.key, lambda: read(images)):
+        with pytest.raises(UserError, match=r"b/0003.png cannot be read \(No such file"):
+            look()

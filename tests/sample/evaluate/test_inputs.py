@@ -59,3 +59,12 @@ def test_a_folder_takes_a_size_that_is_asked_for_before_the_other_sides(tmp_path
         assert list(inputs) == ["--samples", "--reference"]
         sizes[asked] = [given.images.size for given in inputs.values()]
     assert sizes == {None: [(16, 16), (16, 16)], 12: [(12, 12), (16, 16)]}
+
+
+def test_a_folder_takes_no_size_that_is_no_square(tmp_path, pictures, save_pictures):
+    save_pictures(tmp_path / "folder", pictures(2))
+    np.savez(tmp_path / "x.npz", pictures(2)[:, :16])
+    inputs = open_inputs(
+        EvaluateOptions(samples=str(tmp_path / "folder"), reference=str(tmp_path / "x.npz"), metrics="kid")
+    )
+    assert [given.images.size for given in inputs.values()] == [(24, 24), (24, 16)]

@@ -47,3 +47,20 @@ def test_a_reference_can_be_all_that_is_asked_for():
 )
 def test_settings_out_of_range_name_their_flag(settings, words):
     assert words in refusal(samples="a", reference="b", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"image_size": 1}, {"kid_subsets": 1}, {"kid_subset_size": 2}, {"num_samples": 1}, {"workers": 1}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_least_that_a_setting_may_be_is_taken(settings):
+    options = EvaluateOptions(samples="a", reference="b", **settings)
+    (name, value), *_ = settings.items()
+    assert getattr(options, name) == value
+
+
+def test_files_of_the_right_names_are_taken():
+    options = EvaluateOptions(samples="a", reference="b", out="r.json", make_reference="m.npz", reference_features=True)
+    assert (options.out, options.make_reference) == ("r.json", "m.npz")
+    assert options.wanted

@@ -166,3 +166,46 @@ def test_what_a_kill_kept_from_its_name_is_published_before_it_is_read(run, tmp_
     status, table, message = run(*compare)
     assert status == 0, message
     assert float(table.split()[4]) == pytest.approx(0, abs=1e-6)
+
+
+def test_an_answer_stands_for_the_settings_that_its_metrics_read(run, tmp_path):
+    out = tmp_path / "r.json"
+    command = ("--samples", images(tmp_path / "a.npz", 0), "--out", out)
+    assert run(*command, "--metrics", "is")[0] == 0
+    assert "nothing to do" in run(*command, "--metrics", "is", "--kid-subsets", 7, "--seed", 1)[2]
+    assert run(*command, "--metrics", "is", "--batch-size", 4)[0] == 2
+    compare = (*command, "--reference", images(tmp_path / "b.npz", 1), "--metrics", "kid", "--overwrite")
+    assert run(*compare)[0] == 0
+    for change in (("--kid-subsets", 7), ("--seed", 1), ("--kid-subset-size", 5)):
+        assert run(*compare[:-1], *change)[0] == 2
+
+
+def test_memory_that_ends_is_one_sentence(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(features, "_features_of_batch", full)
+    status, _, message = run("--samples", images(tmp_path / "a.npz", 0), "--metrics", "is")
+    assert status == 2
+    assert "--batch-size" in message and message.count("\n") == 1
+
+
+def test_a_damaged_part_is_made_again(run, tmp_path, monkeypatch):
+    """Of two parts, one is damaged between a kill and the next run."""
+    from sample.evaluate.npz import NpzImages
+
+    monkeypatch.setattr(NpzImages, "part_size", 3)
+    command = ("--samples", images(tmp_path / "a.npz", 0), "--metrics", "is", "--out", tmp_path / "r.json")
+    assert run(*command)[0] == 0
+    right = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    (tmp_path / "r.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "compute_scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*command)[0] == 130
+    parts = sorted(tmp_path.glob(".r.json.features/*/chunk-*"))
+    assert len(parts) == 2
+    data = bytearray(parts[1].read_bytes())
+    data[-5] ^= 0xFF
+    parts[1].write_bytes(data)
+    assert run(*command)[0] == 0
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == right

@@ -68,3 +68,41 @@ def test_a_version_from_the_future_is_refused_by_name(tmp_path, gaussians):
     path = write(tmp_path / "x.npz", gaussians, provenance={"version": 2})
     with pytest.raises(UserError, match="reference of version 2, but version 1 is known"):
         StatisticsFile(path)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [np.zeros(2048), np.zeros((3, 768)), np.zeros((3, 2048), dtype=np.int64), np.full((3, 2048), np.inf)],
+    ids=["one row too flat", "another width", "no floats", "not finite"],
+)
+def test_features_that_are_none_of_the_network_are_refused(tmp_path, features):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(2048), sigma=np.eye(2048), features=features)
+    with pytest.raises(UserError, match=r"features of .* are not finite numbers \[N, 2048\]"):
+        StatisticsFile(tmp_path / "x.npz").features()
+
+
+@pytest.mark.parametrize("count", [np.array(0), np.array(2.5), np.array([5])], ids=["none", "a fraction", "a list"])
+def test_a_count_that_is_no_number_of_images_is_refused(tmp_path, count):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(2048), sigma=np.eye(2048), count=count)
+    with pytest.raises(UserError, match="count of .* is no number of images"):
+        StatisticsFile(tmp_path / "x.npz")
+
+
+def test_one_image_is_a_count(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(2048), sigma=np.eye(2048), count=np.array(1))
+    assert StatisticsFile(tmp_path / "x.npz").count == 1
+
+
+def test_provenance_of_another_program_is_no_concern_and_a_damaged_one_is_told(tmp_path):
+    for text in ("[1]", '{"format": "another", "version": 9}'):
+        np.savez(tmp_path / "x.npz", mu=np.zeros(2048), sigma=np.eye(2048), provenance=np.asarray(text))
+        assert StatisticsFile(tmp_path / "x.npz").provenance == {}
+    np.savez(tmp_path / "x.npz", mu=np.zeros(2048), sigma=np.eye(2048), provenance=np.asarray("{"))
+    with pytest.raises(UserError, match="provenance of .* is damaged"):
+        StatisticsFile(tmp_path / "x.npz")
+
+
+def test_statistics_that_are_no_numbers_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.full(2048, "a"), sigma=np.eye(2048))
+    with pytest.raises(UserError, match=r"mu of .* but numbers \[2048\] are needed"):
+        StatisticsFile(tmp_path / "x.npz").gaussian("features_2048")

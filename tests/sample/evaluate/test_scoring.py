@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from pipeline.runtime.errors import UserError
+from sample.evaluate.image_set import names_of
 from sample.evaluate.inputs import Input
-from sample.evaluate.scoring import Comparison, Side, compute_scores, count_name, resolve_metrics
+from sample.evaluate.metrics import METRICS, MetricSpec, Outcome
+from sample.evaluate.options import EvaluateOptions
+from sample.evaluate.report import table
+from sample.evaluate.scoring import Comparison, Side, compute_scores, count_name, resolve_metrics, warn_of_few
 
 SETTINGS = {"seed": 0, "kid_subsets": 2, "kid_subset_size": 10, "device": "cpu"}
 
@@ -54,3 +58,46 @@ def test_the_inception_score_of_a_folder_does_not_depend_on_its_class_folders():
 
 def inception_score_of(samples):
     return compute_scores(("is",), Comparison(samples=samples, reference=samples, **SETTINGS))[0]
+
+
+def test_ten_thousand_images_are_not_few(caplog):
+    warn_of_few(("fid", "kid"), side(10_000), side(9_999, flag="--reference"))
+    assert [record.message.count("--reference x has 9999") for record in caplog.records] == [1]
+
+
+def test_many_images_are_named_by_the_first_four():
+    named = SimpleNamespace(name_of=lambda index: f"image {index}")
+    assert names_of(named, 10, [0, 2]) == "image 10, image 12"
+    assert names_of(named, 0, [0, 1, 2, 3]) == "image 0, image 1, image 2, image 3"
+    assert names_of(named, 0, [0, 1, 2, 3, 9]) == "image 0, image 1, image 2, image 3 and 1 more"
+
+
+def test_a_metric_is_one_row_and_shows_wherever_metrics_are_named(monkeypatch):
+    """A further row of the table is asked for, checked, computed and reported without another line of code."""
+    spec = MetricSpec(
+        title="Mean",
+        function=lambda compared: Outcome(value=float(compared.samples.features.mean()), details={"of": "all"}),
+        features="features_2048",
+        compares=False,
+        fewest=3,
+    )
+    monkeypatch.setitem(METRICS, "mean", spec)
+    options = EvaluateOptions(samples="a", metrics="mean")
+    assert options.wanted == ("mean",)
+    rows = np.arange(8.0).reshape(4, 2)
+    samples = side(4, features_2048=rows)
+    assert samples.needs("mean") == "features_2048"
+    with pytest.raises(UserError, match="mean: at least 3 images are needed"):
+        resolve_metrics(("mean",), side(2), None, asked=True)
+    assert resolve_metrics(("mean",), samples, None, asked=True) == ("mean",)
+    (score,) = compute_scores(("mean",), Comparison(samples=samples, reference=samples, **SETTINGS))
+    assert (score.name, score.value, score.details) == ("Mean-4", 3.5, {"of": "all"})
+
+
+def test_the_table_stands_at_its_points():
+    lines = table({"FID-50k": 2.5, "IS-50k": 123.25}, {"IS-50k": 1.5}).splitlines()
+    assert lines == [
+        "metric            value           std",
+        "FID-50k        2.500000",
+        "IS-50k       123.250000      1.500000",
+    ]
