@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 COMPILER = shutil.which("g++")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch registers hooks of its own"),
     pytest.mark.skipif(
         COMPILER is None and not os.environ.get("CI"), reason="needs g++ to build the guard of the fake card"
