@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+ROOT = str(Path(__file__).parent.parent.parent)
+
 
 def picture(number, size=(40, 32), kind="JPEG", mode="RGB"):
     """An encoded image whose pixels depend on its number."""
@@ -85,21 +87,17 @@ def command(capsys, vae_folder, images):
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory, vae_folder, images):
-    """Starts dit-extract as a process of its own, forked from a server that has torch loaded; gives the process."""
+def fork(tmp_path_factory):
+    """Runs code in a process of its own, forked from a server that has torch loaded; gives the process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["extract.run", "diffusers.models.autoencoders.autoencoder_kl"])
     logs = tmp_path_factory.mktemp("logs")
-    root = str(Path(__file__).parent.parent.parent)
     started = []
 
-    def run(*arguments, before="", data=images, vae=vae_folder):
-        base = ["--data", data, "--vae", vae, "--image-size", 32, "--samples-per-shard", 8]
-        argv = [str(argument) for argument in (*base, *arguments)]
+    def run(code):
         log = logs / f"{len(started)}.log"
         code = (
-            f"import os, sys; sys.path.insert(0, {root!r}); sys.stderr = open({str(log)!r}, 'w', buffering=1)\n{before}\n"
-            f"from extract.__main__ import main\nos._exit(main({argv!r}))"
+            f"import os, sys; sys.path.insert(0, {ROOT!r}); sys.stderr = open({str(log)!r}, 'w', buffering=1)\n{code}"
         )
         process = context.Process(target=exec, args=(code, {}))
         process.start()
@@ -112,6 +110,33 @@ def start(tmp_path_factory, vae_folder, images):
         if process.is_alive():
             process.kill()
         process.join()
+
+
+@pytest.fixture(scope="session")
+def start(fork, vae_folder, images):
+    """Starts dit-extract as a process of its own; gives the process."""
+
+    def run(*arguments, before="", data=images, vae=vae_folder):
+        base = ["--data", data, "--vae", vae, "--image-size", 32, "--samples-per-shard", 8]
+        argv = [str(argument) for argument in (*base, *arguments)]
+        return fork(f"{before}\nfrom extract.__main__ import main\nos._exit(main({argv!r}))")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch(fork):
+    """Starts a launcher, a module of Python's, which starts the command as processes of its own."""
+
+    def run(module, *arguments):
+        argv = [module, *map(str, arguments)]
+        return fork(
+            f"os.dup2(sys.stderr.fileno(), 2)\nos.chdir({ROOT!r})\nsys.argv = {argv!r}\n"
+            "os.environ.update(ACCELERATE_USE_CPU='true', CUDA_VISIBLE_DEVICES='', PYTHONPATH=os.getcwd())\n"
+            f"import runpy\nrunpy.run_module({module!r}, run_name='__main__')"
+        )
+
+    return run
 
 
 @pytest.fixture

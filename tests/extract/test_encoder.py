@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from extract.encoder import Encoder, arithmetic
+from extract.encoder import Encoder, arithmetic, lane_of
 from pipeline.images import to_pixels
 from pipeline.vae import load_vae
 
@@ -70,6 +70,13 @@ def test_bytes_become_the_same_pixels_on_every_device(vae_folder):
     with encoder_of(load_vae(str(vae_folder))) as encoder:
         looked_up = encoder._values[torch.from_numpy(images).permute(0, 3, 1, 2).int()]
     assert torch.equal(looked_up, torch.from_numpy(to_pixels(images)))
+
+
+def test_a_pass_takes_no_more_memory_for_larger_images_on_a_gpu_and_is_as_ever_on_a_cpu():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [lane_of(gpu, px) for px in (32, 128, 256, 384, 512, 1024, 4096)] == [32, 32, 32, 14, 8, 2, 1]
+    assert all(lane_of(gpu, px) * px**2 <= 32 * 256**2 for px in (64, 256, 320, 512, 768, 1024))
+    assert {lane_of(cpu, px) for px in (32, 256, 1024)} == {4}
 
 
 @pytest.mark.gpu

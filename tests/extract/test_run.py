@@ -635,6 +635,17 @@ def test_a_wrong_flag_is_one_sentence_and_leaves_nothing(tmp_path, command, argu
     assert not (tmp_path / "s").exists()
 
 
+def test_every_number_may_be_as_small_as_it_can_be_and_the_folder_may_be_there(tmp_path, command):
+    smallest = ["--batch-size", 1, "--workers", 1, "--samples-per-shard", 1, "--limit", 1, "--shard-range", "0:1"]
+    smallest += ["--crop", "random-resized", "--crops", 1, "--image-size", 8, "--allow-skips", 0, "--seed", -1]
+    (tmp_path / "s").mkdir()
+    assert command("--out", tmp_path / "s", "--no-flip", *smallest)[0] == 0
+    manifest = LatentStore(tmp_path / "s").manifest
+    assert (manifest.samples, manifest.seed, manifest.views) == (1, -1, ("random-0",))
+    assert manifest.latent.height == manifest.latent.width == 1
+    assert command("--preview", tmp_path / "p.png", "--preview-images", 1, "--allow-skips", 1)[0] == 0
+
+
 def test_missing_data_and_a_missing_vae_leave_nothing(tmp_path, command):
     status, said = command("--out", tmp_path / "s", data=tmp_path / "nowhere")
     assert status == 2 and "does not exist" in said

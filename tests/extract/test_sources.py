@@ -7,6 +7,7 @@ import os
 import tarfile
 import threading
 import time
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -55,6 +56,19 @@ def test_class_folders_at_any_depth_are_labelled_by_sorted_names(tmp_path, tree,
     assert listing.class_ids == ("ant", "ant b", "zebra")
     assert [listing.class_ids[label] for label in listing.labels] == [key.split("/")[0] for key in listing.keys]
     assert read_all(source, listing) == files
+
+
+def test_renamed_classes_other_labels_and_other_keys_are_other_data(tmp_path, tree, make_picture):
+    tree(tmp_path / "data", {f"{'ab'[n % 2]}/{n}.jpg": make_picture(n) for n in range(4)})
+    _, listing = opened(tmp_path / "data", tmp_path)
+    others = [
+        replace(listing, class_ids=("a", "c")),
+        replace(listing, class_ids=("ab",)),
+        replace(listing, labels=listing.labels[::-1].copy()),
+        replace(listing, keys=[*listing.keys[:-1], "b/x.jpg"]),
+    ]
+    assert len({listing.sha256, *(other.sha256 for other in others)}) == 5
+    assert replace(listing, notes=("a note",), mtime_sizes=()).sha256 == listing.sha256
 
 
 def test_a_flat_folder_is_unlabelled(tmp_path, tree, make_picture):
@@ -296,7 +310,7 @@ def test_a_tar_that_is_replaced_on_the_server_is_not_taken_for_the_one_before(
     tar.write_bytes(tar_of([("a.bmp", pictures[0])]))
     os.utime(tar, (1, 1))
 
-    def replace():
+    def put_another():
         tar.write_bytes(tar_of([("a.bmp", pictures[1])]))
 
     url = f"{serve(tar.parent)}/part.tar"
@@ -305,7 +319,7 @@ def test_a_tar_that_is_replaced_on_the_server_is_not_taken_for_the_one_before(
 
         def slow(*arguments, **more):
             yield from honest(*arguments, **more)
-            replace()
+            put_another()
 
         monkeypatch.setattr(remote, "pieces_of", slow)
         with pytest.raises(UserError, match="was replaced on the server meanwhile"):
@@ -315,7 +329,7 @@ def test_a_tar_that_is_replaced_on_the_server_is_not_taken_for_the_one_before(
     source, listing = opened(url, tmp_path)
     assert source.read(listing, 0) == pictures[0]
     served = source.as_served
-    replace()
+    put_another()
     remote.local_place.cache_clear()  # as in another process
     source, listing = opened(url, tmp_path)
     assert source.read(listing, 0) == pictures[1]

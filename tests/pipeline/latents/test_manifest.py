@@ -118,6 +118,20 @@ def test_factors_for_every_channel_are_as_good_as_one(own_store):
     assert LatentStore(own_store).manifest.vae["scaling_factor"] == [1.0, 2.0, 3.0, 4.0]
 
 
+@pytest.mark.parametrize("names", [{"classes": []}, {"class_ids": []}, {"classes": [], "class_ids": []}])
+def test_classes_may_lack_readable_names_or_ids(own_store, names):
+    change(own_store, **names)
+    manifest = read_manifest(own_store)
+    assert all(manifest[key] == [] for key in names)
+
+
+@pytest.mark.parametrize("key", ["classes", "class_ids"])
+def test_a_class_whose_name_is_no_text_is_refused(own_store, key):
+    change(own_store, **{key: ["a", 1, "c", "d"]})
+    with pytest.raises(UserError, match=f"{key} is no list of names"):
+        read_manifest(own_store)
+
+
 @pytest.mark.parametrize(
     "name", ["../train-00000{}", "/etc/train{}", "a/b{}", "a\\b{}", "..{}", ".hidden{}", "", "train-00000.exe", 5, None]
 )

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import io
 import json
 import tarfile
 
@@ -12,6 +13,7 @@ import webdataset
 from safetensors import safe_open
 
 from pipeline.latents import LatentStore
+from pipeline.runtime.errors import UserError
 
 WEBDATASET_LEAVES_FILES_OPEN = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
@@ -131,3 +133,43 @@ def test_the_bytes_of_version_1_never_change(new_sample, kind, dtype, shard_form
         elif path.name != "manifest.json":
             digest.update(path.name.encode() + path.read_bytes())
     assert digest.hexdigest() == GOLDEN[kind, dtype, shard_format]
+
+
+ODD_ROWS = {
+    "another key's array": ("0000000001", {"array": "0000000002.moments.npy"}, "instead of KEY.cls"),
+    "a key too short": ("000000001", {}, "instead of KEY.cls"),
+    "a key that is no number": ("00000000-1", {}, "instead of KEY.cls"),
+    "an array too long": ("0000000001", {"tail": b"0000"}, "holds members of"),
+    "a label too long": ("0000000001", {"label": b"1" * 21}, "holds members of"),
+    "another shape": ("0000000001", {"shape": (2, 4, 8, 4)}, "holds an array"),
+    "another order": ("0000000001", {"fortran": True}, "holds an array"),
+    "another type": ("0000000001", {"dtype": "<i2"}, "holds an array"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ROWS)
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_tar_whose_first_or_last_row_is_not_what_it_should_be_is_refused(new_sample, tmp_path, odd, at):
+    store = new_sample().write(tmp_path / "store", "webdataset")
+    path = store / "train-00000.tar"
+    key, change, sentence = ODD_ROWS[odd]
+    with tarfile.open(path) as tar:
+        names = tar.getnames()
+        members = [(name, tar.extractfile(name).read()) for name in names]
+    at = 0 if at == 0 else len(members) - 2
+    label, array = members[at][1], members[at + 1][1]
+    values = np.lib.format.read_array(io.BytesIO(array))
+    if "shape" in change or "fortran" in change or "dtype" in change:
+        values = values.reshape(change.get("shape", values.shape)).view(change.get("dtype", values.dtype))
+        file = io.BytesIO()
+        np.save(file, np.asfortranarray(values) if "fortran" in change else values)
+        array = file.getvalue()
+    members[at] = (f"{key}.cls", change.get("label", label))
+    members[at + 1] = (change.get("array", f"{key}.moments.npy"), array + change.get("tail", b""))
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(UserError, match=rf"train-00000.tar, row {at // 2}, .*{sentence}"):
+        LatentStore(store)[0]

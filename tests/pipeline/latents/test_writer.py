@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,3 +165,31 @@ def test_more_shards_than_five_digits_count_on(sample, tmp_path):
 def test_a_store_of_one_sample_is_a_store(new_sample, shard_format, tmp_path):
     store = LatentStore(new_sample(rows=(1,)).write(tmp_path, shard_format))
     assert len(store) == 1 and store[0][0].shape == (2, 8, 4, 4)
+
+
+def test_a_shard_its_record_and_the_manifest_are_flushed_before_they_get_their_names(
+    sample, shard_format, tmp_path, monkeypatch
+):
+    """What a power cut may keep of the order in which a process did things: each file, its name, then what rests on it."""
+    order, honest = [], (os.fsync, Path.replace)
+
+    def name_of(path):
+        return re.sub(r"\.\d+\.partial$", "", path.name)
+
+    def fsync(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        order.append(("folder", "") if path.is_dir() else ("flush", name_of(path)))
+        honest[0](descriptor)
+
+    def replace(path, target):
+        assert path.stat().st_size == len(path.read_bytes()) > 0 or path.name.startswith("skipped")
+        order.append(("name", Path(target).name))
+        return honest[1](path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    sample.write(tmp_path / "store", shard_format, order=[2, 0, 1])
+    suffix = {"safetensors": ".safetensors", "webdataset": ".tar"}[shard_format]
+    names = [f"train-0000{n}{kind}" for n in (2, 0, 1) for kind in (suffix, ".json")]
+    names += ["skipped.jsonl", "manifest.json"]
+    assert order == [step for name in names for step in (("flush", name), ("name", name), ("folder", ""))]
