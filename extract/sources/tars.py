@@ -311,8 +311,9 @@ def _list_imagenet_train(path: Path, mtime_sizes: Sequence[MtimeSize], ignored: 
 def _samples(members: Iterable[Member]) -> Iterator[dict[str, Member]]:
     """Neighbours that share their path up to the first dot of the file name, by extension: WebDataset's samples.
 
-    The grouping is webdataset's own. The walk is not: its reader takes every byte of a tar to list it (measured: see
-    docs/extract.md), and tells no offsets, by which samples are then read in another order than they lie in.
+    The grouping is webdataset's own. The walk is not: its reader takes every byte of a tar to list it (4,000 samples of
+    110 kB: 446 MB and 0.8 s of CPU time, here 4 MB and 0.3 s), and tells no offsets, by which samples are then read in
+    another order than they lie in.
     """
     from webdataset.tariterators import group_by_keys
 
