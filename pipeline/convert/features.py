@@ -37,7 +37,7 @@ from pipeline.randomness import Permutation
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, make_folder, read_json, remove_folder
-from pipeline.runtime.publish import claimed, finish, making, work_folder_of
+from pipeline.runtime.publish import claimed, making, sweep, work_folder_of
 from pipeline.vae import STABLE_DIFFUSION
 
 _DOWNSAMPLE = 8
@@ -151,7 +151,7 @@ def import_numpy_features(
         seed=seed,
         plan=plan,
     )
-    finish(out)
+    sweep(out)
     _check_out(out, split)
     order = Permutation(len(labels), seed, "extract-order")[np.arange(len(labels), dtype=np.int64)]
     parts = [order[start : start + samples_per_shard] for start in range(0, len(order), samples_per_shard)]

@@ -16,7 +16,7 @@ from pipeline.dit import DiT, DiTConfig
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, make_folder
-from pipeline.runtime.publish import finish, making
+from pipeline.runtime.publish import making, sweep
 
 FIX = "norm1.emb.time_proj.downscale_freq_shift = 0 and norm3.eps = 1e-6 in every block"
 
@@ -29,7 +29,7 @@ def convert(options: ConvertOptions) -> list[str]:
             does not compute the same, in which case nothing is left behind.
     """
     target = Path(options.to)
-    finish(target.absolute())
+    sweep(target.absolute())
     check_target(target, options.format, overwrite=options.overwrite)
     check_sources(target, [Path(options.from_)], options.from_)
     stored = read_stored(

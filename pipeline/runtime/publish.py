@@ -151,6 +151,14 @@ def publish(work: Path, stage: Stage, *, overwrite: bool, flag: str = "--overwri
         raise UserError(f"{taken} appeared meanwhile; pass {flag} to replace it, or choose another name")
 
 
+def sweep(out: Path) -> None:
+    """Complete what a killed command had begun to publish under this name, and remove what else it left."""
+    finish(out)
+    if work_folder_of(out).exists():
+        with contextlib.suppress(UserError), claimed(work_folder_of(out)):  # a live one keeps its own
+            pass
+
+
 def finish(out: Path) -> None:
     """Complete what a killed command had begun to publish under this name; readers call it before they look.
 

@@ -229,3 +229,15 @@ def test_on_a_disk_without_locks_a_single_command_publishes_all_the_same(tmp_pat
     make(tmp_path / "x", "two", overwrite=True)
     assert content(tmp_path / "x") == ("two", "of two")
     assert listing(tmp_path) == ["x", "x.json"]
+
+
+def test_what_a_command_left_that_was_killed_after_its_output_had_its_name_is_swept_unless_it_lives(tmp_path):
+    out = tmp_path / "x"
+    make(out, "one")
+    (work_folder_of(out) / publish.READY / "0").mkdir(parents=True)
+    with publish.claimed(work_folder_of(out)):
+        publish.sweep(out)
+        assert work_folder_of(out).exists()
+    (work_folder_of(out) / publish.READY / "0").mkdir(parents=True)
+    publish.sweep(out)
+    assert (content(out), listing(tmp_path)) == (("one", "of one"), ["x", "x.json"])
