@@ -7,10 +7,13 @@ import json
 import sys
 from types import SimpleNamespace
 
+# isort: off
+from card import CARD, FakeTensorMode, RealOnCpu, Trace, keyed_generators_on_the_card, moved, torch  # before torch
+
+# isort: on
 import numpy as np
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from card import CARD, FakeTensorMode, RealOnCpu, Trace, keyed_generators_on_the_card, moved, torch  # before all else
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pipeline import randomness
