@@ -170,7 +170,8 @@ def _errors(mode, ended):
         return []
     if "Traceback" in ended.said:
         return [f"traceback: {ended.said.strip().splitlines()[-1]}"]
-    return [] if ended.status in {0, 2} else [f"status {ended.status}: {ended.said.strip()[-200:]}"]
+    told = ended.status == 0 or (ended.status in {1, 2} and ": error: " in ended.said)
+    return [] if told else [f"status {ended.status}: {ended.said.strip()[-200:]}"]
 
 
 def _half_things(place, row, known):
@@ -255,7 +256,7 @@ def _visit_paused(place, row, known, point):
     if second.status == 0 and between not in (other, None):
         faults.append(f"the other command ends otherwise: {_difference(between, other)}")
     may_replace = row.overwrites or not row.forces
-    last = first.status != 0 or between is None or not row.forces  # whether the other one's may be what stays
+    last = first.status != 0 or may_replace  # the paused one may have had its name already, and only to clean up
     allowed = [new] * (first.status == 0) + [other] * (second.status == 0 and last)
     if first.status == 0 and second.status == 0 and not may_replace:
         faults.append("both end with 0: the slower one has replaced the other's")

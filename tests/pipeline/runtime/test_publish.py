@@ -64,7 +64,7 @@ def test_a_name_that_appears_while_the_output_is_made_is_kept_and_nothing_is_pub
 ):
     out = tmp_path / "x"
     if not exchange:
-        monkeypatch.setattr(publish, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(publish, "renameat2", lambda *_: False)
     real = publish.write_json
 
     def write_json(path, value):
@@ -116,9 +116,9 @@ def test_killed_at_any_step_of_publishing_a_reader_or_the_next_start_sees_one_ou
 
     with monkeypatch.context() as patch:
         if not exchange:
-            patch.setattr(publish, "_renameat2", lambda *_: False)
+            patch.setattr(publish, "renameat2", lambda *_: False)
         else:
-            patch.setattr(publish, "_renameat2", counting(publish._renameat2))
+            patch.setattr(publish, "renameat2", counting(publish._renameat2))
         for name in ("write_json", "remove_folder", "flush_folder"):
             patch.setattr(publish, name, counting(getattr(publish, name)))
         for name in ("rename", "replace", "unlink"):
