@@ -118,7 +118,7 @@ def test_killed_at_any_step_of_publishing_a_reader_or_the_next_start_sees_one_ou
         if not exchange:
             patch.setattr(publish, "renameat2", lambda *_: False)
         else:
-            patch.setattr(publish, "renameat2", counting(publish._renameat2))
+            patch.setattr(publish, "renameat2", counting(publish.renameat2))
         for name in ("write_json", "remove_folder", "flush_folder"):
             patch.setattr(publish, name, counting(getattr(publish, name)))
         for name in ("rename", "replace", "unlink"):
