@@ -24,15 +24,16 @@ def timestep_features(t: Tensor, count: int = TIMESTEP_FEATURES) -> Float[Tensor
 def position_table(rows: int, columns: int, width: int) -> Float[Tensor, "1 tokens {width}"]:
     """Fixed features of every token's place, row by row: first half for the column, second half for the row.
 
-    Each half holds sines, then cosines, of place · 10000^(-i / n) for i = 0 … n - 1, where n = width / 4.
+    Each half holds sines, then cosines, of place · 10000^(-i / n) for i = 0 … n - 1, where n = width / 4. They are
+    computed on the CPU, because not every device has float64, and moved to the default one.
     """
     n = width // 4
-    frequencies = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
-    row, column = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
-    )
-    angles = [place.flatten()[:, None] * frequencies for place in (column, row)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()
+    frequencies, row, column = (torch.arange(count, dtype=torch.float64, device="cpu") for count in (n, rows, columns))
+    frequencies = 10000.0 ** -(frequencies / n)
+    places = torch.meshgrid(row, column, indexing="ij")[::-1]
+    angles = [place.flatten()[:, None] * frequencies for place in places]  # [rows · columns, n]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None]
+    return table.float().to(torch.get_default_device())
 
 
 class PatchEmbedder(nn.Module):

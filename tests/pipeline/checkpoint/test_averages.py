@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.checkpoint.averages import MovingAverage
+from pipeline.checkpoint.averages import MovingAverage, lerp_fused
 
 
 def weights(step):
@@ -47,6 +47,21 @@ def test_a_skipped_step_leaves_it_alone():
     assert all(torch.equal(a, w) for a, w in zip(average.tensors, weights(0), strict=True))
     average.update(weights(1), step=0, skip=torch.tensor(0.0))
     assert not torch.equal(average.tensors[0], weights(0)[0])
+
+
+@pytest.mark.parametrize("weight", [1e-4, 0.0123, 0.1, 0.49])
+def test_the_fused_update_of_a_gpu_has_the_bits_of_lerp_and_honours_the_skip(weight):
+    """The kernel that CUDA takes, run here on the CPU's tensors."""
+    plain, fused, live = weights(0), weights(0), weights(1)
+    lerp_fused(fused, live, weight, torch.tensor(1.0))
+    assert all(torch.equal(a, w) for a, w in zip(fused, weights(0), strict=True))
+    torch._foreach_lerp_(plain, live, weight)
+    lerp_fused(fused, live, weight, torch.tensor(0.0))
+    assert all(torch.equal(a, b) for a, b in zip(fused, plain, strict=True))
+    assert all(torch.equal(a, w) for a, w in zip(live, weights(1), strict=True)), "the weights are only read"
+    lerp_fused(fused, live, weight, None)
+    torch._foreach_lerp_(plain, live, weight)
+    assert all(torch.equal(a, b) for a, b in zip(fused, plain, strict=True))
 
 
 def test_an_exchange_is_undone_to_the_bit_even_after_an_error():

@@ -27,3 +27,18 @@ def test_on_a_non_square_grid_the_first_half_tells_the_column_and_the_second_the
     assert torch.equal(table[:, 0, 4:], table[:, 2, 4:])
     expected = torch.tensor([math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02)])
     torch.testing.assert_close(table[0, 2, :4], expected)
+
+
+def test_the_position_table_is_made_where_float64_exists_and_moved(monkeypatch):
+    """Apple's GPUs have no float64; the default device may be one."""
+    made, arange = [], torch.arange
+
+    def noted(*args, **options):
+        made.append(arange(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "arange", noted)
+    with torch.device("meta"):
+        table = position_table(2, 3, 8)
+    assert {values.device.type for values in made} == {"cpu"}
+    assert (table.device.type, table.dtype, list(table.shape)) == ("meta", torch.float32, [1, 6, 8])
