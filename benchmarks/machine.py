@@ -4,7 +4,6 @@ Ceilings are measured, not read from a data sheet: matrix products on random num
 some GPUs), and copies larger than any cache.
 """
 
-import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Spread, device_seconds_of, rates
+from pipeline.inspect.machine import package_version, processor
 
 PACKAGES = ("torch", "numpy", "accelerate", "diffusers", "safetensors", "webdataset", "triton", "pillow")
 
@@ -60,13 +60,13 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Hardware and versions."""
     found: dict[str, Any] = {
         "device": device.type,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "versions": {name: version for name in PACKAGES if (version := package_version(name)) is not None},
     }
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
@@ -75,19 +75,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()
     return found
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:

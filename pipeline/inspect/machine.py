@@ -39,13 +39,13 @@ def describe_machine(path: str | None) -> list[str]:
             **_describe_device(device, precision),
             "precision": f"{precision} ({why})",
             "attention": _attention_kernel(device, _DTYPES[precision]),
-            "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores of {os.cpu_count()}",
+            "processor": f"{processor()}, {len(os.sched_getaffinity(0))} cores of {os.cpu_count()}",
             "threads": f"{torch.get_num_threads()}, {_how_threads_wait()}",
             "memory": f"{size(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}, {_available()} available",
             "open files": f"at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} per process",
             "system": f"{platform.platform()}, Python {platform.python_version()}",
             "PyTorch for": f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip or "CPU",
-            "versions": ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
+            "versions": ", ".join(f"{name} {version}" for name in PACKAGES if (version := package_version(name))),
         }
     )
     return lines if path is None else [*lines, "", *_describe_disk(path)]
@@ -76,7 +76,8 @@ def _how_threads_wait() -> str:
     return ", ".join(f"{name}={value}" for name, value in found.items() if value) or "waiting as OpenMP does"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -88,7 +89,8 @@ def _available() -> str:
     return next((size(int(line.split()[1]) * 1024) for line in lines if line.startswith("MemAvailable")), "unknown")
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The installed package's version, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

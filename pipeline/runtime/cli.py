@@ -21,7 +21,7 @@ from pipeline.runtime.errors import UserError
 
 Options = TypeVar("Options")
 _BOX = "─│╭╮╰╯"
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
@@ -110,7 +110,7 @@ def _tyro(wrapper: type, arguments: list[str], *, prog: str, description: str) -
 def _one_sentence(boxed: str, prog: str) -> str:
     """tyro's boxed message as one line: the lines of its first section, without the frame and a terminal's colours."""
     words: list[str] = []
-    for line in _COLOURS.sub("", boxed).splitlines()[1:]:
+    for line in _COLORS.sub("", boxed).splitlines()[1:]:
         text = line.strip(_BOX + " ")
         if words and not text.strip("-"):
             break
