@@ -113,7 +113,7 @@ class OutputFolder:
             finally:
                 with here.gate():
                     if (self.is_finished or not self._settings.exists()) and here.is_alone():
-                        remove_folder(self.work)
+                        here.remove_folder()
                         if is_new and not any(self.path.iterdir()):
                             self.path.rmdir()
 

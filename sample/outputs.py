@@ -127,9 +127,10 @@ def write_grid(
     return _describe_file(path, path)
 
 
-def write_strip(path: Path, frames: NDArray[np.uint8], *, row_labels: list[str], captions: list[str]) -> None:
+def write_strip(path: Path, frames: NDArray[np.uint8], *, row_labels: list[str], captions: list[str]) -> dict[str, Any]:
     """The reverse process from left to right: `frames` [row, moment, H, W, 3], one caption per moment."""
     rows, moments = frames.shape[:2]
     cells = frames.reshape(rows * moments, *frames.shape[2:])
     picture = grid(cells, columns=moments, row_labels=row_labels, captions=captions * rows)
     save_png(path, picture)
+    return _describe_file(path, path)

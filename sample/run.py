@@ -15,7 +15,7 @@ from pipeline.classes import describe_class
 from pipeline.runtime.console import progress, say, warn
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import remove_folder
+from pipeline.runtime.files import check_room, remove_folder
 from pipeline.runtime.processes import StopRequest, launch
 from pipeline.runtime.publish import Stage, finish, publish, work_folder_of
 from sample import outputs, sidecar
@@ -75,8 +75,17 @@ def _open_work(options: SampleOptions, job: SamplingJob) -> WorkFolder | None:
             sweep(options.path, recipe, of_others=options.overwrite)
         return None
     if main:
+        _check_room(folder, job)
         return begin(folder, recipe, chunks=job.chunks, overwrite=options.overwrite)
     return join(folder, recipe, chunks=job.chunks, finished=lambda: is_finished(options, recipe))
+
+
+def _check_room(folder: Path, job: SamplingJob) -> None:
+    """Raise UserError unless the disk has room for the parts that are missing and for the output of all."""
+    vae, (channels, height, width) = job.generator.vae, job.generator.shape
+    values = 4 * channels if vae is None else 3 * vae.downsample**2  # per latent pixel: float32, or bytes of colour
+    needed = 2 * len(job.labels) * values * height * width
+    check_room(folder.parent, needed - sum(path.stat().st_size for path in folder.glob("chunk-*")), "the samples")
 
 
 def _make_chunks(work: WorkFolder, job: SamplingJob, options: SampleOptions, stop: StopRequest) -> None:
@@ -165,12 +174,13 @@ def _finish(work: WorkFolder, job: SamplingJob, options: SampleOptions) -> None:
         return
     out, labels, stage = options.path, job.labels.values, Stage(work.path)
     remove_folder(stage.ready)
+    strip = None
     if options.trajectory is not None:
         arrays = work.read_part(STRIP)
         assert arrays is not None, "looked at by drop_damaged"
-        _write_strip(stage.place(strip_of(out)), arrays, job)
+        strip = _write_strip(stage.place(strip_of(out)), arrays, job)
     output = _write_output(stage.place(out), work, job, options)
-    sidecar.write(stage.place(sidecar.sidecar_of(out)), job.recipe, output)
+    sidecar.write(stage.place(sidecar.sidecar_of(out)), job.recipe, output, strip)
     publish(work.path, stage, overwrite=options.overwrite)
     work.remove()
     say(f"wrote {options.out} ({len(labels)} samples) and {sidecar.sidecar_of(out)}")
@@ -191,9 +201,9 @@ def _write_output(out: Path, work: WorkFolder, job: SamplingJob, options: Sample
     )
 
 
-def _write_strip(path: Path, arrays: dict[str, NDArray[Any]], job: SamplingJob) -> None:
+def _write_strip(path: Path, arrays: dict[str, NDArray[Any]], job: SamplingJob) -> dict[str, Any]:
     names = [job.class_name(int(job.labels.values[row])) for row in arrays["rows"]]
-    outputs.write_strip(
+    return outputs.write_strip(
         path,
         arrays["frames"],
         row_labels=[label for name in names for label in (f"{name} x_t".strip(), "expected x_0")],

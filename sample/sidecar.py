@@ -60,9 +60,12 @@ def _without_versions(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name != "versions"}
 
 
-def write(path: Path, recipe: Mapping[str, Any], output: Mapping[str, Any]) -> None:
-    """Write the sidecar at its place in the stage; it appears together with its output."""
-    write_json(path, {"format": FORMAT, "version": VERSION, "recipe": dict(recipe), "output": dict(output)})
+def write(
+    path: Path, recipe: Mapping[str, Any], output: Mapping[str, Any], strip: Mapping[str, Any] | None = None
+) -> None:
+    """Write the sidecar at its place in the stage; it appears together with its output and the strip."""
+    content = {"format": FORMAT, "version": VERSION, "recipe": dict(recipe), "output": dict(output)}
+    write_json(path, content if strip is None else {**content, "strip": dict(strip)})
 
 
 def read_sidecar(out: Path) -> dict[str, Any] | None:
@@ -107,10 +110,13 @@ def is_finished(options: SampleOptions, recipe: dict[str, Any]) -> bool:
     sidecar = read_sidecar(out)
     if sidecar is not None and same_recipe(sidecar.get("recipe"), recipe) and out.exists():
         strip_there = options.trajectory is None or strip.is_file()
-        if strip_there and is_intact(out, sidecar.get("output", {})):
+        changed = _changed(options, sidecar)
+        if strip_there and not changed:
             return True
         if not options.overwrite:
-            what = f"{strip} is gone, though {out} is there" if not strip_there else f"{out} is not what its JSON says"
+            what = (
+                f"{changed[0]} is not what its JSON says" if strip_there else f"{strip} is gone, though {out} is there"
+            )
             raise UserError(f"{what} ({sidecar_of(out)}); pass --overwrite to make it again")
         _check_kind(out, options.kind, ours=True)
         return False
@@ -118,6 +124,14 @@ def is_finished(options: SampleOptions, recipe: dict[str, Any]) -> bool:
     if not options.overwrite:
         _check_free(options, sidecar, recipe)
     return False
+
+
+def _changed(options: SampleOptions, sidecar: dict[str, Any]) -> list[Path]:
+    """The output, the strip, or both, as far as they are not what the sidecar says; old ones say nothing of strips."""
+    described = {options.path: sidecar.get("output", {})}
+    if options.trajectory is not None and "strip" in sidecar:
+        described[strip_of(options.path)] = sidecar["strip"]
+    return [path for path, description in described.items() if not is_intact(path, description)]
 
 
 def sweep(out: Path, recipe: dict[str, Any], *, of_others: bool) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.errors import WRITE_REASONS, UserError
+from pipeline.runtime.units import size
 
 
 class WriteError(UserError):
@@ -57,6 +58,17 @@ def make_folder(path: Path) -> None:
             raise UserError(f"{path} is a link that leads nowhere; remove it, or choose another path") from error
         except FileNotFoundError as error:  # file systems such as /proc answer so
             raise UserError(f"the folder {path} cannot be made there; choose another output path") from error
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError unless the disk that a folder is on, or will be, has that many bytes for what is to be made."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{what} and the work for it take {size(needed)}, but {folder} has {size(free)} free; free some space or "
+            "choose another --out"
+        )
 
 
 def flush_folder(path: Path) -> None:

@@ -1,7 +1,9 @@
 """The whole command in one process: outputs, sidecars, going on, and what it refuses."""
 
+import hashlib
 import json
 import resource
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -437,6 +439,30 @@ def test_a_strip_of_more_moments_than_there_are_is_refused_and_a_lost_one_is_tol
     (tmp_path / "g.trajectory.png").unlink()
     status, said = command("--out", tmp_path / "g.png", "--classes", "1", "--trajectory", 4)
     assert status == 2 and "g.trajectory.png is gone" in said
+
+
+def test_a_strip_is_known_by_its_content_and_one_of_other_images_is_told(command, tmp_path, read_json):
+    arguments = "--out", tmp_path / "g.png", "--classes", "1", "--trajectory", 4
+    assert command(*arguments)[0] == 0
+    strip = tmp_path / "g.trajectory.png"
+    made = strip.read_bytes()
+    assert read_json(tmp_path / "g.png.json")["strip"]["sha256"] == hashlib.sha256(made).hexdigest()
+    strip.write_bytes(made[:-1] + b"x")
+    status, said = command(*arguments)
+    assert status == 2 and "g.trajectory.png is not what its JSON says" in said
+    assert command(*arguments, "--overwrite")[0] == 0
+    assert strip.read_bytes() == made
+
+
+@pytest.mark.parametrize("kind", ["a.npz", "a.safetensors"])
+def test_a_disk_without_room_for_the_parts_and_the_output_is_told_before_anything_is_made(
+    command, tmp_path, monkeypatch, kind
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50_000))
+    status, said = command("--out", tmp_path / "out" / kind, "--samples-per-class", 10)
+    assert status == 2 and "has 50.0 kB free; free some space or choose another --out" in said
+    assert listing(tmp_path) == []
 
 
 def test_a_sidecar_that_is_no_json_is_a_strangers_file(command, tmp_path):
