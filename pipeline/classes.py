@@ -1,4 +1,4 @@
-"""The thousand classes of ImageNet (ILSVRC 2012): synset and readable names, in the order of their labels."""
+"""Classes by name: the thousand of ImageNet (ILSVRC 2012), and any class found by how people write it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def find_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], *,
         UserError: a class is unknown, ambiguous or empty; every such class is named.
     """
     words = [word.strip() for word in text.split(",")]
-    long_names = {_plain(name) for name in (*classes, *class_ids) if "," in name}
+    long_names = {plain(name) for name in (*classes, *class_ids) if "," in name}
     labels: list[int] = []
     complaints: list[str] = []
     start = 0
@@ -80,9 +80,9 @@ def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str], *, c
         if not 0 <= int(word) < count:
             raise UserError(f"class {word} is not a label from 0 to {count - 1}")
         return int(word)
-    spellings: tuple[Callable[[str], str], ...] = (str, _plain)
+    spellings: tuple[Callable[[str], str], ...] = (str, plain)
     for spell in spellings:
-        found = [label for label in range(count) if spell(word) in _names(label, classes, class_ids, spell)]
+        found = [label for label in range(count) if spell(word) in names_of(label, classes, class_ids, spell)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -90,7 +90,7 @@ def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str], *, c
             raise UserError(f"class {word!r} is ambiguous: it could be {options}; give the label")
     if not word:
         raise UserError("an empty class name stands between commas; remove one comma")
-    known = [name for label in range(count) for name in sorted(_names(label, classes, class_ids, str))]
+    known = [name for label in range(count) for name in sorted(names_of(label, classes, class_ids, str))]
     close = nearest(word, known)
     hint = f"; did you mean {' or '.join(close)}?" if close else f"; classes are 0 to {count - 1}"
     raise UserError(f"class {word!r} is unknown{hint}")
@@ -109,21 +109,24 @@ def describe_class(label: int, classes: Sequence[str], class_ids: Sequence[str])
     return f"{label} ({', '.join(dict.fromkeys(known))})" if known else str(label)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """The name in letters that do not depend on how it was written: no capitals, no underscores, one space a comma."""
     return ", ".join(part.strip() for part in name.replace("_", " ").casefold().split(","))
 
 
-def _names(label: int, classes: Sequence[str], class_ids: Sequence[str], spell: Callable[[str], str]) -> set[str]:
-    """Every spelling of one class."""
-    names = {class_ids[label]} if label < len(class_ids) else set()
+def names_of(
+    label: int, classes: Sequence[str], class_ids: Sequence[str], spell: Callable[[str], str] = plain
+) -> list[str]:
+    """Everything that one class is called: its folder name, its readable name, and that up to the first comma."""
+    names = [class_ids[label]] if label < len(class_ids) else []
     if label < len(classes):
-        names |= {classes[label], classes[label].partition(",")[0].strip()}
-    return {spell(name) for name in names if name}
+        names += [classes[label], classes[label].partition(",")[0].strip()]
+    return list(dict.fromkeys(spell(name) for name in names if name))
 
 
 def _longest_name(words: Sequence[str], start: int, long_names: set[str]) -> int:
     """Where the class that begins at `start` ends: past every comma that belongs to its name."""
     for stop in range(len(words), start + 1, -1):
-        if _plain(", ".join(words[start:stop])) in long_names:
+        if plain(", ".join(words[start:stop])) in long_names:
             return stop
     return start + 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.tensor_files import join_names
+from pipeline.classes import names_of
 from pipeline.dit import DiT, DiTConfig
 from pipeline.runtime.errors import UserError
 
@@ -18,7 +19,7 @@ _OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 @dataclass(kw_only=True, slots=True)
-class FitReport:
+class TransferReport:
     """Which tensors of a network came from where; `str()` of it is for people."""
 
     copied: list[str] = field(default_factory=list)
@@ -52,7 +53,7 @@ def fit_weights(
     class_mapping: Mapping[int, int] | None = None,
     labels: LabelStart = "by-name",
     origin: object = "the source",
-) -> FitReport:
+) -> TransferReport:
     """Copy into `target`, in place, every tensor of `source` that fits, and adapt those that nearly do.
 
     The label table: a class that both networks know by folder name or readable name keeps its row (by-name); the
@@ -72,7 +73,7 @@ def fit_weights(
     assert labels in get_args(LabelStart), labels
     config = target.config
     _check_widths(source, config, source_config, origin)
-    report = FitReport()
+    report = TransferReport()
     with torch.no_grad():
         for name, parameter in target.state_dict().items():
             if name not in source:
@@ -160,25 +161,16 @@ def _same_classes(
     """{target's label: source's label} of classes that are called alike, folder names before readable names."""
     by_name: dict[str, set[int]] = {}
     for label in range(max(map(len, source_names))):
-        for name in _spellings(label, source_names):
+        for name in names_of(label, *source_names):
             by_name.setdefault(name, set()).add(label)
     same = {}
     for label in range(max(map(len, target_names))):
-        for name in _spellings(label, target_names):
+        for name in names_of(label, *target_names):
             found = by_name.get(name, set())
             if len(found) == 1:
                 same[label] = next(iter(found))
                 break
     return same
-
-
-def _spellings(label: int, names: tuple[Sequence[str], Sequence[str]]) -> list[str]:
-    """The folder name, the whole readable name, and its part before the first comma, in plain letters."""
-    classes, class_ids = names
-    identifier = class_ids[label] if label < len(class_ids) else ""
-    full = classes[label] if label < len(classes) else ""
-    plain = [name.replace("_", " ").strip().casefold() for name in (identifier, full, full.partition(",")[0])]
-    return [name for name in dict.fromkeys(plain) if name]
 
 
 def _fit_labels(
@@ -188,7 +180,7 @@ def _fit_labels(
     config: DiTConfig,
     rows: Mapping[int, int],
     labels: LabelStart,
-    report: FitReport,
+    report: TransferReport,
 ) -> None:
     if len(table) == len(source) and all(rows.get(row) == row for row in range(len(table))):
         table.copy_(source)
@@ -212,7 +204,7 @@ def _regrouped(name: str, config: DiTConfig, source: Mapping[str, Tensor]) -> bo
     return name in _OUTPUT and source[_PATCHES].shape[1] != config.in_channels
 
 
-def _fit_patches(weight: Tensor, source: Tensor, report: FitReport) -> None:
+def _fit_patches(weight: Tensor, source: Tensor, report: TransferReport) -> None:
     if weight.shape[2:] != source.shape[2:]:
         report.new[_PATCHES] = (
             f"patches of {weight.shape[2]}×{weight.shape[3]} instead of {source.shape[2]}×{source.shape[3]}"
@@ -225,7 +217,7 @@ def _fit_patches(weight: Tensor, source: Tensor, report: FitReport) -> None:
 
 
 def _fit_output(
-    name: str, parameter: Tensor, source: Mapping[str, Tensor], config: DiTConfig, report: FitReport
+    name: str, parameter: Tensor, source: Mapping[str, Tensor], config: DiTConfig, report: TransferReport
 ) -> None:
     """Rows are ordered (patch row, patch column, prediction or variance, channel); shared ones are copied."""
     channels, side = source[_PATCHES].shape[1:3]
