@@ -99,7 +99,10 @@ def test_a_sharded_network_trains_as_one_does_and_its_checkpoint_loads_on_anothe
     run = tmp_path / "run"
     words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    words += [str(ROOT / "dit-train"), *command(poisoned, run, *SETTINGS, "--sharding", "fsdp", steps=5)[2:]]
+    words += [
+        str(ROOT / "dit-train"),
+        *command(poisoned, run, *SETTINGS, "--sharding", "fsdp", "--grad-accumulation", "2", steps=5)[2:],
+    ]
     result = subprocess.run(
         words, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
@@ -160,3 +163,33 @@ def test_four_processes_sharded_and_copied_train_as_one_does(store, tmp_path, pr
         result = launch(store, run, *flags, "--sharding", sharding, processes=4, steps=4)
         assert result.returncode == 0, result.stderr
         assert_close_histories(history(tmp_path / "alone"), history(run), relative=tolerance)
+
+
+ACCUMULATED = """
+import torch
+from pipeline.dit import DiT, DiTConfig
+from torch.distributed.tensor import DTensor
+from train import distributed
+from train.options import HardwareOptions
+from train.parallel import parallelize
+
+machine = distributed.start(HardwareOptions(device="cpu", mixed_precision="no"))
+placement = parallelize(DiT(DiTConfig.from_preset("DiT-Ti/2", input_size=8, num_classes=4), seed=0), machine, "fsdp")
+inputs = (torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+for part in range(2):
+    with placement.accumulating(last=part == 1):
+        placement.model(*inputs).square().mean().backward()
+    for parameter, own in zip(placement.network.parameters(), placement.weights):
+        assert isinstance(parameter.grad, DTensor) and parameter.grad.to_local().shape == own.shape, part
+"""
+
+
+def test_a_sharded_networks_gradients_are_divided_after_every_part(tmp_path):
+    """Kept whole until the last part, they would take four bytes per weight on every process."""
+    (tmp_path / "accumulate.py").write_text(ACCUMULATED)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    words += ["--rdzv-endpoint", "localhost:0", str(tmp_path / "accumulate.py")]
+    result = subprocess.run(
+        words, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
