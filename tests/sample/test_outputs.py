@@ -80,12 +80,11 @@ def test_a_folder_has_one_png_per_image_in_its_class_and_its_number_in_the_name(
     assert about["files"] == len(files) == 10
     with Image.open(tmp_path / "f" / "n9" / "000005.png") as image:
         assert (np.asarray(image) == IMAGES[5]).all()
-    assert is_intact(tmp_path / "f", about, thorough=True)
+    assert is_intact(tmp_path / "f", about)
     Image.fromarray(IMAGES[0]).save(tmp_path / "f" / "n9" / "000005.png")
-    assert is_intact(tmp_path / "f", about, thorough=False)
-    assert not is_intact(tmp_path / "f", about, thorough=True)
+    assert not is_intact(tmp_path / "f", about)
     files[0].unlink()
-    assert not is_intact(tmp_path / "f", about, thorough=False)
+    assert not is_intact(tmp_path / "f", about)
 
 
 def test_images_without_a_class_have_no_sub_folder(tmp_path):
