@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline.checkpoint.averages import MovingAverage
 from pipeline.diffusion import Process

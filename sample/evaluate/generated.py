@@ -12,6 +12,7 @@ from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.threads import finite_rows, one_thread_each
 from pipeline.vae import Vae, check_latents, find_vae
+from sample.decode import NotFiniteError, decode_in_lanes, decode_lane
 from sample.evaluate.image_set import digest_of, names_of
 from sample.evaluate.options import PART_IMAGES, EvaluateOptions
 from sample.options import ImageOptions, SampleOptions

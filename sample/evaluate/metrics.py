@@ -64,8 +64,8 @@ def fit_gaussian(blocks: Iterable[Rows]) -> Gaussian:
     mean = np.asarray(total / count, dtype=np.float64)
     scatter = np.zeros((len(mean), len(mean)))
     for block in blocks:
-        centred = block.astype(np.float64) - mean
-        scatter += centred.T @ centred
+        centered = block.astype(np.float64) - mean
+        scatter += centered.T @ centered
     return Gaussian(mean=mean, covariance=scatter / (count - 1))
 
 

@@ -35,6 +35,7 @@ def pretended(tmp_path, monkeypatch, **pieces):
         + f"def pieces(setting):\n    return {{{', '.join(f'{name!r}: {name}' for name in pieces)}}}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "benchmarks_of_test", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     monkeypatch.setattr(sitting, "ORDER", (("of_test", 60),))
     monkeypatch.setattr(sitting, "module_of", lambda _part: "benchmarks_of_test")
@@ -71,7 +72,7 @@ def test_what_hangs_is_ended_and_the_next_one_goes_on(tmp_path, monkeypatch):
 
 def test_a_piece_ends_in_time_and_the_next_one_goes_on_with_what_it_lacks(tmp_path, monkeypatch):
     pretended(tmp_path, monkeypatch, one=FINE, two=FINE, three=FINE)
-    monkeypatch.setattr(sitting, "PIECE_SECONDS", sitting.RESERVE_SECONDS + 1)  # one unit is all that it may begin
+    monkeypatch.setattr(sitting, "PIECE_SECONDS", sitting.RESERVE_SECONDS + 60)  # one unit is all that it may begin
     monkeypatch.setattr(sitting, "ORDER", (("of_test", 100),))
     out = tmp_path / "a.json"
     status, found = sit(out)
