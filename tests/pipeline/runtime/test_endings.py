@@ -198,6 +198,34 @@ def test_a_result_on_a_full_disk_is_one_sentence():
     assert "dit-x: error: cannot write standard output: the disk is full; free some space" in said
 
 
+TOGETHER = """
+import datetime
+import torch
+import torch.distributed as dist
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=os.environ["MEET"], rank=rank, world_size=2)
+pending = dist.all_reduce(torch.zeros(1), async_op=True) if rank else None
+if rank:
+    raise RuntimeError("a fault of the program's")
+sys.stdin.read()
+"""
+
+
+def test_an_error_in_a_group_is_said_and_ends_the_process_while_the_others_do_not_come(tmp_path):
+    """A process that leaves the group in order would wait for the exchange that it has begun."""
+    both = []
+    for rank in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MEET": f"file://{tmp_path / 'meet'}"}.items():
+                patch.setenv(name, str(value))
+            both.append(start(TOGETHER, stdin=subprocess.PIPE))
+    other, failing = both
+    said = failing.communicate(timeout=120)[1]
+    assert failing.returncode == 1 and "RuntimeError: a fault of the program's" in said
+    assert other.poll() is None
+    other.communicate(timeout=60)
+
+
 def said_of(number, capsys):
     from dataclasses import dataclass
 
