@@ -34,7 +34,7 @@ def draw_canvas(draw: np.random.Generator) -> NDArray[np.uint8]:
     return pixels
 
 
-def _colour(draw: np.random.Generator) -> str:
+def _color(draw: np.random.Generator) -> str:
     """A colour: half the time any, else a muted one, black or white."""
     kind = draw.random()
     if kind < 0.5:
@@ -47,7 +47,7 @@ def _colour(draw: np.random.Generator) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def _shape(draw: np.random.Generator, centre: NDArray[np.float64], radius: float) -> list[tuple[float, float]]:
+def _shape(draw: np.random.Generator, center: NDArray[np.float64], radius: float) -> list[tuple[float, float]]:
     """Corners of a star-shaped polygon: an ellipse, a rectangle or a ragged leaf, turned at random."""
     corners = int(draw.choice([3, 4, 5, 7, 24]))
     angles = np.linspace(0, 2 * math.pi, corners, endpoint=False, dtype=np.float64)
@@ -58,22 +58,22 @@ def _shape(draw: np.random.Generator, centre: NDArray[np.float64], radius: float
     x, y = ragged * np.cos(angles), ragged * stretch * np.sin(angles)
     turn = draw.uniform(0, 2 * math.pi)
     turned = np.stack([x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn)], axis=1)
-    return [(float(a), float(b)) for a, b in turned + centre]
+    return [(float(a), float(b)) for a, b in turned + center]
 
 
 def _dead_leaves(draw: np.random.Generator) -> Image.Image:
     """Shapes whose radii follow r^-3 between two limits, the oldest lowest."""
     side = 2 * CANVAS_PX
-    canvas = Image.new("RGB", (side, side), _colour(draw))
+    canvas = Image.new("RGB", (side, side), _color(draw))
     pen = ImageDraw.Draw(canvas)
     smallest, largest = draw.uniform(3, 24), draw.uniform(60, 180)
     count = int(draw.integers(40, 260))
     uniform = draw.random(count)
     radii = (smallest**-2 + uniform * (largest**-2 - smallest**-2)) ** -0.5
-    palette = [_colour(draw) for _ in range(int(draw.integers(3, 24)))]
+    palette = [_color(draw) for _ in range(int(draw.integers(3, 24)))]
     for radius in radii:
-        colour = palette[draw.integers(len(palette))] if draw.random() < 0.7 else _colour(draw)
-        pen.polygon(_shape(draw, draw.uniform(0, side, 2), radius), fill=colour)
+        color = palette[draw.integers(len(palette))] if draw.random() < 0.7 else _color(draw)
+        pen.polygon(_shape(draw, draw.uniform(0, side, 2), radius), fill=color)
     if draw.random() < 0.5:
         canvas = _shade(draw, canvas)
     return canvas
@@ -97,11 +97,11 @@ def _gradients(draw: np.random.Generator) -> Image.Image:
     side = CANVAS_PX
     canvas = Image.merge("RGB", [_ramp(draw, side) for _ in range(3)])
     if draw.random() < 0.5:
-        canvas = ImageOps.colorize(_ramp(draw, side), _colour(draw), _colour(draw))
+        canvas = ImageOps.colorize(_ramp(draw, side), _color(draw), _color(draw))
     for _ in range(int(draw.integers(0, 4))):
         mask = Image.new("L", (side, side))
         ImageDraw.Draw(mask).polygon(_shape(draw, draw.uniform(0, side, 2), draw.uniform(10, 60)), fill=255)
-        canvas.paste(ImageOps.colorize(_ramp(draw, side), _colour(draw), _colour(draw)), mask=mask)
+        canvas.paste(ImageOps.colorize(_ramp(draw, side), _color(draw), _color(draw)), mask=mask)
     return canvas
 
 
@@ -109,10 +109,10 @@ def _strokes(draw: np.random.Generator) -> Image.Image:
     """Curved lines of a few widths on a plain or a smooth ground, as pens and brushes leave them."""
     side = 2 * CANVAS_PX
     plain = draw.random() < 0.6
-    canvas = Image.new("RGB", (side, side), _colour(draw)) if plain else _gradients(draw).resize((side, side))
+    canvas = Image.new("RGB", (side, side), _color(draw)) if plain else _gradients(draw).resize((side, side))
     pen = ImageDraw.Draw(canvas)
     width = float(draw.uniform(2, 36))
-    inks = [_colour(draw) for _ in range(int(draw.integers(1, 4)))]
+    inks = [_color(draw) for _ in range(int(draw.integers(1, 4)))]
     for _ in range(int(draw.integers(3, 24))):
         knots = draw.uniform(-0.1, 1.1, (4, 2)) * draw.uniform(0.3, 1.0) * side
         knots = knots + draw.uniform(0, 0.6, 2) * side
@@ -128,18 +128,18 @@ def _strokes(draw: np.random.Generator) -> Image.Image:
 def _glyphs(draw: np.random.Generator) -> Image.Image:
     """Letters and signs of Pillow's own font, in all sizes, turned a little."""
     side = 2 * CANVAS_PX
-    canvas = Image.new("RGB", (side, side), _colour(draw))
+    canvas = Image.new("RGB", (side, side), _color(draw))
     if draw.random() < 0.3:
         canvas = _gradients(draw).resize((side, side))
     signs = "ABCDEFGHKLMNOPRSTUVWXYZabcdefghkmnopqrstuvwxyz&?!#%@$+=<>()[]{}"
     size: Any = draw.uniform(24, 150)  # older type stubs of Pillow know whole sizes only
-    ink = _colour(draw)
+    ink = _color(draw)
     for _ in range(int(draw.integers(2, 20))):
         stamp = Image.new("L", (int(size * 1.4), int(size * 1.4)))
         sign = signs[draw.integers(len(signs))]
         ImageDraw.Draw(stamp).text((size * 0.2, 0), sign, fill=255, font=ImageFont.load_default(size))
         stamp = stamp.rotate(float(draw.normal(0, 20)), Image.Resampling.BILINEAR)
-        ink = _colour(draw) if draw.random() < 0.3 else ink
+        ink = _color(draw) if draw.random() < 0.3 else ink
         place = tuple(int(corner) for corner in draw.integers(-20, side - 20, 2))
         canvas.paste(ink, (place[0], place[1]), stamp)
     return canvas

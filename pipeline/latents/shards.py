@@ -206,7 +206,7 @@ def _read(run: Run) -> None:
 @cache
 def _threads(_process: int) -> ThreadPoolExecutor:
     """The reading threads of this process; a fork does not take threads along, so it gets its own."""
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix="read")
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="gather")
 
 
 def size_fault(path: Path | str, found: int, expected: int) -> str:

@@ -23,6 +23,7 @@ def measured(tmp_path_factory):
     return json.loads((folder / "found.json").read_text()), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_parts_that_are_chosen_are_measured_printed_and_kept_as_json(measured):
     found, shown = measured
     assert list(found["parts"]) == ["counts", "loader"]
@@ -31,11 +32,13 @@ def test_the_parts_that_are_chosen_are_measured_printed_and_kept_as_json(measure
     assert "host reads in a training step that logs nothing" in shown
 
 
+@pytest.mark.slow
 def test_no_count_is_above_its_bound(measured):
     found, _ = measured
     assert [row["what"] for row in found["parts"]["counts"] if row["reached"] is False] == []
 
 
+@pytest.mark.slow
 def test_a_gather_by_batch_is_eight_times_as_fast_as_one_file_per_sample(measured):
     found, _ = measured
     warm = found["parts"]["loader"][0]

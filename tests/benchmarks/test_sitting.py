@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,26 @@ def pretended(tmp_path, monkeypatch, **pieces):
     monkeypatch.setattr("benchmarks.machine.measure_ceilings", lambda *_, **__: CEILINGS)
 
 
+class InThisProcess:
+    """Stands for the unit's process where only the order of things matters: nothing has to be loaded anew."""
+
+    exitcode = 0
+
+    def __init__(self, *, target, args, **_):
+        self.start = lambda: target(*args)
+
+    def join(self, _seconds):
+        pass
+
+    def is_alive(self):
+        return False
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(sitting.multiprocessing, "get_context", lambda _way: SimpleNamespace(Process=InThisProcess))
+
+
 def sit(out, earlier=None):
     status = sitting.sit(out, earlier=earlier, device=CPU, quick=True, command="test")
     return status, json.loads(out.read_text())
@@ -50,15 +71,23 @@ def sit(out, earlier=None):
 FINE = "return [Row(what='fine', unit='s', ours=spread([1.0]))]"
 
 
-def test_what_fails_or_dies_costs_itself_alone_and_is_tried_once_more(tmp_path, monkeypatch):
-    pretended(tmp_path, monkeypatch, raises="raise RuntimeError('no such kernel')", dies="os._exit(7)", fine=FINE)
+def test_what_fails_costs_itself_alone_and_is_tried_once_more_at_the_end(tmp_path, monkeypatch, at_once):
+    pretended(tmp_path, monkeypatch, raises="raise RuntimeError('no such kernel')", fine=FINE)
     status, found = sit(tmp_path / "a.json")
     assert status == 1
     assert [row["what"] for row in found["rows"]["of_test: fine"]] == ["fine"]
-    assert found["failed"] == {
-        "of_test: raises": {"tries": 2, "why": "RuntimeError: no such kernel"},
-        "of_test: dies": {"tries": 2, "why": "its process ended with status 7"},
-    }
+    assert found["failed"] == {"of_test: raises": {"tries": 2, "why": "RuntimeError: no such kernel"}}
+    assert [unit["name"] for unit in found["pieces"][0]["units"]] == [
+        "of_test: raises", "of_test: fine", "of_test: raises"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_dies_costs_itself_alone(tmp_path, monkeypatch):
+    pretended(tmp_path, monkeypatch, dies="os._exit(7)", fine=FINE)
+    _, found = sit(tmp_path / "a.json")
+    assert found["failed"] == {"of_test: dies": {"tries": 2, "why": "its process ended with status 7"}}
+    assert list(found["rows"]) == ["of_test: fine"]
 
 
 @pytest.mark.slow
@@ -70,7 +99,7 @@ def test_what_hangs_is_ended_and_the_next_one_goes_on(tmp_path, monkeypatch):
     assert list(found["rows"]) == ["of_test: fine"]
 
 
-def test_a_piece_ends_in_time_and_the_next_one_goes_on_with_what_it_lacks(tmp_path, monkeypatch):
+def test_a_piece_ends_in_time_and_the_next_one_goes_on_with_what_it_lacks(tmp_path, monkeypatch, at_once):
     pretended(tmp_path, monkeypatch, one=FINE, two=FINE, three=FINE)
     monkeypatch.setattr(sitting, "PIECE_SECONDS", sitting.RESERVE_SECONDS + 60)  # one unit is all that it may begin
     monkeypatch.setattr(sitting, "ORDER", (("of_test", 100),))
@@ -86,15 +115,16 @@ def test_a_piece_ends_in_time_and_the_next_one_goes_on_with_what_it_lacks(tmp_pa
     ]  # fmt: skip
 
 
-def test_every_row_is_written_before_the_next_one_is_measured(tmp_path, monkeypatch):
+def test_every_row_is_written_before_the_next_one_is_measured(tmp_path, monkeypatch, at_once):
     out = tmp_path / "a.json"
-    look = f"import json; return [Row(what=str(sorted(json.load(open({str(out)!r}))['rows'])), unit='', ours=spread([1.0]))]"
+    rows = f"sorted(json.loads(Path({str(out)!r}).read_text())['rows'])"
+    look = f"import json; from pathlib import Path; return [Row(what=str({rows}), unit='', ours=spread([1.0]))]"
     pretended(tmp_path, monkeypatch, one=FINE, two=look)
     _, found = sit(out)
     assert found["rows"]["of_test: two"][0]["what"] == "['of_test: one']"
 
 
-def test_a_piece_of_another_machine_or_size_or_one_too_many_is_refused(tmp_path, monkeypatch):
+def test_a_piece_of_another_machine_or_size_or_one_too_many_is_refused(tmp_path, monkeypatch, at_once):
     pretended(tmp_path, monkeypatch, one=FINE)
     out = tmp_path / "a.json"
     _, found = sit(out)
@@ -115,8 +145,9 @@ def test_the_order_begins_with_what_is_most_valuable_and_names_every_part_once(t
     names = [unit.name for unit in sitting.units(setting(tmp_path))]
     assert len(set(names)) == len(names) > 15
     first = [name.partition(":")[0] for name in names]
-    order = ["parity", "train", "extract", "sample", "memory", "processes"]
+    order = ["parity", "extract", "sample", "memory", "processes"]  # the step of DiT-XL/2, second there, is a GPU's
     assert [part for k, part in enumerate(first) if part not in first[:k]][: len(order)] == order
+    assert [part.partition(":")[0] for part, _ in sitting.ORDER][:3] == ["parity", "train", "extract"]
 
 
 def test_contradicting_flags_are_refused(capsys):

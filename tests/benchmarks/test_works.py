@@ -74,6 +74,7 @@ def test_another_error_is_no_end_of_memory():
         train.largest_that_fits(broken, 8, CPU)
 
 
+@pytest.mark.slow
 def test_either_loop_gets_a_smaller_batch_where_memory_ends_and_rates_are_per_image(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "write_data", lambda *_: None)
     for most_of_ours, most_of_plain in ((2, 8), (8, 2)):

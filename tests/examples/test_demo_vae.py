@@ -42,6 +42,7 @@ def test_the_untrained_model_already_knows_every_cells_colour(tmp_path, digits):
             assert torch.corrcoef(pair)[0, 1] > 0.95
 
 
+@pytest.mark.slow
 def test_training_gives_a_vae_that_loads_and_the_same_one_again(tmp_path, capsys):
     arguments = ["--steps", "2", "--canvases", "1", "--crops", "1", "--digits", "1"]
     prints = []

@@ -72,7 +72,7 @@ def make_checkpoint(tmp_path_factory, vae_folder):
             **(info or {}),
         }
         state = model.state_dict()
-        write_model_files(folder, info=about, model=state, averages=dict.fromkeys(averages, state))
+        write_model_files(folder, info=about, model=state, averages=dict.fromkeys(averages, state), sums=True)
         return folder
 
     return make

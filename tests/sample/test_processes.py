@@ -81,6 +81,7 @@ def straight(tmp_path_factory, tiny, vae_folder):
     return out.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_under_two_processes_and_ends_with_the_same_bytes(start, straight, tmp_path):
     out = tmp_path / "a.npz"
     first = start((sys.executable, "-m", "sample"), out)

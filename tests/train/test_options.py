@@ -93,7 +93,7 @@ def test_every_flag_that_may_change_exists():
 
 def test_what_a_run_learns_may_not_change_and_where_it_starts_only_after_the_first_checkpoint():
     later, sooner = (may_change(TrainOptions, with_checkpoint=known) for known in (True, False))
-    assert later - sooner == {"init-from", "init-weights", "allow-other-vae"} and sooner < later
+    assert later - sooner == {"init-from", "init-weights", "verify-weights", "allow-other-vae"} and sooner < later
     assert {"steps", "save-every", "latents", "sharding", "keep-every", "vae"} <= sooner
     learned = {"seed", "flip", "order", "batch-size", "lr", "betas", "model", "objective", "mixed-precision"}
     assert not later & (learned | {"validation-share", "decay-steps", "ema-decay", "extra-ema", "class-dropout"})

@@ -95,6 +95,7 @@ def test_another_number_of_processes_goes_on_with_the_run(poisoned, alone, toget
     assert_close_histories(history(alone), history(run))
 
 
+@pytest.mark.slow
 def test_a_sharded_network_trains_as_one_does_and_its_checkpoint_loads_on_another_count(poisoned, alone, tmp_path):
     run = tmp_path / "run"
     words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -113,6 +114,7 @@ def test_a_sharded_network_trains_as_one_does_and_its_checkpoint_loads_on_anothe
     assert validation(run) == pytest.approx(validation(alone), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stop_of_two_processes_is_agreed_and_saved(store, tmp_path):
     with running(torchrun(store, tmp_path / "run", steps=100_000)) as process:
         wait_for(lambda: len(lines(tmp_path / "run")) > 1)

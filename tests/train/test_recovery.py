@@ -66,6 +66,7 @@ def bad_stretch(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_going_back_never_leaves_a_run_without_checkpoints(bad_stretch, tmp_path, capsys):
     """Three are kept, all saved amid skipped steps; the one from before them is kept for going back to."""
     flags = ["--save-every", "5", "--keep-last", "3", "--log-every", "10"]
@@ -90,6 +91,7 @@ def test_a_run_that_ends_amid_skipped_steps_says_so(bad_stretch, tmp_path, capsy
     assert "the last 8 steps were skipped" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_where_a_sitting_ends_does_not_decide_about_going_back(poisoned, tmp_path):
     flags = [*SAVING, "--max-skipped-in-a-row", "1", "--log-every", "10"]
     assert train(poisoned, tmp_path / "straight", *flags, steps=20) == 0
@@ -113,6 +115,7 @@ def test_going_back_too_often_ends_with_a_clear_line(tmp_path, capsys):
     assert "2 returns did not help" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_after_rolling_back_nothing_of_the_abandoned_steps_is_left(bad_stretch, tmp_path, monkeypatch):
     """Looked at when it is said: a kill after it must not resume what was abandoned, nor count its skipped steps."""
     seen, states = [], []

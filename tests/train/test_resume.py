@@ -49,6 +49,7 @@ def kill_after(process, out, after_step):
     kill_family(process)
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_at_random_moments_comes_back_to_the_bit(store, straight, tmp_path):
     for _ in range(2):
         killed(store, tmp_path / "run", random.randrange(1, STEPS - 2), *SETTINGS)

@@ -89,9 +89,9 @@ def test_curves_are_drawn_without_tensorboard(watched, tmp_path, capsys):
 def test_runs_of_one_name_are_drawn_apart(watched, tmp_path):
     assert distinct_names([Path("/a/x/run"), Path("/a/y/run"), Path("/a/z")]) == ["x/run", "y/run", "a/z"]
     assert distinct_names([Path("/a/run"), Path("/b/other")]) == ["run", "other"]
-    with (watched / "metrics.jsonl").open("a") as file:
-        file.write("[1]\n")
-    assert plot([str(watched), "--out", str(tmp_path / "new" / "curves.png")]) == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text((watched / "metrics.jsonl").read_text() + "[1]\n")
+    assert plot([str(tmp_path / "run"), "--out", str(tmp_path / "new" / "curves.png")]) == 0
 
 
 def test_smoothing_is_a_running_mean_without_a_bias_at_the_start():

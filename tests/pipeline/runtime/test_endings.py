@@ -54,11 +54,25 @@ with StopRequest():
 """
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+
+
 def start(body, *, preexec=None, **streams):
     code = COMMAND.format(body=textwrap.indent(body, "    "))
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, preexec_fn=preexec, text=True, **streams)  # noqa: PLW1509 - no thread runs here
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, preexec_fn=preexec, text=True, **streams)  # noqa: PLW1509 - no thread runs here
+    STARTED.append(process)
+    return process
 
 
 def read_until(process, word):

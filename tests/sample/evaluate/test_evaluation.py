@@ -238,6 +238,7 @@ def test_finished_parts_survive_an_interruption(run, sets, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["r.json"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(run, sets, tmp_path, weights_file, monkeypatch):
     script = tmp_path / "evaluate.py"
     script.write_text(

@@ -71,6 +71,7 @@ def test_the_five_metrics_of_adm_from_images_to_numbers(run, sets, tmp_path):
     assert said.err.count("fewer than 10000") == 4, "FID and sFID, both sides"
 
 
+@pytest.mark.slow
 def test_a_reference_file_gives_the_very_numbers_of_its_images(run, sets, tmp_path):
     place, _ = sets
     run("--reference", place / "b.npz", "--make-reference", tmp_path / "ref.npz")
