@@ -85,6 +85,7 @@ def test_the_page_of_benchmarks_has_a_place_for_every_part_on_both_kinds_of_devi
             assert f"<!-- end {device} {name} -->" in text
 
 
+@pytest.mark.slow
 def test_the_page_about_scale_shows_what_is_counted():
     text = (DOCS / "scaling.md").read_text()
     assert filled(text) == text, "run python -m benchmarks.arithmetic --markdown docs/scaling.md"

@@ -22,7 +22,7 @@ def finish_all(processes):
     return [process.exitcode for process in processes]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_and_three_processes_give_the_bytes_of_one(tmp_path, start, reference, hashes, count):
     processes = [start("--out", tmp_path / "store") for _ in range(count)]
     assert finish_all(processes) == [0] * count, [process.log() for process in processes]
@@ -61,7 +61,7 @@ def kill_rounds(tmp_path, start, reference, hashes, rounds):
 
 
 def test_killed_at_random_moments_and_continued_the_bytes_are_the_same(tmp_path, start, reference, hashes):
-    kill_rounds(tmp_path, start, reference, hashes, 3)
+    kill_rounds(tmp_path, start, reference, hashes, 1)
 
 
 @pytest.mark.slow
@@ -115,7 +115,10 @@ def test_overwrite_waits_for_nobody_and_refuses_while_another_works(tmp_path, st
 RANKS = "import os; os.environ.update(RANK='{}', LOCAL_RANK='{}', WORLD_SIZE='2')"
 
 
-@pytest.mark.parametrize("old", ["finished", "unfinished", "without a manifest", "none"])
+@pytest.mark.parametrize(
+    "old",
+    ["finished", *(pytest.param(old, marks=pytest.mark.slow) for old in ("unfinished", "without a manifest", "none"))],
+)
 def test_processes_started_together_overwrite_once_and_share_the_new_work(tmp_path, start, reference, hashes, old):
     for round_ in range(3):
         out = tmp_path / f"store-{round_}"
@@ -143,7 +146,7 @@ pathlib.Path.unlink = dying
 """
 
 
-@pytest.mark.parametrize("after", [0, 1, 6, 7, 10, 14, 15])
+@pytest.mark.parametrize("after", [1, 7, 15, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 6, 10, 14))])
 def test_a_kill_during_overwrite_leaves_what_the_same_command_goes_on_with(tmp_path, start, reference, hashes, after):
     """Seven shards, seven records, the list of what was skipped and the manifest go one after the other."""
     out = tmp_path / "store"
@@ -215,7 +218,8 @@ def test_a_file_that_may_not_grow_ends_in_one_sentence(tmp_path, start, referenc
     assert hashes(out) == reference
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_start_processes_that_share_the_work(
     tmp_path, start, launch, reference, hashes, images, vae_folder, launcher
 ):

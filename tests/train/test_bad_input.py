@@ -125,8 +125,11 @@ def test_help_is_quick_and_names_every_default():
     "variables",
     [
         {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
-        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
-        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+        pytest.param(
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"PMI_SIZE": "2", "PMI_RANK": "0"}, marks=pytest.mark.slow),
     ],
     ids=lambda variables: next(iter(variables)),
 )

@@ -79,6 +79,7 @@ def test_two_processes_train_as_one_does_and_agree_on_skipping(alone, together):
     assert len(validation(together)) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_resume_to_the_bit(poisoned, together, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(together, run)
@@ -186,6 +187,7 @@ for part in range(2):
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_networks_gradients_are_divided_after_every_part(tmp_path):
     """Kept whole until the last part, they would take four bytes per weight on every process."""
     (tmp_path / "accumulate.py").write_text(ACCUMULATED)

@@ -159,6 +159,7 @@ config = types.SimpleNamespace(update=lambda values, **_: _write(config=values))
 """
 
 
+@pytest.mark.slow
 def test_weights_and_biases_get_the_same_numbers_through_accelerate(store, tmp_path):
     """A stand-in package of that name, as the real one is not installed here."""
     for name, text in (

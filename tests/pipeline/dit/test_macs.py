@@ -60,6 +60,7 @@ def test_counting_two_depths_gives_what_counting_the_whole_network_gives(conditi
     assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_table_takes_seconds():
     start = time.process_time()
     models_table()

@@ -200,14 +200,25 @@ def test_a_path_that_may_not_be_entered_is_named(capsys):
 
 
 def test_a_reader_that_has_seen_enough_is_no_traceback():
-    code = "import sys; from pipeline.inspect.__main__ import main; sys.argv = ['dit-inspect', '--models']; sys.exit(main())"
+    code = """
+import sys
+from dataclasses import dataclass
+from pipeline.runtime.console import run_command
+@dataclass
+class Options:
+    '''None.'''
+def run(_):
+    for line in range(100_000):
+        print(line)
+sys.exit(run_command(Options, run, prog="dit-x", description="", argv=[]))
+"""
     reader = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     done = subprocess.run(
         [sys.executable, "-u", "-c", code], stdout=reader.stdin, stderr=subprocess.PIPE, text=True, check=False
     )
     reader.stdin.close()
     reader.wait()
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and done.returncode == 1
 
 
 def test_a_mistake_is_one_plain_sentence_on_a_terminal_too():

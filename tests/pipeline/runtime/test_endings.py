@@ -111,7 +111,7 @@ def test_under_nohup_a_hang_up_means_nothing():
     assert process.returncode == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_a_wait_in_a_library_within_5_seconds(number):
     process = start(STUCK)
     read_until(process, "ready")

@@ -91,6 +91,7 @@ def test_another_result_is_not_overwritten_without_being_told_to(run, sets, tmp_
     assert out.read_text() != before
 
 
+@pytest.mark.slow
 def test_a_reference_made_of_images_serves_in_their_place_byte_for_byte_the_same(run, sets, tmp_path):
     make = ("--reference", sets / "folder", "--reference-features", "--make-reference")
     for name in ("a", "b"):
@@ -298,6 +299,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_cores(run, sets, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_sentence_under_several_processes_too(sets, tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--module"]
     words += ["sample.evaluate", "--samples", sets / "folder", "--metrics", "is", "--inception", tmp_path / "none.pth"]

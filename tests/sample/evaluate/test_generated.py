@@ -76,6 +76,7 @@ def test_a_store_is_decoded_from_the_means_of_its_first_view(evaluate, store, va
     assert described["vae"]["sha256"] == vae.sha256
 
 
+@pytest.mark.slow
 def test_the_pixels_of_a_store_depend_neither_on_the_batch_size_nor_on_the_number_of_cores(evaluate, store):
     found = set()
     before = torch.get_num_threads()
