@@ -1,1 +1,8 @@
 """Raw images through a frozen VAE into a latent store, once."""
+
+import contextlib
+
+with contextlib.suppress(ModuleNotFoundError):  # an installation from before it was there
+    import dit_pipeline
+
+    dit_pipeline.refuse_namesake("pipeline")

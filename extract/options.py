@@ -9,6 +9,7 @@ import tyro
 
 from extract.sources.selection import data_help
 from pipeline.latents.names import ShardFormat
+from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
 
 
@@ -31,7 +32,7 @@ class SourceOptions:
     """Column of a Hugging Face data set, or extension in WebDataset tars, that holds the image. Default: found by type."""
     label_column: str | None = None
     """Column, or extension, that holds the label. Default: the class label column, or .cls."""
-    ignore: str = ""
+    ignore: Annotated[str, BY_COMMAS] = ""
     """File name patterns to leave out, separated by commas, as in "*.txt,*.json". Hidden files are always left out."""
     source_cache: Path | None = None
     """Folder for copies of remote tars. Default: within STORE, removed when the store is finished."""

@@ -148,6 +148,7 @@ class Generator:
             channels=plan.channels,
             interval=plan.interval,
             time_scale=self.checkpoint.process.time_scale,
+            noise_first=self.checkpoint.process.noise_first,
         )
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:

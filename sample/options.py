@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.diffusion.process import OBJECTIVES, Objective
 from pipeline.diffusion.samplers import samplers_help, takes_eta
+from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
 
 SUFFIXES = {".png": "grid", ".npz": "npz", ".safetensors": "latents"}
@@ -19,7 +21,7 @@ GRID_PIXELS = 80_000_000  # in one picture: beyond this Pillow warns whoever ope
 class ImageOptions:
     """Which classes, and how many images of each."""
 
-    classes: str | None = None
+    classes: Annotated[str | None, BY_COMMAS] = None
     """Classes, separated by commas: labels, folder names (synsets) or readable names, as in "0,7,golden retriever". Default: all of them; more than 20 without --num-samples: eight drawn by the seed."""
     samples_per_class: int | None = None
     """Images of each class, in rows by class. Default 8, unless --num-samples is given."""
@@ -66,6 +68,10 @@ class ReverseOptions:
     """Latent channels to guide: all, or the first 3 as the released model did."""
     guidance_interval: str | None = None
     """A:B, guide only while the time (0 data, 1 noise) is within it, as in 0.2:0.8. Default: always."""
+    objective: Annotated[Objective | None, tyro.conf.arg(metavar="|".join(OBJECTIVES))] = None
+    """What bare weights were trained for, which they do not say: sit for SiT's, repa for REPA's. Default: what the checkpoint says."""
+    num_heads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Attention heads of bare weights whose width is none of the published ones."""
     seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
     """Image k depends on this and on k alone."""
 
@@ -74,6 +80,8 @@ class ReverseOptions:
             raise UserError(f"--steps {self.steps} must be at least 1")
         if not 0.0 <= self.eta <= 1.0:
             raise UserError(f"--eta {self.eta} must lie in 0 … 1")
+        if self.num_heads is not None and self.num_heads < 1:
+            raise UserError(f"--num-heads {self.num_heads} must be at least 1")
         if self.guidance is not None and not 0.0 <= self.guidance < float("inf"):
             raise UserError(f"--guidance {self.guidance} must be a number from 0 on; 1 is no guidance")
         _ = self.interval

@@ -78,7 +78,13 @@ def resolve(options: SampleOptions) -> SamplingJob:
     Raises:
         UserError: something asked for does not exist or does not fit the checkpoint.
     """
-    checkpoint = read_checkpoint(options.checkpoint, weights=options.weights, verify=options.verify_weights)
+    checkpoint = read_checkpoint(
+        options.checkpoint,
+        weights=options.weights,
+        num_heads=options.reverse.num_heads,
+        objective=options.reverse.objective,
+        verify=options.verify_weights,
+    )
     known = KnownClasses(
         count=checkpoint.config.num_classes, names=checkpoint.info["classes"], ids=checkpoint.info["class_ids"]
     )

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.classes import describe_class
+from pipeline.diffusion.process import noise_share
 from pipeline.runtime.console import progress, say, warn
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
@@ -134,8 +135,14 @@ def _strip_arrays(watch: Watch, job: SamplingJob) -> dict[str, NDArray[Any]]:
     return {
         "frames": pixels.reshape(*latents.shape[:2], *pixels.shape[1:]),
         "rows": np.asarray(watch.rows, dtype=np.int64),
-        "t": np.asarray([moment.t for moment in watch.of_row(watch.rows[0])], dtype=np.float32),
+        "t": np.asarray([_shown_time(moment.t, job) for moment in watch.of_row(watch.rows[0])], dtype=np.float32),
     }
+
+
+def _shown_time(fed: float, job: SamplingJob) -> float:
+    """A moment's time from noise (1000) to data (0), of networks that are told a number between 0 and 1, too."""
+    process = job.generator.checkpoint.process
+    return fed if process.time_scale != 1 else 1000 * float(noise_share(process, torch.tensor(fed)))
 
 
 def _write_chunk(work: WorkFolder, chunk: int, latents: torch.Tensor, job: SamplingJob) -> None:

@@ -174,7 +174,7 @@ WITH_ANOTHER = {"tensorboard"}  # torch.utils.tensorboard is torch's module, and
 def test_what_the_packages_import_is_what_pyproject_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[<>=~ ;]", line)[0].lower() for line in project["dependencies"]}
-    ours = {*PACKAGES, *sys.stdlib_module_names}
+    ours = {*PACKAGES, "dit_pipeline", *sys.stdlib_module_names}
     names = {module.split(".")[0] for path in SOURCES for module in imported(path)} - ours
     optional = {"wandb", "pillow_heif", "pillow_jxl", "PIL"} - {"PIL"}
     used = {INSTALLED_AS.get(name, name).lower() for name in names - optional}

@@ -1,1 +1,8 @@
 """A latent store into a trained Diffusion Transformer."""
+
+import contextlib
+
+with contextlib.suppress(ModuleNotFoundError):  # an installation from before it was there
+    import dit_pipeline
+
+    dit_pipeline.refuse_namesake("pipeline")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import read_stored
+from pipeline.checkpoint import Stored, read_stored
 from pipeline.diffusion.process import Process, process_from_flags
 from pipeline.dit import PRESETS, DiT, DiTConfig
 from pipeline.dit.config import BlockOptions
 from pipeline.latents import LatentStore, Manifest
-from pipeline.runtime.console import nearest, say
+from pipeline.runtime.console import nearest, say, warn
 from pipeline.runtime.errors import UserError
 from train.data import check_labels
 from train.init_from import fit_weights
@@ -86,7 +86,7 @@ def normalization_of(manifest: Manifest, device: torch.device) -> LatentNormaliz
     )
 
 
-def start_weights(network: DiT, options: ModelOptions, manifest: Manifest) -> None:
+def start_weights(network: DiT, options: ModelOptions, manifest: Manifest, process: Process) -> None:
     """Fill the network from --init-from, as far as it fits, and print what became of each tensor.
 
     Raises:
@@ -97,6 +97,7 @@ def start_weights(network: DiT, options: ModelOptions, manifest: Manifest) -> No
     stored = read_stored(options.init_from, weights=options.init_weights, verify=options.verify_weights)
     if not options.allow_other_vae:
         _check_vae(options.init_from, stored.info.get("vae") or {}, manifest["vae"])
+    _say_other_objective(options.init_from, stored, process)
     report = fit_weights(
         stored.state,
         network,
@@ -106,6 +107,15 @@ def start_weights(network: DiT, options: ModelOptions, manifest: Manifest) -> No
         origin=options.init_from,
     )
     say(f"weights from {options.init_from}: {report}")
+
+
+def _say_other_objective(origin: str, stored: Stored, process: Process) -> None:
+    """A word where the weights were, or may have been, trained to give something else than this run wants of them."""
+    before, wanted = stored.info["diffusion"]["objective"], process.objective
+    if stored.origin.known and stored.origin.note is None and before != wanted:
+        warn(f"--init-from {origin} was trained for --objective {before}, this run is for {wanted}: it learns anew")
+    elif not stored.origin.known:
+        say(f"note: {origin} does not say what it was trained for; this run goes on from it only if for {wanted}")
 
 
 def _check_vae(origin: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

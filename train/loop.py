@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.diffusion import Process
+from pipeline.diffusion.process import noise_share
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.devices import peak_flops
 from pipeline.runtime.processes import StopRequest
@@ -208,7 +209,7 @@ def train_step(trainer: Trainer, batch: Batch, *, with_losses: bool) -> StepResu
             )
             state.optimizer.backward(losses["loss"].mean(), shard.accumulation)
         if sums is not None:
-            sums.add(losses, trainer.process.network_timesteps(some.t) / trainer.process.time_scale)
+            sums.add(losses, noise_share(trainer.process, trainer.process.network_timesteps(some.t)))
 
     # Weights, then the averages of them; a skipped step leaves both alone.
     rate = learning_rate(state.step, trainer.options.optimizer)

@@ -9,7 +9,16 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 import tyro
 
-from pipeline.diffusion.process import OBJECTIVES_HELP, Loss, Objective, Prediction, Schedule, TimestepLaw, Variance
+from pipeline.diffusion.process import (
+    OBJECTIVES_HELP,
+    FlowPath,
+    Loss,
+    Objective,
+    Prediction,
+    Schedule,
+    TimestepLaw,
+    Variance,
+)
 from pipeline.dit.config import BlockOptions
 from pipeline.runtime.cli import flag_values
 from pipeline.runtime.errors import UserError
@@ -117,7 +126,9 @@ class ObjectiveOptions:
     loss: Loss = "mse"
     """Loss of ddpm. mse with a learned variance is the paper's hybrid loss."""
     timestep_law: TimestepLaw = "logit-normal"
-    """How flow draws its times."""
+    """How flow draws its times; sit and repa draw them uniformly."""
+    flow_path: FlowPath = "linear"
+    """How sit and repa mix data and noise; cosine is SiT's GVP."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

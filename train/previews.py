@@ -117,7 +117,12 @@ class Previews:
         y = torch.tensor([labels[k] for k in mine], device=hardware.device)
         scale = options.preview_guidance if config.num_classes and config.has_null_class else 1.0
         denoise = classifier_free_guidance(
-            model, y, scale=scale, null_class=config.null_class, time_scale=self._process.time_scale
+            model,
+            y,
+            scale=scale,
+            null_class=config.null_class,
+            time_scale=self._process.time_scale,
+            noise_first=self._process.noise_first,
         )
         sampler = SAMPLERS[self._process.preview_sampler]
         made = sampler(

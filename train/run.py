@@ -87,7 +87,7 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     found = _claim_run(options, machine, stack, identity)
     network = DiT(config, seed=options.data.seed)
     if found is None:
-        build.start_weights(network, options.model, manifest)
+        build.start_weights(network, options.model, manifest, process)
     state = _start_state(network, options, machine)
     if found is not None:
         restore(Path(found), state)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pipeline.checkpoint.diffusers_read import read_diffusers, recorded_weights, transformer_folder, weight_paths
 from pipeline.checkpoint.folder import FORMAT, find_damage, newest_checkpoint, read_info, recorded_files, weight_files
+from pipeline.checkpoint.origins import Origin, check_objective, origin_of, plain_network
 from pipeline.checkpoint.release import default_info, infer_config
-from pipeline.checkpoint.tensor_files import SUFFIXES, find_changed, join_names, load_tensors, read_safetensors
+from pipeline.checkpoint.tensor_files import SUFFIXES, find_changed, join_names, read_safetensors, read_weight_file
 from pipeline.diffusion.process import Process, make_process
 from pipeline.dit import DiT, DiTConfig
 from pipeline.hub import fetch_pipeline
@@ -42,8 +43,21 @@ class Stored(NamedTuple):
     """The checkpoint folder they came from; None for other people's forms."""
     diffusers: Path | None = None
     """The diffusers transformer folder they came from, if they did."""
+    origin: Origin = Origin(diffusion=None)
+    """What is known of what they were trained for."""
     checks: tuple[Callable[[], str | None], ...] = ()
     """Each reads one of the files again and says what differs from what was written, if anything does."""
+
+    def check_objective_is_known(self) -> None:
+        """Say what was taken for granted of what the network was trained for.
+
+        Raises:
+            UserError: it cannot be known, and was not given.
+        """
+        if not self.origin.known:
+            raise UserError(str(self.origin.note))
+        if self.origin.note is not None:
+            say(f"note: {self.origin.note}")
 
     def damage(self) -> str | None:
         """What differs from what was written in the files that these weights were read from, or None."""
@@ -71,12 +85,18 @@ def load_checkpoint(path: str | Path, num_heads: int | None = None) -> tuple[DiT
     Raises:
         UserError: as `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path, num_heads=num_heads)
-    return checkpoint.model, checkpoint.config
+    stored = _find(path, "ema", num_heads, None)
+    with _checked_meanwhile(stored, path, verify=True):
+        return build_model(stored, origin=path), stored.config
 
 
 def read_checkpoint(
-    path: str | Path, *, weights: str = "ema", num_heads: int | None = None, verify: bool = True
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    num_heads: int | None = None,
+    objective: str | None = None,
+    verify: bool = True,
 ) -> Checkpoint:
     """A network in eval mode with all that sampling needs, from any form that exists.
 
@@ -85,13 +105,15 @@ def read_checkpoint(
 
     Args:
         weights: "ema", "raw", or the NAME of a further average.
+        objective: what bare weights were trained for, which they do not say.
         verify: compare the files that are read with the checksums that were recorded, while they are read.
 
     Raises:
         UserError: nothing is there, it is damaged or of an unknown version, the weights are not in it, or its tensors
-            are not exactly those of its configuration.
+            are not exactly those of its configuration; or what it was trained for is neither known nor given.
     """
-    stored = _find(path, weights, num_heads)
+    stored = _find(path, weights, num_heads, objective)
+    stored.check_objective_is_known()
     with _checked_meanwhile(stored, path, verify=verify):
         model = build_model(stored, origin=path)
     return Checkpoint(
@@ -142,16 +164,24 @@ def load_strictly(model: DiT, state: Mapping[str, Tensor], *, origin: object) ->
     model.load_state_dict({name: state[name] for name in wanted})
 
 
-def read_stored(path: str | Path, *, weights: str = "ema", num_heads: int | None = None, verify: bool = True) -> Stored:
+def read_stored(
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    num_heads: int | None = None,
+    objective: str | None = None,
+    verify: bool = True,
+) -> Stored:
     """Weights and what is known of them, from any form, without building the network.
 
     Args:
+        objective: what bare weights were trained for, which they do not say.
         verify: compare the files that are read with the checksums that were recorded.
 
     Raises:
         UserError: nothing is there, it is damaged or of an unknown version, or the weights are not in it.
     """
-    stored = _find(path, weights, num_heads)
+    stored = _find(path, weights, num_heads, objective)
     with _checked_meanwhile(stored, path, verify=verify):
         return stored
 
@@ -180,15 +210,16 @@ def _checked_meanwhile(stored: Stored, origin: object, *, verify: bool) -> Itera
                 )
 
 
-def _find(path: str | Path, weights: str, num_heads: int | None) -> Stored:
+def _find(path: str | Path, weights: str, num_heads: int | None, objective: str | None) -> Stored:
     place = Path(path)
     finish(place.absolute())
     if place.is_dir():
-        return _from_folder(place, weights, num_heads)
+        return _says_itself(_from_folder(place, weights, num_heads), objective, path)
     if place.is_file():
-        return _from_file(place, weights, num_heads)
+        return _from_file(place, weights, num_heads, objective)
     if HUB_NAME.fullmatch(str(path)) and place.suffix not in SUFFIXES:
-        return _from_diffusers(fetch_pipeline(str(path)), weights, num_heads, hub_name=str(path))
+        stored = _from_diffusers(fetch_pipeline(str(path)), weights, num_heads, hub_name=str(path))
+        return _says_itself(stored, objective, path)
     raise UserError(
         f"there is no checkpoint at {path}; give a run folder, a checkpoint folder, a weight file "
         f"({', '.join(SUFFIXES)}), a diffusers folder or a Hub name (OWNER/NAME)"
@@ -237,17 +268,29 @@ def _own_weights(folder: Path, file: Path, weights: str, num_heads: int | None) 
     return Stored(read_safetensors(file), config, info, weights, folder, checks=checks)
 
 
-def _from_file(file: Path, weights: str, num_heads: int | None) -> Stored:
+def _says_itself(stored: Stored, objective: str | None, origin: object) -> Stored:
+    """The weights of a form that says what they were trained for, if the user does not say something else."""
+    check_objective(objective, stored.info["diffusion"]["objective"], origin)
+    return stored
+
+
+def _from_file(file: Path, weights: str, num_heads: int | None, objective: str | None) -> Stored:
     beside = file.with_name("config.json")
     if file.suffix == ".safetensors" and _is_diffusers_config(beside):
-        return _from_diffusers(file.parent, weights, num_heads)
+        return _says_itself(_from_diffusers(file.parent, weights, num_heads), objective, file)
     if file.suffix == ".safetensors" and beside.is_file() and _format_of(beside) == FORMAT:
-        return _own_weights(file.parent, file, file.stem.replace("model", "raw"), num_heads)
+        stored = _own_weights(file.parent, file, file.stem.replace("model", "raw"), num_heads)
+        return _says_itself(stored, objective, file)
     if weights not in {"ema", "raw"}:
         raise UserError(f"{file} has no {weights} weights, only its own; pass --weights ema or raw")
-    state = load_tensors(file, weights=weights)
+    content = read_weight_file(file, weights=weights)
+    state, projectors = plain_network(content.tensors)
+    if projectors:
+        say(f"{projectors} tensors of REPA's projectors in {file} are set aside; sampling has no use for them")
     config = infer_config(state, num_heads=num_heads, origin=file)
-    return Stored(state, config, default_info(config), weights, None, checks=(partial(find_changed, file),))
+    origin = origin_of(file, content.arguments, config, projectors=bool(projectors), objective=objective)
+    info = {**default_info(config, diffusion=origin.diffusion), "step": content.step}
+    return Stored(state, config, info, weights, None, origin=origin, checks=(partial(find_changed, file),))
 
 
 def _from_diffusers(folder: Path, weights: str, num_heads: int | None, *, hub_name: str | None = None) -> Stored:
@@ -255,7 +298,8 @@ def _from_diffusers(folder: Path, weights: str, num_heads: int | None, *, hub_na
     _check_heads(num_heads, config, hub_name or folder)
     transformer = transformer_folder(folder)
     checks = tuple(partial(find_changed, file) for file in weight_paths(transformer))
-    return Stored(state, config, info, recorded_weights(folder) or weights, None, transformer, checks)
+    weights = recorded_weights(folder) or weights
+    return Stored(state, config, info, weights, None, diffusers=transformer, checks=checks)
 
 
 def _check_heads(num_heads: int | None, config: DiTConfig, origin: object) -> None:

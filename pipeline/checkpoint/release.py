@@ -151,7 +151,7 @@ def _heads(hidden_size: int, num_heads: int | None, origin: object) -> int:
         known = ", ".join(f"{width} ({count})" for width, count in KNOWN_HEADS.items())
         raise UserError(
             f"{origin}: shapes do not tell the number of attention heads, and width {hidden_size} is none of the "
-            f"published ones, {known}; give --num-heads"
+            f"published ones, {known}; give --num-heads (for dit-train convert it first, with dit-convert --num-heads)"
         )
     if hidden_size % heads:
         raise UserError(f"--num-heads {heads} does not divide {origin}'s width of {hidden_size}")

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,16 +39,42 @@ _SUM, _UNKNOWN_SUM = "sha256", "0" * 64
 _PIECE_BYTES = 1 << 22
 
 
+class WeightFile(NamedTuple):
+    """What a file of weights holds, on the CPU."""
+
+    tensors: dict[str, Tensor]
+    """Under plain names."""
+    arguments: dict[str, Any]
+    """What the training that wrote it was told (`args`), where it says so."""
+    step: int
+    """After how many steps, or 0 where it does not say."""
+
+
 def load_tensors(path: Path, *, weights: str = "ema") -> dict[str, Tensor]:
     """Every tensor of a .safetensors file or a pickled state dict, under plain names, on the CPU.
+
+    Raises:
+        UserError: as `read_weight_file`.
+    """
+    return read_weight_file(path, weights=weights).tensors
+
+
+def read_weight_file(path: Path, *, weights: str = "ema") -> WeightFile:
+    """The tensors of a .safetensors file or a pickled state dict, and what a training file says beside them.
 
     Raises:
         UserError: the file is missing, damaged, of an unknown kind, would run code, or lacks the wanted weights.
     """
     if path.suffix in PICKLED:
-        return load_pickled_tensors(path, weights=weights)
+        content = _unpickled(path)
+        tensors = plain_names(_choose(content, weights, path), origin=path)
+        told = content.get("args")
+        told = vars(told) if isinstance(told, argparse.Namespace) else told
+        arguments = {str(name): value for name, value in told.items()} if isinstance(told, Mapping) else {}
+        steps = [content.get(name) for name in ("steps", "step", "train_steps")]
+        return WeightFile(tensors, arguments, next((step for step in steps if type(step) is int), 0))
     if path.suffix == ".safetensors":
-        return plain_names(read_safetensors(path), origin=path)
+        return WeightFile(plain_names(read_safetensors(path), origin=path), {}, 0)
     raise UserError(f"{path} is no weight file that is known here; its name must end in {', '.join(SUFFIXES)}")
 
 
@@ -76,15 +102,18 @@ def load_pickled_tensors(path: Path, *, weights: str = "ema") -> dict[str, Tenso
     Raises:
         UserError: the file is missing or damaged, would run code, or holds no state dict (of that kind).
     """
+    return plain_names(_choose(_unpickled(path), weights, path), origin=path)
+
+
+def _unpickled(path: Path) -> Any:
     _check_readable(path)
     try:
         # The release's own training checkpoints carry their options: a Namespace is a bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's age; what matters is in the error
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: TID251 -- the one place
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: TID251 -- the one place
     except Exception as error:  # a damaged archive shows as almost any exception
         raise UserError(_refusal(path, error)) from error
-    return plain_names(_choose(content, weights, path), origin=path)
 
 
 def save_pickled_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

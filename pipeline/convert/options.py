@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.diffusion.process import OBJECTIVES, Objective
 from pipeline.runtime.errors import UserError
 
 Format = Literal["dit", "facebook", "diffusers", "store"]
@@ -26,6 +27,9 @@ class ConvertOptions:
     """Which weights to convert: ema, raw, or the NAME of another average."""
     num_heads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Attention heads of a bare state dict whose width is none of the published ones."""
+    objective: Annotated[Objective | None, tyro.conf.arg(metavar="|".join(OBJECTIVES))] = None
+    """What bare weights were trained for, which they do not say: sit for SiT's, repa for REPA's. Default: what they
+    say, and the release's ddpm where they are like the release's."""
     vae: str | None = None
     """The VAE of the latents: demo, a Hub name or a folder. Default: the recorded one, or
     stabilityai/sd-vae-ft-ema where none is."""

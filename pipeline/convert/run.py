@@ -33,8 +33,14 @@ def convert(options: ConvertOptions) -> list[str]:
     check_target(target, options.format, overwrite=options.overwrite)
     check_sources(target, [Path(options.from_)], options.from_)
     stored = read_stored(
-        options.from_, weights=options.weights, num_heads=options.num_heads, verify=options.verify_weights
+        options.from_,
+        weights=options.weights,
+        num_heads=options.num_heads,
+        objective=options.objective,
+        verify=options.verify_weights,
     )
+    if options.format != "facebook":  # which has no place for it
+        stored.check_objective_is_known()
     check_sources(target, [folder for folder in (stored.folder, stored.diffusers) if folder], options.from_)
     wrong = not_finite(stored.state)
     if wrong:
@@ -125,16 +131,19 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
         raise UserError(f"the public release cannot hold this network: {'; '.join(wrong)}; keep it with --format dit")
     unsaid = _unsaid(stored)
     if unsaid:
+        objective = stored.info["diffusion"]["objective"]
+        told = f"; dit-sample has to be told, with --objective {objective}" if objective != "ddpm" else ""
         warn(
             f"a bare state dict does not say that {'; '.join(unsaid)}: whoever loads it, the release's samplers among "
-            f"them, takes it for something else; keep it with --format dit too"
+            f"them, takes it for something else{told}; keep it with --format dit too"
         )
     tensors = {**model.state_dict(), "pos_embed": model.pos_embed}
     if path.suffix == ".pt":
         save_pickled_tensors(path, tensors)
     else:
         save_safetensors(path, tensors, sealed=True)
-    return _read_back(path, model, num_heads=stored.config.num_heads)
+    again = stored.info["diffusion"]["objective"] if stored.origin.known else None
+    return _read_back(path, model, num_heads=stored.config.num_heads, objective=again)
 
 
 def _unsaid(stored: Stored) -> list[str]:
@@ -144,8 +153,12 @@ def _unsaid(stored: Stored) -> list[str]:
     variance = "learned-range" if stored.config.learn_sigma else "fixed-large"
     usual = {**make_process({"objective": "ddpm"}).to_json(), "variance": variance}
     diffusion = make_process(stored.info["diffusion"]).to_json()
-    del diffusion["loss"]  # of training alone
-    unsaid = [f"its {name} is {value}" for name, value in diffusion.items() if value != usual.get(name)]
+    of_training = {"loss", "timestep_law"}
+    unsaid = [
+        f"its {name} is {value}"
+        for name, value in diffusion.items()
+        if name not in of_training and value != usual.get(name)
+    ]
     if not stored.config.has_null_class:
         unsaid.append("its label table has no row for no class, so its last class would be taken for it")
     return unsaid
@@ -161,8 +174,10 @@ _Writer = Callable[[Path, Stored, DiT, ConvertOptions], list[str]]
 _WRITERS: dict[str, _Writer] = {"dit": _write_dit, "facebook": _write_release, "diffusers": _write_diffusers}
 
 
-def _read_back(path: Path, model: DiT, *, weights: str = "ema", num_heads: int | None = None) -> list[str]:
-    again = build_model(read_stored(path, weights=weights, num_heads=num_heads), origin=path)
+def _read_back(
+    path: Path, model: DiT, *, weights: str = "ema", num_heads: int | None = None, objective: str | None = None
+) -> list[str]:
+    again = build_model(read_stored(path, weights=weights, num_heads=num_heads, objective=objective), origin=path)
     return [f"read back: {_checked(forward_difference(model, again))}"]
 
 

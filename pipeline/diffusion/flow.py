@@ -38,10 +38,11 @@ class RectifiedFlow:
     sampled_as: ClassVar[str] = "flow"  # whose samplers it takes
     num_timesteps: ClassVar[None] = None  # time is a real number
     preview_sampler: ClassVar[str] = "euler"
+    noise_first: ClassVar[bool] = False  # whether the time that the network is fed runs from noise to data
 
     @property
     def time_scale(self) -> float:
-        """What the network is fed at the noisy end of time."""
+        """What the network is fed at the end of its time."""
         return 1000.0
 
     @property
@@ -80,8 +81,11 @@ class RectifiedFlow:
 
     def network_timesteps(self, t: PerSample) -> PerSample:
         """What the network is fed at time t: 1000 · t."""
-        fed = t * self.time_scale
-        return fed if on_host(t) is t else known_on_host(fed, on_host(t) * self.time_scale)
+        fed = self._fed(t)
+        return fed if on_host(t) is t else known_on_host(fed, self._fed(on_host(t)))
+
+    def _fed(self, t: Tensor) -> Tensor:
+        return (1 - t if self.noise_first else t) * self.time_scale
 
     def q_sample(self, x_start: Latents, t: PerSample, noise: Latents) -> Latents:
         """x_t on the line from x_0 (t = 0) to the noise (t = 1).
@@ -91,7 +95,7 @@ class RectifiedFlow:
         """
         check_batch(x_start, t, noise)
         x_start, noise = at_least_float32(x_start), at_least_float32(noise)
-        return torch.lerp(x_start, noise, _columns(t, x_start))
+        return torch.lerp(x_start, noise, columns(t, x_start))
 
     def velocity(self, denoise: NetworkFn, x_t: Latents, t: PerSample) -> Latents:
         """The network's velocity noise - x_0 at x_t.
@@ -103,7 +107,11 @@ class RectifiedFlow:
 
     def predict_x_start(self, velocity: Latents, x_t: Latents, t: PerSample) -> Latents:
         """Where the straight line through x_t with that velocity meets t = 0: x_t - t · velocity."""
-        return x_t - _columns(t, x_t) * velocity
+        return x_t - columns(t, x_t) * velocity
+
+    def target(self, x_start: Latents, t: PerSample, noise: Latents) -> Latents:  # noqa: ARG002 - a curve needs the time
+        """The velocity on the path: noise - x_0, at any time."""
+        return noise - x_start
 
     def training_losses(
         self, denoise: NetworkFn, x_start: Latents, t: PerSample, noise: Latents
@@ -114,10 +122,12 @@ class RectifiedFlow:
             ValueError: x_start, t and noise do not belong together, or the network's output has another shape.
         """
         x_start, noise = at_least_float32(x_start), at_least_float32(noise)
-        error = self.velocity(denoise, self.q_sample(x_start, t, noise), t) - (noise - x_start)
+        target = self.target(x_start, t, noise)
+        error = self.velocity(denoise, self.q_sample(x_start, t, noise), t) - target
         mse = mean_over_sample(error.square())
         return {"loss": mse, "mse": mse, "vb": torch.zeros_like(mse)}
 
 
-def _columns(t: Tensor, x: Latents) -> Float[Tensor, "batch 1 1 1"]:
+def columns(t: Tensor, x: Latents) -> Float[Tensor, "batch 1 1 1"]:
+    """One entry per sample, to be multiplied with latents."""
     return t.to(x.dtype)[:, None, None, None]

@@ -68,6 +68,7 @@ class GaussianDiffusion:
     objective: ClassVar[str] = "ddpm"
     sampled_as: ClassVar[str] = "ddpm"  # whose samplers it takes
     preview_sampler: ClassVar[str] = "ddim"
+    noise_first: ClassVar[bool] = False  # whether the time that the network is fed runs from noise to data
 
     @property
     def tables(self) -> Tables:

@@ -22,6 +22,7 @@ def classifier_free_guidance(
     channels: int | None = None,
     interval: tuple[float, float] | None = None,
     time_scale: float = 1000.0,
+    noise_first: bool = False,
 ) -> NetworkFn:
     """A `denoise(x_t, t)` for samples of the classes y, guided by the scale.
 
@@ -37,7 +38,8 @@ def classifier_free_guidance(
             were made with 3 of 4.
         interval: where guidance applies, as shares of time from data (0) to noise (1), both ends included
             (Kynkäänniemi et al. 2024, arXiv 2404.07724); None for everywhere.
-        time_scale: what the network is fed at the noisy end of time (`process.time_scale`).
+        time_scale: what the network is fed at the end of its time (`process.time_scale`).
+        noise_first: whether its time runs from noise to data (`process.noise_first`).
 
     Raises:
         UserError: the scale is not 1, but the network has no classes or no null class, or the interval does not rise
@@ -47,6 +49,7 @@ def classifier_free_guidance(
         return lambda x_t, t: model(x_t, t, y)
     labels, null_labels = _labels_to_guide_between(model, y, null_class, scale)
     low, high = _checked_interval(interval)
+    low, high = (1 - high, 1 - low) if noise_first else (low, high)
 
     def is_inside(t: Tensor) -> Tensor:
         return (t >= low * time_scale) & (t <= high * time_scale)

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin,
 from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.diffusion.flow import RectifiedFlow
     from pipeline.diffusion.gaussian import GaussianDiffusion
+else:
+    Tensor = object
 
 Process: TypeAlias = "GaussianDiffusion | RectifiedFlow"
 
@@ -22,6 +26,7 @@ Prediction = Literal["epsilon", "x0", "v"]
 Variance = Literal["learned-range", "fixed-small", "fixed-large"]
 Loss = Literal["mse", "rescaled-mse", "kl", "rescaled-kl"]
 TimestepLaw = Literal["logit-normal", "uniform"]
+FlowPath = Literal["linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +57,10 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     "flow": ObjectiveSpec(
         module="flow", kind="RectifiedFlow", help="rectified flow", flags={"timestep_law": "timestep_law"}
     ),
+    "sit": ObjectiveSpec(module="sit", kind="SiTFlow", help="the flow of SiT's networks", flags={"path": "flow_path"}),
+    "repa": ObjectiveSpec(
+        module="sit", kind="REPAFlow", help="the flow of REPA's networks", flags={"path": "flow_path"}
+    ),
 }
 
 if TYPE_CHECKING:
@@ -72,7 +81,7 @@ def make_process(settings: Mapping[str, Any]) -> Process:
     }
     objective = values.pop("objective", None)
     if not isinstance(objective, str) or objective not in OBJECTIVES:
-        raise UserError(f"the objective is {objective!r}, but only {' and '.join(OBJECTIVES)} exist")
+        raise UserError(f"the objective is {objective!r}, but only {', '.join(OBJECTIVES)} exist")
     kind = OBJECTIVES[objective].load()
     _check_settings(kind, values)
     return kind(**values)
@@ -82,6 +91,12 @@ def process_from_flags(objective: str, options: object) -> Process:
     """The process that training's options describe, each setting from the flag that its objective names."""
     flags = OBJECTIVES[objective].flags
     return make_process({"objective": objective, **{name: getattr(options, flag) for name, flag in flags.items()}})
+
+
+def noise_share(process: Process, fed: Tensor) -> Tensor:
+    """Where between data (0) and noise (1) the times are that the network is fed."""
+    share = fed / process.time_scale
+    return 1 - share if process.noise_first else share
 
 
 def _check_settings(kind: type, values: Mapping[str, Any]) -> None:

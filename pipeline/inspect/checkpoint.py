@@ -66,7 +66,9 @@ def _facts_of(path: str, stored: Stored) -> dict[str, object]:
         ),
         "latent": f"{config.in_channels}×{config.height}×{config.width} ({info['latent']['kind']})",
         "image": f"{info['image']['size']} px, {info['image']['crop']}",
-        "objective": _objective(info["diffusion"]),
+        "objective": _objective(info["diffusion"])
+        if stored.origin.known
+        else "not recorded; --objective of dit-sample",
         "classes": shortened([str(name) for name in info["classes"]]) if config.num_classes else "none (unconditional)",
         "guidance": "possible" if config.has_null_class and config.num_classes else "not possible (no null class)",
         "VAE": _vae(info["vae"]),

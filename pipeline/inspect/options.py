@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
 
 
@@ -18,7 +19,7 @@ class InspectOptions:
     """Read everything and check it: every shard's checksum, or every tensor of the weights."""
     grid: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
     """Decode some of a store's latents and write them as a labelled contact sheet."""
-    classes: str | None = None
+    classes: Annotated[str | None, BY_COMMAS] = None
     """Classes for --grid, separated by commas: labels, folder names or readable names. Default: the first ten."""
     per_class: int = 8
     """Images of each class in --grid (of all together where there are no classes: eight times as many)."""

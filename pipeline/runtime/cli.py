@@ -10,24 +10,44 @@ import difflib
 import io
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import tyro
-import yaml
 
+from pipeline.runtime.config_files import as_words, find_config, read_config
+from pipeline.runtime.described import described, real, type_and_extras
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.other_names import advice_for
 
 Options = TypeVar("Options")
 _BOX = "─│╭╮╰╯"
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
+_HOME = re.compile(r"(?:^|(?<=[=,]))~[\w.-]*(?=/|$)")
+_GOOD_MATCH = 0.7
+
+SeenConfig = Callable[[Path, dict[str, Any]], dict[str, Any]]
+"""(file, {flag: value} as it says them) → what counts."""
+
+
+class _Flag(NamedTuple):
+    """An option as far as words on a command line go."""
+
+    kind: Any
+    """Its type, None included where it may be that."""
+    extras: tuple[Any, ...]
+    """What is annotated to it."""
+
+    @property
+    def positional(self) -> bool:
+        return tyro.conf.Positional in self.extras
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """The candidates that look most like the name, best first, for "did you mean"."""
+    """The candidates that look very much like the name, best first, for "did you mean"; often none."""
     by_lower = {str(candidate).lower(): str(candidate) for candidate in candidates}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)
+    found = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=_GOOD_MATCH)
     return [by_lower[key] for key in found]
 
 
@@ -50,40 +70,62 @@ def parse_options(
     prog: str,
     description: str,
     presets: Path | None = None,
+    seen_config: SeenConfig = lambda _, values: values,
 ) -> Options:
     """The options of one command line; `--config FILE.yaml` fills in what the command line does not say.
 
+    A `~` at the beginning of any value is the home folder, from the command line and from files alike.
+
     Args:
         presets: folder of YAML files whose stems `--config` takes as names.
+        seen_config: is shown every file that --config names, and gives what is to be taken of it.
 
     Raises:
         UserError: an unknown flag or key, a value of another type, a missing flag.
         SystemExit: with status 0, after --help.
     """
     flags = dict(_flags(options_class))
-    config, arguments = _take_config(list(arguments))
-    from_file = _config_arguments(_find_config(config, presets), flags, _positional(options_class)) if config else []
+    configs, arguments = _take_configs(list(arguments))
+    from_files = [
+        word
+        for config in configs
+        for word in _config_arguments(find_config(config, presets), flags, prog=prog, seen_config=seen_config)
+    ]
     if _bare_words(arguments, flags):  # the command line overrides the file
-        from_file = [argument for argument in from_file if argument.startswith("-")]
+        from_files = [argument for argument in from_files if argument.startswith("-")]
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and name != "--help":
-            _check_flag(name, flags, f"unknown flag {name}", "see --help")
-    return _tyro(_with_config(options_class), [*from_file, *arguments], prog=prog, description=description).options
+            _check_flag(name, flags, f"unknown flag {name}", prog=prog)
+    words = [_expand_home(word) for word in (*from_files, *arguments)]
+    return real(options_class, _tyro(_with_config(options_class), words, prog=prog, description=description).options)
+
+
+def _expand_home(word: str) -> str:
+    """The word with the home folder in place of a `~` that begins it, its value, or a part between commas."""
+    return _HOME.sub(lambda found: str(Path(found[0]).expanduser()) if _has_home(found[0]) else found[0], word)
+
+
+def _has_home(tilde: str) -> bool:
+    try:
+        Path(tilde).expanduser()
+    except RuntimeError:  # nobody of that name
+        return False
+    return True
 
 
 def _with_config(options_class: type) -> type:
     """The options and, for the help text alone, --config."""
-    help_line = "YAML file that sets any of these flags by name; the command line overrides it."
+    help_line = (
+        "YAML file that sets any of these flags by name; the command line overrides it. May be given several times: "
+        "later files override earlier ones."
+    )
+    config = tyro.conf.arg(help=help_line, metavar="FILE", help_behavior_hint="(default: none)")
     return dataclasses.make_dataclass(
         "Command",
         [
-            ("options", Annotated[options_class, tyro.conf.arg(name="")]),
-            (
-                "config",
-                Annotated[str | None, tyro.conf.arg(help=help_line, metavar="FILE")],
-                dataclasses.field(default=None),
-            ),
+            ("options", Annotated[described(options_class), tyro.conf.arg(name="")]),
+            ("config", Annotated[str | None, config], dataclasses.field(default=None)),
         ],
         frozen=True,
         kw_only=True,
@@ -120,32 +162,24 @@ def _one_sentence(boxed: str, prog: str) -> str:
     return f"{sentence}; see {prog} --help" if sentence else f"the command line is not understood; see {prog} --help"
 
 
-def _flags(options_class: type) -> Iterator[tuple[str, type]]:
-    """(flag name without dashes, its type) of every field, nested groups flattened."""
-    hints = typing.get_type_hints(options_class)
-    for field in dataclasses.fields(options_class):
-        hint = hints[field.name]
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from _flags(hint)
-        else:
-            yield _flag_name(field.name), hint
-
-
-def _positional(options_class: type) -> set[str]:
-    """The names of the options that a command line gives without a flag."""
+def _flags(options_class: type) -> Iterator[tuple[str, _Flag]]:
+    """(flag name without dashes, what it is) of every field, nested groups flattened."""
     hints = typing.get_type_hints(options_class, include_extras=True)
-    return {
-        _flag_name(name) for name, hint in hints.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())
-    }
+    for field in dataclasses.fields(options_class):
+        kind, extras = type_and_extras(hints[field.name])
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _flags(kind)
+        else:
+            yield _flag_name(field.name), _Flag(kind, extras)
 
 
-def _bare_words(arguments: Sequence[str], flags: dict[str, type]) -> list[str]:
+def _bare_words(arguments: Sequence[str], flags: Mapping[str, _Flag]) -> list[str]:
     """The words of a command line that are neither flags nor values of flags."""
     words, takes_values = [], False
     for argument in arguments:
         if argument.startswith("--"):
             name = argument.removeprefix("--").replace("_", "-")
-            takes_values = "=" not in argument and flags.get(name, bool) is not bool
+            takes_values = "=" not in argument and name in flags and flags[name].kind is not bool
         elif not takes_values:
             words.append(argument)
     return words
@@ -156,89 +190,46 @@ def _flag_name(field_name: str) -> str:
     return field_name.rstrip("_").replace("_", "-")
 
 
-def _check_flag(written: str, flags: dict[str, type], complaint: str, otherwise: str) -> str:
+def _check_flag(written: str, flags: Mapping[str, _Flag], complaint: str, *, prog: str) -> str:
     name = written.removeprefix("--").replace("_", "-")
-    positive = name.removeprefix("no-")
-    if name in flags or (positive in flags and flags[positive] is bool):
+    switches = {f"no-{flag}" for flag, about in flags.items() if about.kind is bool}
+    if name in flags or name in switches:
         return name
-    spellings = [*flags, *(f"no-{flag}" for flag, kind in flags.items() if kind is bool)]
-    close = nearest(name, spellings, count=1)
-    hint = f"did you mean {'--' if written.startswith('--') else ''}{close[0]}?" if close else otherwise
-    raise UserError(f"{complaint}; {hint}")
+    dashes = "--" if written.startswith("--") else ""
+    advice = advice_for(name, prog)
+    if advice is None:
+        close = nearest(name, [*flags, *switches], count=1)
+        advice = f"did you mean {dashes}{close[0]}?" if close else f"see {prog} --help for the flags"
+    raise UserError(f"{complaint}; {advice}")
 
 
-def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    config, rest = None, []
+def _take_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(the files that --config names, in order; the other words)."""
+    configs, rest = [], []
     remaining = iter(arguments)
     for argument in remaining:
         if argument == "--config":
             config = next(remaining, None)
             if config is None:
                 raise UserError("--config needs the path of a YAML file")
+            configs.append(config)
         elif argument.startswith("--config="):
-            config = argument.partition("=")[2]
+            configs.append(argument.partition("=")[2])
         else:
             rest.append(argument)
-    return config, rest
+    return configs, rest
 
 
-def _find_config(config: str, presets: Path | None) -> Path:
-    path = Path(config)
-    if path.is_file():
-        return path
-    named = sorted(preset.stem for preset in presets.glob("*.yaml")) if presets else []
-    if presets and config in named:
-        return presets / f"{config}.yaml"
-    known = f"; the names that need no file are {', '.join(named)}" if named else ""
-    raise UserError(f"--config {config} is not a file{known}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are truth values (`no` is a precision) and 1:30 is a text, as a range is."""
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
-        return node.value if ":" in node.value else super().construct_yaml_int(node)
-
-    def construct_yaml_bool(self, node: yaml.ScalarNode) -> Any:
-        is_one = node.value.lower() in {"true", "false"}
-        return super().construct_yaml_bool(node) if is_one else node.value
-
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> Any:
-        return node.value if ":" in node.value else super().construct_yaml_float(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
-_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
-_TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
-
-
-def _config_arguments(path: Path, flags: dict[str, type], positional: set[str]) -> list[str]:
+def _config_arguments(path: Path, flags: Mapping[str, _Flag], *, prog: str, seen_config: SeenConfig) -> list[str]:
     """A YAML file's mapping as command-line arguments."""
-    try:
-        content = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 - it is a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return []
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
+    values = {
+        _check_flag(key, flags, f"unknown key {key!r} in {path}", prog=prog): value
+        for key, value in read_config(path).items()
+    }
     arguments: list[str] = []
-    for key, value in content.items():
-        name = _check_flag(str(key), flags, f"unknown key {key!r} in {path}", "see --help for the flags")
-        written = _argument(name, value, flags, path)
-        arguments += [word.removeprefix(f"--{name}=") for word in written] if name in positional else written
+    for name, value in seen_config(path, values).items():
+        if name not in flags:
+            raise UserError(f"{name} in {path} is no flag with a value; write {name.removeprefix('no-')}: false")
+        written = as_words(name, value, *flags[name], path)
+        arguments += [word.removeprefix(f"--{name}=") for word in written] if flags[name].positional else written
     return arguments
-
-
-def _argument(name: str, value: Any, flags: dict[str, type], path: Path) -> list[str]:
-    if flags.get(name) is bool:
-        value = _TRUTHS.get(str(value).lower(), value)
-        if not isinstance(value, bool):
-            raise UserError(f"{name} in {path} is {value!r}, but must be true or false")
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, dict) or name not in flags:
-        raise UserError(f"{name} in {path} is {value!r}, but must be the value of the flag --{name}")
-    if isinstance(value, list):
-        return [f"--{name}", *(str(item) for item in value)]
-    return [f"--{name}={value}"]

@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypeVar, cast
 
 from tqdm import tqdm
 
-from pipeline.runtime.cli import nearest, parse_options
+from pipeline.runtime.cli import SeenConfig, nearest, parse_options
 from pipeline.runtime.errors import UserError, explain_path_error
 from pipeline.runtime.processes import (
     Interrupted,
@@ -54,6 +54,7 @@ def run_command(
     description: str,
     argv: Sequence[str] | None = None,
     presets: Path | None = None,
+    seen_config: SeenConfig = lambda _, values: values,
 ) -> int:
     """Parse the command line, run the command, and give its exit status; a `UserError` is printed, not raised."""
     bound_spinning()
@@ -64,7 +65,12 @@ def run_command(
             with _signals_interrupt():
                 try:
                     options = parse_options(
-                        options_class, arguments, prog=prog, description=description, presets=presets
+                        options_class,
+                        arguments,
+                        prog=prog,
+                        description=description,
+                        presets=presets,
+                        seen_config=seen_config,
                     )
                 except UserError:
                     if launch().is_main:

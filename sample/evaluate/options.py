@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from pipeline.runtime.cli import nearest
+from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
 from sample.evaluate.metrics import METRICS, METRICS_HELP
 from sample.options import ComputeOptions, ReverseOptions
@@ -23,7 +24,7 @@ class EvaluateOptions:
     """The images to judge: a folder of images, an .npz with arr_0, a latent store (decoded), a run or checkpoint (sampled), or an .npz with mu and sigma."""
     reference: str | None = None
     """The images to compare them with: any of the same, such as ADM's reference files or ours from --make-reference."""
-    metrics: Annotated[str | None, tyro.conf.arg(help=METRICS_HELP)] = None
+    metrics: Annotated[str | None, BY_COMMAS, tyro.conf.arg(help=METRICS_HELP)] = None
     inception: Annotated[str | None, tyro.conf.arg(metavar="FILE|URL")] = None
     """Weights of the FID network, pt_inception-2015-12-05-6726825d.pth: a file, or a URL to download into the cache once. Default: the file in the cache."""
     make_reference: Annotated[str | None, tyro.conf.arg(metavar="FILE.npz")] = None

@@ -209,3 +209,24 @@ def test_lines_are_flushed_to_the_disk_when_that_is_asked_for(tmp_path, monkeypa
     assert flushed == []
     metrics.flush()
     assert flushed == [str(tmp_path / "metrics.jsonl")]
+
+
+def test_a_moved_runs_own_settings_go_on_with_it_where_it_lies(tmp_path, monkeypatch, capsys):
+    """Its config.yaml names the old place; a run must not begin anew there in silence."""
+    from tests.train.runs import make_store, train
+    from train.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    assert train(make_store(tmp_path / "store"), "old", steps=1) == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert main(["--config", "new/config.yaml", "--steps", "2"]) == 0
+    assert "new/config.yaml is the settings of a run that was at old" in capsys.readouterr().err
+    assert not (tmp_path / "old").exists()
+    assert (tmp_path / "new/checkpoints/step-0000002").is_dir()
+    assert main(["--config", "new/config.yaml", "--out", "third", "--steps", "1"]) == 0
+    assert (tmp_path / "third/checkpoints/step-0000001").is_dir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/config.yaml").write_text((tmp_path / "new/config.yaml").read_text())
+    assert main(["--config", "elsewhere/config.yaml", "--steps", "2"]) == 0  # a copy of the settings alone
+    assert "going on with the one" not in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "elsewhere/checkpoints").exists()

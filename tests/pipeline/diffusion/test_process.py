@@ -20,8 +20,8 @@ def test_the_objective_names_the_process_and_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "the objective is None, but only ddpm and flow exist"),
-        ({"objective": "score"}, "the objective is 'score', but only ddpm and flow exist"),
+        ({}, "the objective is None, but only ddpm, flow, sit, repa exist"),
+        ({"objective": "score"}, "the objective is 'score', but only ddpm, flow, sit, repa exist"),
         (
             {"objective": "flow", "steps": 10, "law": 1},
             r"steps is no setting of it \(they are timestep_law\); law is no setting",

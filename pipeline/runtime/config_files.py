@@ -1,0 +1,104 @@
+"""Configuration files: YAML whose keys are flags, as the words of a command line, so that both are checked alike."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, get_origin
+
+import yaml
+
+from pipeline.runtime.described import without_none
+from pipeline.runtime.errors import UserError
+
+BY_COMMAS: Final = "values separated by commas"
+"""Annotated to an option whose text is a list with commas: in a file it may be a list."""
+_TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are truth values (`no` is a precision), 1:30 is a text, no key comes twice."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> Any:
+        is_one = node.value.lower() in {"true", "false"}
+        return super().construct_yaml_bool(node) if is_one else node.value
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value).replace("_", "-"), key.start_mark.line + 1
+            if name in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise UserError(f"{key.value} stands twice, in line {lines[name]} and in line {line}; leave one")
+            lines[name] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
+
+
+def find_config(config: str, presets: Path | None) -> Path:
+    """The file that --config names, or the preset of that name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(config).expanduser()
+    if path.is_file():
+        return path
+    named = sorted(preset.stem for preset in presets.glob("*.yaml")) if presets else []
+    if presets and config in named:
+        return presets / f"{config}.yaml"
+    known = f"; the names that need no file are {', '.join(named)}" if named else ""
+    raise UserError(f"--config {config} is not a file{known}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A file's keys, as they are written, and values.
+
+    Raises:
+        UserError: it cannot be read, is no mapping, or says something twice.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # noqa: S506 - it is a SafeLoader
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
+    return {str(key): value for key, value in (content or {}).items()}
+
+
+def as_words(name: str, value: Any, kind: Any, extras: tuple[Any, ...], path: Path) -> list[str]:
+    """An option of a file as words of a command line.
+
+    Args:
+        name: the flag without dashes.
+        kind: its type, `extras` what is annotated to it.
+
+    Raises:
+        UserError: the value is of another kind than the flag takes.
+    """
+    if kind is bool:
+        value = _TRUTHS.get(str(value).lower(), value)
+        if not isinstance(value, bool):
+            raise UserError(f"{name} in {path} is {value!r}, but must be true or false")
+        return [f"--{name}" if value else f"--no-{name}"]
+    inner, may_be_none = without_none(kind)
+    if isinstance(value, Mapping):
+        raise UserError(f"{name} in {path} is {value!r}, but must be the value of the flag --{name}")
+    if value is None and not may_be_none:
+        raise UserError(f'{name} in {path} has no value; write one (in quotes where YAML reads it as nothing: "~")')
+    if isinstance(value, list):
+        if get_origin(inner) is tuple:
+            return [f"--{name}", *(str(item) for item in value)]
+        if BY_COMMAS not in extras:
+            raise UserError(f"{name} in {path} is a list, but the flag --{name} takes one value")
+        return [f"--{name}={','.join(str(item) for item in value)}"]
+    return [f"--{name}={value}"]

@@ -1,0 +1,70 @@
+"""Every objective in every format: written with what the format cannot say said, or refused with the reason."""
+
+import itertools
+import json
+from unittest import mock
+
+import pytest
+import torch
+
+from pipeline.checkpoint import read_checkpoint
+from pipeline.checkpoint.folder import write_model_files
+from pipeline.checkpoint.release import default_info
+from pipeline.convert import __main__
+from pipeline.diffusion import OBJECTIVES, make_process
+from pipeline.dit import DiT, DiTConfig
+
+TRAINED = {
+    **{name: {"objective": name} for name in OBJECTIVES},
+    "x0": {"objective": "ddpm", "prediction": "x0", "variance": "fixed-small"},
+    "v-cosine": {"objective": "ddpm", "prediction": "v", "schedule": "cosine"},
+    "kl": {"objective": "ddpm", "loss": "kl"},
+    "uniform": {"objective": "flow", "timestep_law": "uniform"},
+    "sit-cosine": {"objective": "sit", "path": "cosine"},
+}
+UNSPEAKABLE = {(name, "diffusers") for name in ("sit", "repa", "sit-cosine")}
+
+
+def checkpoint(folder, diffusion):
+    process = make_process(diffusion)
+    config = DiTConfig(
+        input_size=8, hidden_size=32, depth=1, num_heads=4, num_classes=4, learn_sigma=process.learns_variance
+    )
+    model = DiT(config)
+    with torch.no_grad():
+        model.final_layer.linear.weight.fill_(0.01)
+    folder.mkdir()
+    info = default_info(config, diffusion=diffusion)
+    write_model_files(folder, info=info, model=None, averages={"ema": model.state_dict()})
+    return model
+
+
+def converted(*arguments):
+    with mock.patch("sys.argv", ["dit-convert", *map(str, arguments)]):
+        return __main__.main()
+
+
+@pytest.mark.parametrize(("name", "form"), list(itertools.product(TRAINED, ("dit", "facebook", "diffusers"))))
+def test_every_objective_is_written_in_every_format_or_refused_with_the_reason(name, form, tmp_path, capsys):
+    diffusion = TRAINED[name]
+    model = checkpoint(tmp_path / "source", diffusion)
+    target = tmp_path / ("target.pt" if form == "facebook" else "target")
+    status = converted("--from", tmp_path / "source", "--to", target, "--format", form)
+    said = capsys.readouterr().err
+    if (name, form) in UNSPEAKABLE:
+        assert (status, target.exists()) == (2, False)
+        assert f"its objective is {diffusion['objective']}" in said
+        return
+    assert status == 0
+    if form == "facebook" and diffusion["objective"] != "ddpm":
+        assert f"does not say that its objective is {diffusion['objective']}" in said
+        if diffusion["objective"] != "ddpm":
+            assert f"--objective {diffusion['objective']}" in said
+    objective = diffusion["objective"] if form == "facebook" else None
+    again = read_checkpoint(target, num_heads=4, objective=objective)
+    assert again.process.objective == diffusion["objective"]
+    assert again.process.sampled_as == make_process(diffusion).sampled_as
+    found = again.model.state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in model.state_dict().items())
+    if form == "dit":
+        assert json.loads((target / "config.json").read_text())["diffusion"] == make_process(diffusion).to_json()
