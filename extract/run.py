@@ -31,6 +31,7 @@ from pipeline.randomness import Permutation
 from pipeline.runtime.console import say
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.launchers import say_unfollowed
 from pipeline.runtime.processes import Launch, StopRequest, launch
 from pipeline.vae import Vae, load_vae
 from pipeline.vae_folder import find_folder, fingerprint
@@ -134,6 +135,7 @@ def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: 
         output.reopen()
 
     # The shards that are missing
+    say_unfollowed({"precision": "--encode-dtype", "dynamo": "--compile"})
     device, reason = choose_device(options.work.device, place)
     settings |= _lane(options, device)
     with arithmetic(device):

@@ -17,6 +17,7 @@ from pipeline.runtime.cli import nearest
 from pipeline.runtime.console import say
 from pipeline.runtime.devices import choose_device, default_precision
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.launchers import say_unfollowed
 from pipeline.vae import Vae, check_latents, find_vae
 from sample.generate import Generator, ReversePlan
 from sample.labels import ChosenLabels, KnownClasses, choose_labels
@@ -96,6 +97,7 @@ def resolve(options: SampleOptions) -> SamplingJob:
             f"--trajectory {options.trajectory} is more than the {options.reverse.steps} steps and the result have "
             f"moments; use at most {options.reverse.steps + 1}, or more --steps"
         )
+    say_unfollowed({"precision": "--mixed-precision", "dynamo": "--compile"})
     device = str(choose_device(options.compute.device)[0])
     plan = resolve_plan(options.reverse, options.compute, checkpoint, samples=len(labels), device=device)
     vae = _decoder(options, checkpoint, device)

@@ -106,7 +106,8 @@ def start_weights(network: DiT, options: ModelOptions, manifest: Manifest, proce
         target_names=(manifest["classes"], manifest["class_ids"]),
         origin=options.init_from,
     )
-    say(f"weights from {options.init_from}: {report}")
+    first, *rest = report.lines()
+    say(f"weights from {options.init_from}: {first}", *rest)
 
 
 def _say_other_objective(origin: str, stored: Stored, process: Process) -> None:

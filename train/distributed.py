@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.runtime.devices import Precision, choose_device, default_precision, set_tf32
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.launchers import refuse_foreign_wishes, warn_if_lonely, wishes
 from pipeline.runtime.processes import keep_freed_memory, launch
 from train.options import HardwareOptions
 
@@ -25,12 +26,6 @@ Value = TypeVar("Value")
 
 AUTOCAST = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What another launcher asked Accelerate for, and what to say instead.
-_FOREIGN = {
-    "ACCELERATE_USE_FSDP": "its own FSDP (which on a CPU is silently plain DDP); take it out and pass --sharding fsdp",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which this command does not drive; use --sharding fsdp instead",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which this command does not drive; use --sharding fsdp instead",
-}
 # What gloo and NCCL say of a process that is gone, and of one that does not come.
 _LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError"),
@@ -119,11 +114,11 @@ def start(
     Raises:
         UserError: the launcher asked for something this command does not do, or the processes do not see each other.
     """
-    _refuse_foreign_wishes(environment)
+    refuse_foreign_wishes(environment)
     if "MASTER_ADDR" not in environment:  # then nothing tells processes where to meet
         refuse_lonely_ranks(environment, 1)
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     wanted, found = choose_device(options.device, launch(environment))
@@ -134,12 +129,16 @@ def start(
         cpu=wanted.type == "cpu",
         mixed_precision=precision,
         log_with=list(trackers) or None,
+        # Both are this command's own business (`follow_launcher`), whatever the launcher has told Accelerate.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
         ],
     )
     refuse_lonely_ranks(environment, accelerator.num_processes)
+    warn_if_lonely(environment)
     device = accelerator.device
     if device.type == "cpu":
         keep_freed_memory()
@@ -197,12 +196,6 @@ def refuse_lonely_ranks(environment: Mapping[str, str], processes: int) -> None:
             )
 
 
-def _refuse_foreign_wishes(environment: Mapping[str, str]) -> None:
-    for name, instead in _FOREIGN.items():
-        if environment.get(name, "false").lower() in {"1", "true", "yes"}:
-            raise UserError(f"the launcher's configuration ({name}) asks Accelerate for {instead}")
-
-
 def _take(device: torch.device, asked: str) -> None:
     """Make the device the one that Accelerate takes; with several processes it gives each its own, as we would."""
     found = torch.accelerator.current_accelerator()
@@ -212,12 +205,22 @@ def _take(device: torch.device, asked: str) -> None:
 
 
 def _precision(options: HardwareOptions, device: torch.device, environment: Mapping[str, str]) -> tuple[Precision, str]:
+    """The precision and why: the flag's, else the launcher's, else the device's own."""
     cpu = device.type == "cpu"
+    wish = wishes(environment).precision
     if options.mixed_precision == "fp16" and cpu:
         raise UserError("--mixed-precision fp16 needs a GPU; on a CPU use no (or bf16, which is slow there)")
     if options.mixed_precision is not None:
-        return options.mixed_precision, "--mixed-precision"
-    wish = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+        overridden = f", over the launcher's {wish}" if wish not in {None, options.mixed_precision} else ""
+        return options.mixed_precision, f"--mixed-precision{overridden}"
     if wish == "bf16" or (wish == "fp16" and not cpu):
         return wish, "the launcher's configuration"  # type: ignore[return-value]
-    return default_precision(device)
+    precision, why = default_precision(device)
+    if wish == "fp16":
+        return precision, f"{why}; the launcher's fp16 needs a GPU"
+    if wish is not None:
+        raise UserError(
+            f"the launcher's configuration asks for mixed precision {wish}, which this command does not do; take it "
+            f"out, or pass --mixed-precision no, bf16 or fp16"
+        )
+    return precision, why

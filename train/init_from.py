@@ -32,6 +32,10 @@ class TransferReport:
     """Tensors of the source that have no place in the target."""
 
     def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """What became of every tensor, for people."""
         lines = [f"{len(self.copied)} tensors copied as they are"]
         for title, entries in (("adapted", self.adapted), ("new", self.new)):
             if entries:
@@ -40,7 +44,7 @@ class TransferReport:
                 lines += [f"  {name:<{width}}  {what}" for name, what in entries.items()]
         if self.left_out:
             lines.append(f"{len(self.left_out)} of the source left out: {join_names(self.left_out)}")
-        return "\n".join(lines)
+        return lines
 
 
 def fit_weights(

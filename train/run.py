@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from pipeline.latents import LatentStore, Manifest
 from pipeline.runtime.console import say
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.launchers import wishes
 from pipeline.runtime.processes import StopRequest
 from train import build, distributed
 from train.checkpointing import Saver, TrainState, restore
@@ -63,7 +66,23 @@ def train(options: TrainOptions) -> int:
 
 def _resolved(options: TrainOptions, machine: Hardware) -> TrainOptions:
     hardware = dataclasses.replace(options.hardware, mixed_precision=machine.precision)
-    return dataclasses.replace(options, hardware=hardware)
+    return follow_launcher(dataclasses.replace(options, hardware=hardware))
+
+
+def follow_launcher(options: TrainOptions, environment: Mapping[str, str] = os.environ) -> TrainOptions:
+    """The options with the launcher's wishes for compiling and accumulation in them, each said; flags go first."""
+    asked, model, hardware = wishes(environment), options.model, options.hardware
+    if asked.dynamo == "inductor" and not model.compile:
+        say("note: the launcher's dynamo wish is followed as --compile, which compiles block by block")
+        model = dataclasses.replace(model, compile=True)
+    elif asked.dynamo not in {None, "inductor"}:
+        say(f"note: the launcher's dynamo backend {asked.dynamo} is left out; --compile compiles with inductor")
+    if asked.accumulation and hardware.grad_accumulation == 1:
+        say(f"note: the launcher's accumulation is followed as --grad-accumulation {asked.accumulation}")
+        hardware = dataclasses.replace(hardware, grad_accumulation=asked.accumulation)
+    elif asked.accumulation not in {None, hardware.grad_accumulation}:
+        say(f"note: --grad-accumulation {hardware.grad_accumulation} goes before the launcher's {asked.accumulation}")
+    return dataclasses.replace(options, model=model, hardware=hardware)
 
 
 def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitStack, began: float) -> Trainer:

@@ -46,7 +46,7 @@ def say_summary(
         "run": f"{options.run.out}, {origin}; until step {options.optimizer.steps:,} ({epochs:,.1f} epochs)",
     }
     width = max(map(len, lines))
-    say("\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()))
+    say(*(f"{name:<{width}}  {text}" for name, text in lines.items()))
     for difference in differences_from_preset(options, manifest):
         warn(difference)
 

@@ -3,15 +3,14 @@
 import sys
 
 from pipeline.convert.options import ConvertOptions
-from pipeline.runtime.console import run_command
+from pipeline.runtime.console import run_command, show
 
 
 def run(options: ConvertOptions) -> None:
     """Convert, and print what was written and how far its forward pass is from the original's."""
     from pipeline.convert.run import convert, import_store
 
-    for line in (import_store if options.format == "store" else convert)(options):
-        sys.stdout.write(f"{line}\n")
+    show((import_store if options.format == "store" else convert)(options))
 
 
 def main() -> int:

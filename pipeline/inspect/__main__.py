@@ -1,12 +1,11 @@
 """`dit-inspect`: what a latent store or a checkpoint holds, whether it is whole, and what it looks like."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.inspect.options import InspectOptions
 from pipeline.latents.names import is_store
-from pipeline.runtime.console import run_command
+from pipeline.runtime.console import run_command, show
 from pipeline.runtime.errors import UserError
 
 
@@ -15,33 +14,28 @@ def run(options: InspectOptions) -> None:
     if options.machine:
         from pipeline.inspect.machine import describe_machine
 
-        _write(describe_machine(options.path))
+        show(describe_machine(options.path))
         return
     if options.models:
         from pipeline.inspect.models import describe_models
 
-        _write(describe_models())
+        show(describe_models())
     if options.path is None:
         return
     if is_store(options.path):
         from pipeline.inspect.store import describe_store, draw_store, verify_store
 
-        _write(describe_store(options.path))
+        show(describe_store(options.path))
         if options.verify:
-            _write(verify_store(options.path))
+            show(verify_store(options.path))
         if options.grid is not None:
-            _write(draw_store(options.path, Path(options.grid), options))
+            show(draw_store(options.path, Path(options.grid), options))
         return
     if options.grid is not None:
         raise UserError(f"--grid draws a store, and {options.path} is none; draw a checkpoint's images with dit-sample")
     from pipeline.inspect.checkpoint import describe_checkpoint
 
-    _write(describe_checkpoint(options.path, verify=options.verify, num_heads=options.num_heads))
-
-
-def _write(lines: Iterable[str]) -> None:
-    for line in lines:
-        sys.stdout.write(f"{line}\n")
+    show(describe_checkpoint(options.path, verify=options.verify, num_heads=options.num_heads))
 
 
 def main() -> int:

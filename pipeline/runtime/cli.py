@@ -25,7 +25,7 @@ Options = TypeVar("Options")
 _BOX = "─│╭╮╰╯"
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 _HOME = re.compile(r"(?:^|(?<=[=,]))~[\w.-]*(?=/|$)")
-_GOOD_MATCH = 0.7
+_GOOD_MATCH = 0.8
 
 SeenConfig = Callable[[Path, dict[str, Any]], dict[str, Any]]
 """(file, {flag: value} as it says them) → what counts."""
@@ -47,8 +47,9 @@ class _Flag(NamedTuple):
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The candidates that look very much like the name, best first, for "did you mean"; often none."""
     by_lower = {str(candidate).lower(): str(candidate) for candidate in candidates}
+    swapped = [key for key in by_lower if sorted(key) == sorted(name.lower())]
     found = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=_GOOD_MATCH)
-    return [by_lower[key] for key in found]
+    return [by_lower[key] for key in dict.fromkeys([*swapped, *found])][:count]
 
 
 def flag_values(options: Any) -> dict[str, Any]:

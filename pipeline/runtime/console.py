@@ -5,13 +5,15 @@ Exit status: 0 done; 2 the user's input is wrong; 128 + signal after a saved sto
 
 import contextlib
 import errno
+import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, TypeVar, cast
@@ -30,11 +32,13 @@ from pipeline.runtime.processes import (
     stop_signals,
 )
 
-__all__ = ["nearest", "progress", "run_command", "say", "warn"]
+__all__ = ["nearest", "printable", "progress", "run_command", "say", "show", "warn"]
 
 Options = TypeVar("Options")
 # What a stream answers that leads nowhere any more.
 _GONE = {errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESTALE}
+# C0 and C1 controls, line and paragraph separators, marks of direction, lone surrogates.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _log = logging.getLogger("dit")
 
 
@@ -112,7 +116,7 @@ def _refused(prog: str, sentence: str, status: int) -> int:
     with contextlib.suppress(UserError):
         place = launch()
         process = f" (process {place.rank} of {place.world_size})" if place.world_size > 1 else ""
-    tqdm.write(f"{prog}{process}: error: {sentence}", file=sys.stderr)
+    tqdm.write(f"{prog}{process}: error: {printable(sentence)}", file=sys.stderr)
     return status
 
 
@@ -168,6 +172,9 @@ def _lasting_streams() -> Iterator[_LastingStream]:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     kept = sys.stdout, sys.stderr
+    for stream in kept:
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is written as its number
+            stream.reconfigure(errors="backslashreplace")
     output = _LastingStream(kept[0] or Path(os.devnull).open("w"), "standard output")  # noqa: SIM115 - until the end
     notes = _LastingStream(kept[1] or Path(os.devnull).open("w"), "standard error")  # noqa: SIM115
     sys.stdout, sys.stderr = cast("TextIO", output), cast("TextIO", notes)
@@ -207,16 +214,36 @@ def _configure_log() -> None:
         _log.propagate = False
 
 
-def say(message: str, *, every_process: bool = False) -> None:
-    """A line for people, from the main process only, or from whichever has something to say."""
+def printable(text: str) -> str:
+    """One line of text that does to a terminal nothing but to appear: names in it are a stranger's.
+
+    Control characters (an escape sequence recolours, moves or retitles), line ends, what turns the direction of
+    writing, and bytes that are no text are written as Python writes them in a string.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode() if _CONTROLS.fullmatch(character) else character
+        for character in text
+    )
+
+
+def say(*lines: str, every_process: bool = False) -> None:
+    """Lines for people, from the main process only, or from whichever has something to say."""
     if every_process or launch().is_main:
-        _log.info("%s", message)
+        _log.info("%s", "\n".join(map(printable, lines)))
 
 
 def warn(message: str) -> None:
     """A line for people that begins with "warning:", from the main process only."""
     if launch().is_main:
-        _log.warning("warning: %s", message)
+        _log.warning("warning: %s", printable(message))
+
+
+def show(lines: Iterable[str]) -> None:
+    """Lines of a result, on standard output."""
+    for line in lines:
+        sys.stdout.write(f"{printable(line)}\n")
 
 
 def progress(total: int | None, *, unit: str, description: str, initial: int = 0) -> "tqdm[Any]":
