@@ -1,11 +1,17 @@
 """Models from the Hugging Face Hub: the one place that downloads them, and a DiT pipeline fetched settings first."""
 
 import contextlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
+
+POINTER_ADVICE: Final = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_ANSWER_SECONDS = 5.0
 
 
 def fetch(name: str, patterns: Sequence[str], *, offline: bool = False) -> Path | None:
@@ -47,6 +53,37 @@ def fetch(name: str, patterns: Sequence[str], *, offline: bool = False) -> Path 
         raise UserError(
             f"{name} cannot be fetched from the Hub ({type(error).__name__}: {reason}); try again"
         ) from error
+
+
+@contextlib.contextmanager
+def offline_if_unreachable() -> Iterator[bool]:
+    """Whether the Hub answers; if not, its libraries know in the block, and ask their caches instead of retrying."""
+    from huggingface_hub import constants, get_session
+
+    modules: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    answers = not any(before)
+    if answers:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_ANSWER_SECONDS)
+        except Exception:  # noqa: BLE001 - of the HTTP library of the day
+            answers = False
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = not answers
+        yield answers
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = was
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether Git LFS has left a few lines in place of the file, as a clone without `git lfs pull` does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def fetch_pipeline(name: str) -> Path:

@@ -5,6 +5,7 @@ Only safetensors are read, whatever else lies in the folder, and no code that ca
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.hub import fetch, weight_patterns
+from pipeline.hub import POINTER_ADVICE, fetch, is_pointer, weight_patterns
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
 
@@ -38,7 +39,7 @@ def find_folder(name: str) -> tuple[Path, str]:
         return DEMO_FOLDER, name
     folder = Path(name).expanduser()
     if name and folder.is_dir():
-        inner = folder / "vae" if not (folder / "config.json").exists() else folder
+        inner = folder if _holds_vae(folder) or not _holds_vae(folder / "vae") else folder / "vae"
         if not (inner / "config.json").exists():
             raise UserError(
                 f"the folder {name} is no VAE in diffusers' layout: it has no config.json, nor has a folder `vae` in it"
@@ -53,6 +54,13 @@ def find_folder(name: str) -> tuple[Path, str]:
     return _from_hub(name), name
 
 
+def _holds_vae(folder: Path) -> bool:
+    """Whether the folder's config.json is one of a VAE that can be used, and not of what the VAE is part of."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() and not is_pointer(path) else None
+    return isinstance(config, dict) and config.get("_class_name") in KINDS
+
+
 def _from_hub(name: str) -> Path:
     """The VAE's folder in the Hub's local cache, from where it is taken if it is whole, else downloaded into it."""
     patterns = [*weight_patterns("", ".safetensors"), *weight_patterns("vae/", ".safetensors")]
@@ -64,8 +72,11 @@ def _from_hub(name: str) -> Path:
         if snapshot is None:
             continue
         for folder in (snapshot, snapshot / "vae"):
-            if (folder / "config.json").exists() and (not offline or not _missing_weights(folder)):
-                return folder  # what the Hub itself lacks is said by `weight_files`
+            if _holds_vae(folder) and not _missing_weights(folder):
+                return folder
+            if (folder / "config.json").exists() and not offline:
+                check_weights(folder, name, or_else="go online once, or give a local folder")
+                return folder
     raise UserError(f"{name} on the Hub holds no VAE: it has neither config.json nor vae/config.json")
 
 
@@ -75,12 +86,44 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         UserError: it is of no class that can be used.
     """
+    if is_pointer(folder / "config.json"):
+        raise UserError(f"{folder / 'config.json'} {POINTER_ADVICE}")
     config = read_json(folder / "config.json")
     class_name = config.get("_class_name") if isinstance(config, dict) else None
     if class_name not in KINDS:
         found = f"a {class_name}" if class_name else "not a diffusers model (its config.json has no _class_name)"
         raise UserError(f"{name} is {found}; the VAEs that can be used are {', '.join(KINDS)}")
+    _check_settings(config, name)
     return config
+
+
+def _check_settings(config: dict[str, Any], name: str) -> None:
+    """Raise UserError unless the VAE takes and gives RGB, and its latents are scaled by a number."""
+    for key, what in (("in_channels", "takes"), ("out_channels", "gives")):
+        if config.get(key, 3) != 3:
+            raise UserError(
+                f"the VAE {name} {what} images of {config[key]} channels ({key} in its config.json), and images here "
+                f"have the 3 of RGB; give a VAE of RGB images"
+            )
+    scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
+    for key, value, may_miss in (("scaling_factor", scale, False), ("shift_factor", shift, True)):
+        if not (value is None and may_miss) and not (_is_finite(value) and (may_miss or value != 0)):
+            raise UserError(
+                f"the VAE {name} has {key} {value!r} in its config.json, where a number is needed; write there what "
+                f"its networks were trained with (Stable Diffusion's first VAEs have a scaling_factor of 0.18215)"
+            )
+    for key in ("latents_mean", "latents_std"):
+        values = config.get(key)
+        if values is not None and not (
+            isinstance(values, list) and all(_is_finite(value) and (value or key != "latents_std") for value in values)
+        ):
+            raise UserError(
+                f"the VAE {name} has {key} {values!r} in its config.json, where a list of numbers is needed"
+            )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -89,12 +132,29 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     Raises:
         UserError: some are missing.
     """
-    missing = [path.name for path in _missing_weights(folder)]
-    if missing:
-        pickled = any(folder.glob("*.bin"))
-        why = "; its .bin file is a pickle, which could run code and is never loaded: convert it to safetensors"
-        raise UserError(f"the VAE {name} has no {', '.join(missing)}{why if pickled else ''}")
+    check_weights(folder, name)
     return _named_weights(folder)
+
+
+def check_weights(folder: Path, name: str, *, or_else: str = "fetch it again, or give another folder") -> None:
+    """Raise UserError, naming what lies there instead, unless all safetensors files of a model folder are there."""
+    pointers = [path for path in _named_weights(folder) if is_pointer(path)]
+    if pointers:
+        raise UserError(f"the VAE {name} is not whole: {pointers[0]} {POINTER_ADVICE}")
+    missing = [path.name for path in _missing_weights(folder)]
+    if not missing:
+        return
+    variants = sorted(path.name for path in folder.glob("diffusion_pytorch_model.*.safetensors"))
+    variants = [file for file in variants if "-of-" not in file]
+    if variants:
+        word = variants[0].split(".")[1]
+        or_else = (
+            f"there is {', '.join(variants)}, in another precision: from_pretrained(…, variant={word!r}), then "
+            f"save_pretrained, writes it as the other"
+        )
+    elif any(folder.glob("*.bin")):
+        or_else = "its .bin file is a pickle, which could run code and is never loaded: convert it to safetensors"
+    raise UserError(f"the VAE {name} has no {', '.join(missing)}; {or_else}")
 
 
 def _named_weights(folder: Path) -> list[Path]:

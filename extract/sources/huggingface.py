@@ -13,6 +13,7 @@ from extract.sources.folders import gone
 from extract.sources.listing import UNLABELLED, Listing, UnreadableInputError, sorted_listing
 from extract.sources.tars import numbered_labels
 from pipeline.classes import synsets_of
+from pipeline.hub import offline_if_unreachable
 from pipeline.runtime.errors import UserError
 
 _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)\b", re.IGNORECASE)
@@ -100,7 +101,16 @@ def open_table(data: str, split: str, image_column: str | None, label_column: st
     try:
         if data.startswith("hf:"):
             name, _, config = data.removeprefix("hf:").partition(":")
-            table = datasets.load_dataset(name, config or None, split=split)
+            with offline_if_unreachable() as answers:
+                try:
+                    table = datasets.load_dataset(name, config or None, split=split)
+                except Exception as error:  # many kinds
+                    if answers:
+                        raise
+                    raise UserError(
+                        f"{data} is not in the local cache, and the Hub cannot be reached; check the name, go online "
+                        f"once, or give local files"
+                    ) from error
         else:
             name = Path(data).name
             table = _local(Path(data), split)

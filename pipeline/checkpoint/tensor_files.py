@@ -21,6 +21,7 @@ from typing import IO, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes
 
@@ -267,6 +268,8 @@ def _check_readable(path: Path) -> None:
         raise UserError(f"{path} does not exist; check the path") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its rights") from error
+    if is_pointer(path):
+        raise UserError(f"{path} {POINTER_ADVICE}")
 
 
 def _refusal(path: Path, error: Exception) -> str:
