@@ -108,8 +108,8 @@ def open_table(data: str, split: str, image_column: str | None, label_column: st
                     if answers:
                         raise
                     raise UserError(
-                        f"{data} is not in the local cache, and the Hub cannot be reached; check the name, go online "
-                        f"once, or give local files"
+                        f"{data} cannot be opened as a data set: it is not in the local cache, and the Hub cannot be "
+                        f"reached; check the name, go online once, or give local files"
                     ) from error
         else:
             name = Path(data).name

@@ -60,6 +60,8 @@ def _begin(
         if place.is_main:
             job = resolve_job(options)
             keys = {flag: side.images_key for flag, side in job.sides.items()}
+            for side in job.sides.values():
+                side.check(job.metrics if job.scores else ())
         keys = from_main(keys)
         if not place.is_main:
             job = resolve_job(options)

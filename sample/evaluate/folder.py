@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from pipeline.images import ImageError, center_crop, decode_image
+from pipeline.images import FORMATS, ImageError, center_crop, decode_image
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
 from sample.evaluate.options import PART_IMAGES
@@ -42,6 +43,15 @@ def _readable(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file and its rights") from error
 
 
+def _size_in_header(path: Path) -> tuple[int, int] | None:
+    """Width and height as they lie in the file; None where the header cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 - decoding says what is wrong, in a sentence
+        return None
+
+
 class FolderImages:
     """Every image file of a folder, centre-cropped to `image_size` pixels, or as it is where all have one size."""
 
@@ -67,10 +77,14 @@ class FolderImages:
         return str(self.folder / self.names[index])
 
     def key(self) -> str:
-        """A digest over every file's name and bytes, and over the crop; size and time can stay when a file changes."""
+        """A digest over every file's name and bytes, and over the crop; size and time can stay when a file changes.
+
+        Raises:
+            UserError: a file cannot be read, or has another size than the first: now, not when its turn comes.
+        """
         digest = hashlib.sha256(repr(self.image_size).encode())
         with ThreadPoolExecutor(self.workers) as pool:
-            for name, data in zip(self.names, pool.map(self._sha256_of, self.names), strict=True):
+            for name, data in zip(self.names, pool.map(self._sha256_of, range(self.count)), strict=True):
                 digest.update(f"{name}\0{data}\0".encode())
         return digest.hexdigest()
 
@@ -92,9 +106,14 @@ class FolderImages:
     def close(self) -> None:
         """Nothing is open between batches."""
 
-    def _sha256_of(self, name: str) -> str:
+    def _sha256_of(self, index: int) -> str:
+        name = self.names[index]
         with _readable(self.folder / name) as path:
-            return sha256_of(path)
+            found = sha256_of(path)
+        size = _size_in_header(path)
+        if size is None or (self.image_size is None and size != self.size):
+            self._checked(self._read(name), index)  # says what is wrong; turned upright, it may be right
+        return found
 
     def _read(self, name: str) -> NDArray[np.uint8]:
         try:

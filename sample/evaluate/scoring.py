@@ -78,6 +78,19 @@ class Side:
             return self.given.statistics.count
         return None if self.given.images is None else self.given.images.count
 
+    def check(self, metrics: Iterable[str]) -> None:
+        """Read what a file of statistics says for the metrics, before anything is computed for the other side.
+
+        Raises:
+            UserError: it is damaged or of another network.
+        """
+        for metric in metrics:
+            spec = METRICS[metric]
+            if self.from_file(metric) and spec.of_gaussian:
+                self.gaussian(spec.features)
+            elif self.from_file(metric):
+                _ = self.features
+
     def gaussian(self, feature: FeatureName) -> Gaussian:
         """The Gaussian of a feature, from the file as it stands, else fitted."""
         statistics = self.given.statistics
