@@ -6,10 +6,8 @@ The map from lines to tests takes about twice as long as `make test`; remove .mu
 
 # fmt: off
 # ruff: noqa: E401, I001
-import argparse, ast, copy, json, os, random, re, shutil, signal, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
+import argparse, ast, copy, itertools, json, os, random, re, shutil, subprocess, sys, time
 from pathlib import Path
-
 ROOT = Path(__file__).parent.parent
 KEPT, MOST_SECONDS = ROOT / ".mutants", 60  # of tests for one fault, the quickest first
 SWAPS = {"Lt": "LtE", "Gt": "GtE", "Eq": "NotEq", "In": "NotIn", "Is": "IsNot", "Add": "Sub", "Mult": "Div", "And": "Or"}
@@ -37,7 +35,6 @@ def faulty(node):
         defines = any(isinstance(target, ast.Name | ast.Tuple) for target in getattr(node, "targets", []))
         if not defines and not isinstance(value, ast.Constant | ast.Yield | ast.YieldFrom):
             yield "statement", ast.Pass()
-
 def faults_of(text):
     """(line, kind, first byte, last byte, new text) of every small fault that can be put into a file."""
     starts = [0, *(match.end() for match in re.finditer(b"\n", text.encode()))]
@@ -57,50 +54,64 @@ def faults_of(text):
                 if is_code and not isinstance(child, ast.JoinedStr | ast.expr_context | ast.operator):
                     yield from visit(child)
     return list(visit(ast.parse(text)))
-
 def lines_and_tests():
     """({file: {line: tests}}, {test: seconds}) from one run of the quick tests under coverage."""
     if not (KEPT / "map.json").exists():
         KEPT.mkdir(exist_ok=True)
         (KEPT / "names_tests.py").write_text(NAMES_TESTS)
         (KEPT / "rc").write_text(f"{RC}context = ${{COVERED_BY-}}\ndata_file = {KEPT}/data\n")
-        paths = {"PYTHONPATH": f"{ROOT}:{KEPT}", "OMP_NUM_THREADS": "1"}
-        tests = (f"-qvv -n2 --dist=loadscope -p names_tests --durations=0 --cov --cov-config={KEPT}/rc --cov-context=test" )
+        tests = f"-qvv -n2 --dist=loadscope -p names_tests --durations=0 --cov --cov-config={KEPT}/rc --cov-context=test"
         run = [sys.executable, "-m", "pytest", *tests.split(), "--cov-report=", "-mnot slow and not gpu"]
-        shown = subprocess.run(run, cwd=ROOT, env=os.environ | paths, stdout=subprocess.PIPE, text=True, check=False ).stdout
-        report = f"-m coverage json --rcfile={KEPT}/rc --show-contexts -q -o{KEPT}/cov.json"
-        subprocess.run([sys.executable, *report.split()], cwd=ROOT, check=True)
-        seconds = {test: float(taken) for taken, test in re.findall(r"^([\d.]+)s call +(\S.*)$", shown, flags=re.MULTILINE) }
-        files = json.loads((KEPT / "cov.json").read_text())["files"]
-        (KEPT / "map.json").write_text(json.dumps([{file: found["contexts"] for file, found in files.items()}, seconds]) )
+        env = os.environ | {"PYTHONPATH": f"{ROOT}:{KEPT}", "OMP_NUM_THREADS": "1"}
+        shown = subprocess.run(run, check=False, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True).stdout
+        report = f"{sys.executable} -m coverage json --rcfile={KEPT}/rc --show-contexts -q -o{KEPT}/cov.json"
+        subprocess.run(report.split(), cwd=ROOT, check=True)
+        taken = re.findall(r"^([\d.]+)s call +(\S.*)$", shown, flags=re.MULTILINE)
+        files = {file: found["contexts"] for file, found in json.loads((KEPT / "cov.json").read_text())["files"].items()}
+        (KEPT / "map.json").write_text(json.dumps([files, {test: float(seconds) for seconds, test in taken}]))
     contexts, seconds = json.loads((KEPT / "map.json").read_text())
     tests_of = lambda names: {name.partition("|")[0] for name in names} - {""}  # noqa: E731
     lines = {file: {int(line): tests_of(names) for line, names in found.items()} for file, found in contexts.items()}
     return lines, seconds
-
-def verdict_of(fault, tests, tree, most_seconds):
-    """What the tests say of the fault in a copy of the tree: "killed", "timeout" (noticed too) or "survived"."""
+def begun(fault, tests, tree):
+    """The process that runs the tests with the fault in a copy of the tree: its number, which is its group's too."""
     (file, _, _, first, last, new), raw = fault, (ROOT / fault[0]).read_bytes()
     (tree / file).write_bytes(raw[:first] + new.encode() + raw[last:])
-    child = os.fork()  # of a process that has imported the heavy libraries
-    if child == 0:
+    if child := os.fork():  # of the main thread of a process that has imported the heavy libraries
+        return child
+    status = 70  # no answer of the tests
+    try:
         os.setsid()
         os.chdir(tree)
-        os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        sys.path[0] = str(tree)
+        sys.path[0] = os.environ["PYTHONPATH"] = str(tree)
         for stream in (0, 1, 2):
-            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-        os._exit(int(sys.modules["pytest"].main(["-xq", "-pno:cacheprovider", *tests])))
-    end, done, status = time.monotonic() + most_seconds, 0, 0
-    while not done and time.monotonic() < end:
+            os.dup2(os.open(tree / "said" if stream else os.devnull, os.O_RDWR | os.O_CREAT | os.O_TRUNC), stream)
+        status = int(sys.modules["pytest"].main(["-xq", "-pno:cacheprovider", "-Wignore::pytest.PytestAssertRewriteWarning", *tests]))
+    finally:
+        os._exit(status)
+def verdicts(faults, tests_of):
+    """(fault, "killed", "timeout" (noticed too) or "survived") of each, two at a time, as they are known."""
+    waiting, free, running = list(faults), [KEPT / "tree0", KEPT / "tree1"], {}
+    for tree in free:
+        shutil.copytree(ROOT, tree, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "demo", "__pycache__"))
+    while waiting or running:
+        while waiting and free:
+            fault, tree = waiting.pop(0), free.pop()
+            tests, seconds = tests_of(fault)
+            running[begun(fault, tests, tree)] = (fault, tree, time.monotonic() + 60 + 5 * seconds)
         time.sleep(0.05)
-        done, status = os.waitpid(child, os.WNOHANG)
-    if not done:
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    (tree / file).write_bytes(raw)
-    return ("survived" if status == 0 else "killed") if done else "timeout"
-
+        for child, (fault, tree, end) in list(running.items()):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if not done and time.monotonic() < end:
+                continue
+            subprocess.run(["kill", "-9", "--", f"-{child}"], check=False, capture_output=True)  # with all it started
+            _ = done or os.waitpid(child, 0)
+            (tree / fault[0]).write_bytes((ROOT / fault[0]).read_bytes())
+            if (code := os.waitstatus_to_exitcode(status) if done else None) in {3, 5, 70}:
+                raise SystemExit(f"{fault[0]}:{fault[1]}: its tests could not be run: {(tree / 'said').read_text()}")
+            del running[child]
+            free.append(tree)
+            yield fault, "timeout" if code is None else "killed" if code else "survived"
 def changed_lines(since):
     found, file = set(), ""
     diff = subprocess.check_output(["git", "diff", "-U0", since, "--", "*.py"], cwd=ROOT, text=True)
@@ -109,41 +120,31 @@ def changed_lines(since):
         if match := re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line):
             found |= {(file, k) for k in range(int(match[1]), int(match[1]) + int(match[2] or 1))}
     return found
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", default=["pipeline", "extract", "train", "sample"])
     parser.add_argument("--since", help="only lines that differ from this commit")
-    parser.add_argument("--sample", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    lines, seconds = lines_and_tests()
+    _ = [parser.add_argument(flag, type=int, default=number) for flag, number in (("--sample", 50), ("--seed", 0))]
+    options, (lines, seconds) = parser.parse_args(), lines_and_tests()
     inside = [file for file in sorted(lines) if any(Path(file).is_relative_to(path) for path in options.paths)]
     faults = [(file, *fault) for file in inside for fault in faults_of((ROOT / file).read_text())]
     changed = changed_lines(options.since) if options.since else {fault[:2] for fault in faults}
     faults = [fault for fault in faults if fault[:2] in changed and lines[fault[0]].get(fault[1])]
     chosen = random.Random(options.seed).sample(faults, min(options.sample, len(faults)))
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     _ = [__import__(heavy) for heavy in ("torch", "diffusers", "accelerate", "scipy.linalg", "pytest")]
-    free = [KEPT / "tree0", KEPT / "tree1"]
-    for tree in free:
-        shutil.copytree(ROOT, tree, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "demo", "__pycache__"))
-    def judge(fault):
-        tests, total, tree = [], 0.0, free.pop()
-        for test in sorted(lines[fault[0]][fault[1]], key=lambda test: seconds.get(test, 0.0)):
-            total += seconds.get(test, 0.0)
-            if total <= MOST_SECONDS or not tests:
-                tests.append(test)
-        verdict = verdict_of(fault, tests, tree, 60 + 5 * min(total, MOST_SECONDS))
-        free.append(tree)
-        return verdict
-    with ThreadPoolExecutor(len(free)) as pool:
-        judged = list(zip(chosen, pool.map(judge, chosen), strict=True))
-    for (file, line, kind, first, last, new), _ in [found for found in judged if found[1] == "survived"]:
+    def tests_of(fault):
+        quickest = sorted(lines[fault[0]][fault[1]], key=lambda test: seconds.get(test, 0.0))
+        totals = list(itertools.accumulate(seconds.get(test, 0.0) for test in quickest))
+        kept = max(1, sum(total <= MOST_SECONDS for total in totals))
+        return quickest[:kept], min(totals[-1], MOST_SECONDS)
+    judged = []
+    for (file, line, kind, first, last, new), verdict in verdicts(chosen, tests_of):
+        judged.append((file, verdict))
         was = " ".join((ROOT / file).read_bytes()[first:last].decode().split())
-        print(f"survived: {file}:{line} {kind}: {was[:80]} -> {new[:80]}")
+        print(f"{len(judged)}: {verdict}: {file}:{line} {kind}: {was[:80]} -> {new[:80]}", flush=True)
     for area in ["", *sorted({str(Path(fault[0]).parent) for fault in chosen})]:
-        noticed = [verdict != "survived" for fault, verdict in judged if Path(fault[0]).is_relative_to(area)]
+        noticed = [verdict != "survived" for file, verdict in judged if Path(file).is_relative_to(area)]
         print(f"{sum(noticed)} of {len(noticed)} faults noticed in {area or 'all'}")
-
 if __name__ == "__main__":
     main()
