@@ -181,7 +181,7 @@ def check_same_kind(ours: Manifest, theirs: Manifest, path: str) -> None:
     if differing:
         raise UserError(
             f"--validation {path} does not fit --latents: they differ in {', '.join(differing)}; extract both with the "
-            f"same VAE, --image-size and classes"
+            f"same VAE, image size and classes"
         )
 
 

@@ -44,6 +44,10 @@ class Previews:
         self._process, self._hardware = process, hardware
         self._folder, self._seed = folder, seed
 
+        most = SAMPLERS[process.preview_sampler].most_steps(process)
+        if most is not None and options.preview_steps > most:
+            raise UserError(f"--preview-steps {options.preview_steps} must be at most {most}, the steps of the process")
+
         # One class per column, evenly spaced over the labels.
         count = min(options.preview_classes, max(config.num_classes, 1))
         last = max(config.num_classes - 1, 0)

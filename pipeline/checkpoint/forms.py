@@ -282,7 +282,9 @@ def _from_file(file: Path, weights: str, num_heads: int | None, objective: str |
         stored = _own_weights(file.parent, file, file.stem.replace("model", "raw"), num_heads)
         return _says_itself(stored, objective, file)
     if weights not in {"ema", "raw"}:
-        raise UserError(f"{file} has no {weights} weights, only its own; pass --weights ema or raw")
+        raise UserError(
+            f"{file} has no {weights} weights, only its own; pass --weights ema or raw (--init-weights to dit-train)"
+        )
     content = read_weight_file(file, weights=weights)
     state, projectors = plain_network(content.tensors)
     if projectors:

@@ -316,7 +316,9 @@ def _choose(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
             return _only_tensors(content[key], path)
     nested = [str(key) for key in content if isinstance(content[key], Mapping)]
     if nested and any(key in content for keys in _NESTED.values() for key in keys):
-        raise UserError(f"{path} has no {weights} weights; it has {join_names(nested)}: pass another --weights")
+        raise UserError(
+            f"{path} has no {weights} weights, but {join_names(nested)}; give --weights (--init-weights to dit-train)"
+        )
     return _only_tensors(content, path)
 
 

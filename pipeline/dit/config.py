@@ -241,7 +241,7 @@ def _mismatched(config: DiTConfig) -> list[str]:
     if config.patch_size > 0 and (config.height % config.patch_size or config.width % config.patch_size):
         wrong.append(
             f"a latent of {config.height}×{config.width} cells does not divide into patches of {config.patch_size}×"
-            f"{config.patch_size}; choose --model with another patch or extract at another --image-size"
+            f"{config.patch_size}; dit-train takes a --model with another patch, dit-extract another --image-size"
         )
     if config.num_heads > 0 and config.hidden_size % config.num_heads:
         wrong.append(f"hidden_size {config.hidden_size} does not divide among num_heads {config.num_heads}")

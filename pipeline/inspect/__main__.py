@@ -35,7 +35,8 @@ def run(options: InspectOptions) -> None:
         raise UserError(f"--grid draws a store, and {options.path} is none; draw a checkpoint's images with dit-sample")
     from pipeline.inspect.checkpoint import describe_checkpoint
 
-    show(describe_checkpoint(options.path, verify=options.verify, num_heads=options.num_heads))
+    asked = {"num_heads": options.num_heads, "objective": options.objective}
+    show(describe_checkpoint(options.path, verify=options.verify, asked=asked))
 
 
 def main() -> int:

@@ -1,6 +1,8 @@
 """A checkpoint or a run in words: network, step, objective, classes, VAE, weights and their checksums."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.checkpoint.folder import checkpoint_folders, find_damage, weight_files
@@ -14,8 +16,11 @@ from pipeline.runtime.files import sha256_of
 from pipeline.runtime.units import size
 
 
-def describe_checkpoint(path: str, *, verify: bool, num_heads: int | None = None) -> list[str]:
+def describe_checkpoint(path: str, *, verify: bool, asked: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
     """What a checkpoint of any form is; of a run also which steps it has kept.
+
+    Args:
+        asked: what the user says of weights that came alone, as `read_stored` takes it: num_heads, objective.
 
     Raises:
         UserError: it cannot be read, or, if it is to be verified, its tensors do not fit or are not finite.
@@ -26,21 +31,21 @@ def describe_checkpoint(path: str, *, verify: bool, num_heads: int | None = None
     if steps:
         kept = "  ".join(f"{step:,}" for step, _ in steps)
         lines += [*facts({"run": path, "checkpoints": f"at step {kept}"}), ""]
-    stored = _any_weights(path, num_heads)
+    stored = _any_weights(path, asked)
     files = _files_of(stored.folder) if stored.folder is not None else {}
     lines += facts({**_facts_of(path, stored), **files})
     if verify:
-        lines += _verified(path, stored, num_heads)
+        lines += _verified(path, stored)
     return lines
 
 
-def _any_weights(path: str, num_heads: int | None) -> Stored:
+def _any_weights(path: str, asked: Mapping[str, Any]) -> Stored:
     """The EMA weights, or the raw ones where there is no average (a damaged one is an error)."""
     try:
-        return read_stored(path, num_heads=num_heads, verify=False)
+        return read_stored(path, **asked, verify=False)
     except UserError as error:
         try:
-            raw = read_stored(path, weights="raw", num_heads=num_heads, verify=False)
+            raw = read_stored(path, weights="raw", **asked, verify=False)
         except UserError:
             raise error from None
         if raw.folder is not None and "ema" in weight_files(raw.folder):
@@ -66,9 +71,8 @@ def _facts_of(path: str, stored: Stored) -> dict[str, object]:
         ),
         "latent": f"{config.in_channels}×{config.height}×{config.width} ({info['latent']['kind']})",
         "image": f"{info['image']['size']} px, {info['image']['crop']}",
-        "objective": _objective(info["diffusion"])
-        if stored.origin.known
-        else "not recorded; --objective of dit-sample",
+        "objective": _objective(info["diffusion"]) if stored.origin.known else "not recorded",
+        "note": stored.origin.note,
         "classes": shortened([str(name) for name in info["classes"]]) if config.num_classes else "none (unconditional)",
         "guidance": "possible" if config.has_null_class and config.num_classes else "not possible (no null class)",
         "VAE": _vae(info["vae"]),
@@ -107,7 +111,7 @@ def _files_of(folder: Path) -> dict[str, str]:
     return files | {"resuming": f"possible, state/ takes {total}" if kept else "not possible, there is no state/"}
 
 
-def _verified(path: str, stored: Stored, num_heads: int | None) -> list[str]:
+def _verified(path: str, stored: Stored) -> list[str]:
     """Every kind of weights loaded strictly and searched for values that are no numbers."""
     damage = find_damage(stored.folder) if stored.folder is not None else stored.damage()
     if damage:
@@ -116,7 +120,7 @@ def _verified(path: str, stored: Stored, num_heads: int | None) -> list[str]:
         kinds = [stored]
     else:
         names = weight_files(stored.folder)
-        kinds = [read_stored(stored.folder, weights=name, num_heads=num_heads, verify=False) for name in names]
+        kinds = [read_stored(stored.folder, weights=name, verify=False) for name in names]
     for each in kinds:
         build_model(each, origin=path)
         wrong = not_finite(each.state)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from pipeline.diffusion.process import OBJECTIVES, Objective
 from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
 
@@ -27,6 +28,9 @@ class InspectOptions:
     """The VAE for --grid, where the recorded name is not enough to find it: demo, a Hub name or a folder."""
     num_heads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Attention heads of a bare state dict whose width is none of the published ones."""
+    objective: Annotated[Objective | None, tyro.conf.arg(metavar="|".join(OBJECTIVES))] = None
+    """What bare weights were trained for, which they do not say: sit for SiT's, repa for REPA's. Default: what they
+    say."""
     models: bool = False
     """Print the paper's table of models, our parameters and operations beside the paper's."""
     machine: bool = False

@@ -170,7 +170,7 @@ def _check_finite(latents: Tensor, keys: Sequence[str], dtype: str) -> None:
         names = ", ".join(keys[row] for row in bad[:3])
         raise UserError(
             f"the latents of {len(bad)} inputs are not finite in {dtype} ({names}{', …' if len(bad) > 3 else ''}); "
-            "use --store-dtype bfloat16 or float32, or another --encode-dtype or --vae"
+            "dit-extract takes --store-dtype bfloat16 or float32, another --encode-dtype, another --vae"
         )
 
 

@@ -25,7 +25,7 @@ Options = TypeVar("Options")
 _BOX = "─│╭╮╰╯"
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 _HOME = re.compile(r"(?:^|(?<=[=,]))~[\w.-]*(?=/|$)")
-_GOOD_MATCH = 0.8
+_GOOD_MATCH = 0.85
 
 SeenConfig = Callable[[Path, dict[str, Any]], dict[str, Any]]
 """(file, {flag: value} as it says them) → what counts."""

@@ -45,7 +45,7 @@ _FAULTS = {
     errno.ENOTCONN: "the disk is not connected any more; mount it, then run the same command again",
     errno.ENODEV: "the disk is not there any more; mount it, then run the same command again",
     errno.ENXIO: "the disk is not there any more; mount it, then run the same command again",
-    errno.EMFILE: "this process may not open more files; raise the limit (ulimit -n) or lower --workers",
+    errno.EMFILE: "this process may not open more files; raise the limit (ulimit -n) or lower --workers of dit-extract",
     errno.ENFILE: "this machine may not open more files; end other programs or raise its limit",
     errno.ENOMEM: "the system is out of memory; end other programs, then run the same command again",
     errno.EAGAIN: "the system is short of something just now; run the same command again",

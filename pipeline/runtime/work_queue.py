@@ -84,7 +84,7 @@ def _acquire(lock: FileLock, path: Path, *, needed: bool) -> None:
         if needed:
             raise UserError(
                 f"the file system of {path.parent} cannot lock files, which keeps processes from making the same "
-                "twice; give --out a local folder or one on NFS 4, Lustre (mounted with flock) or the like"
+                "twice; choose a local folder or one on NFS 4, Lustre (mounted with flock) or the like"
             ) from error
         _say_without_locks(path.parent)
 

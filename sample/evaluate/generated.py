@@ -77,7 +77,7 @@ class StoreImages:
         if broken:
             raise UserError(
                 f"{what} are not finite (NaN or infinity) for {names_of(self, first, broken)}; "
-                f"dit-inspect --verify checks the store, --decode-dtype float32 is the safest"
+                f"dit-inspect --verify checks the store; --decode-dtype float32 is the safest"
             )
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -159,6 +160,8 @@ def test_bare_weights_without_variance_are_asked_about_by_whoever_needs_to_know(
     assert run(convert_main, *arguments, "--to", str(tmp_path / "c.pt"), "--format", "facebook") == 0
     assert run(inspect_main, str(tmp_path / "w.pt"), "--num-heads", "4") == 0
     assert "objective   not recorded" in capsys.readouterr().out
+    assert run(inspect_main, str(tmp_path / "w.pt"), "--num-heads", "4", "--objective", "repa") == 0
+    assert "repa (timestep_law uniform, path linear)" in capsys.readouterr().out
     status, _ = sampled(tmp_path / "w.pt", tmp_path / "x.safetensors", "--objective", "flow")
     assert status == 0
 
@@ -191,8 +194,6 @@ def test_what_cannot_be_sampled_rightly_is_refused(arguments, flags, said, tmp_p
 
 
 def run(command, *arguments):
-    from unittest import mock
-
     with mock.patch("sys.argv", ["dit", *arguments]):
         return command()
 

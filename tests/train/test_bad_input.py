@@ -139,3 +139,9 @@ def test_a_process_that_was_started_with_others_and_finds_none_refuses(store, tm
     assert result.returncode == 2
     assert "the launcher started 2 processes" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_more_preview_steps_than_the_process_has_are_told_under_their_own_flag(tmp_path, capsys):
+    store = make_store(tmp_path / "store")
+    assert train(store, tmp_path / "run", "--sample-every", "1", "--preview-steps", "1001", steps=1) == 2
+    assert "--preview-steps 1001 must be at most 1000" in capsys.readouterr().err
