@@ -4,6 +4,7 @@ The public DiT, SiT and REPA have the same tensors under the same names, and sam
 and REPA's training files say it under `args`; of bare weights only REPA's projectors and the channels tell something.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.diffusion.process import OBJECTIVES
+from pipeline.checkpoint.tensor_files import PROCESS
+from pipeline.diffusion.process import OBJECTIVES, make_process
 from pipeline.dit.config import DiTConfig
 from pipeline.runtime.errors import UserError
 
 _PROJECTORS = re.compile(r"projectors\.")
-_SAYS_SIT = re.compile(r"(?<![a-z])sit(?![a-z])", re.IGNORECASE)
+_SAYS_WHOSE = re.compile(r"(?<![a-z])(sit|dit)(?![a-z])", re.IGNORECASE)
 # (args.path_type, args.prediction) of SiT's training, then of REPA's.
 _TRAININGS = {
     ("Linear", "velocity"): {"objective": "sit", "path": "linear"},
@@ -77,9 +79,8 @@ def origin_of(
         return Origin(diffusion={"objective": "repa"}, note=taken)
     if objective is not None:
         return Origin(diffusion=_given(objective, config, path))
-    names = str(arguments.get("model", "")) or f"{path.absolute().parent.name}/{path.name}"
     ask = "give --objective: sit for SiT's, repa for REPA's, flow or ddpm for this project's and its like"
-    if _SAYS_SIT.search(names):
+    if _whose(arguments.get("model"), path.name, path.absolute().parent.name) == "sit":
         return Origin(diffusion=None, known=False, note=f"{path} may be SiT's by its name, and does not say; {ask}")
     if not config.learn_sigma:
         why = "has no variance channels, so it is not the release's, and does not say what it was trained for"
@@ -90,6 +91,12 @@ def origin_of(
     return Origin(diffusion=None, note=None if "model" in arguments else note)
 
 
+def _whose(*names: object) -> str | None:
+    """What the first of the names that says it says: sit or dit."""
+    found = (_SAYS_WHOSE.search(str(name)) for name in names)
+    return next((match[1].lower() for match in found if match), None)
+
+
 def check_objective(given: str | None, recorded: str, origin: object) -> None:
     """Raise UserError if the user says another objective than the checkpoint."""
     if given not in {None, recorded}:
@@ -97,6 +104,13 @@ def check_objective(given: str | None, recorded: str, origin: object) -> None:
 
 
 def _recorded(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    if PROCESS in arguments:
+        try:
+            recorded = json.loads(arguments[PROCESS])
+            make_process(recorded)
+        except (AttributeError, TypeError, UserError, ValueError) as error:
+            raise UserError(f"{path} says in its metadata what makes no sense ({error}); convert it again") from error
+        return dict(recorded)
     if "path_type" not in arguments:
         return None
     told = str(arguments["path_type"]), str(arguments.get("prediction"))

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Final, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes
 
 PICKLED: Final = (".pt", ".pth", ".bin", ".ckpt")
+PROCESS: Final = "dit_diffusion"
+"""In the metadata of a lone file: the JSON of what its network was trained for, where it is not the release's."""
 SUFFIXES: Final = (".safetensors", *PICKLED)
 # Where training scripts put a network's weights inside a larger file, most wanted first.
 _NESTED = {"ema": ("ema", "model_ema", "model", "state_dict"), "raw": ("model", "state_dict")}
@@ -75,7 +78,9 @@ def read_weight_file(path: Path, *, weights: str = "ema") -> WeightFile:
         steps = [content.get(name) for name in ("steps", "step", "train_steps")]
         return WeightFile(tensors, arguments, next((step for step in steps if type(step) is int), 0))
     if path.suffix == ".safetensors":
-        return WeightFile(plain_names(read_safetensors(path), origin=path), {}, 0)
+        tensors = plain_names(read_safetensors(path), origin=path)
+        told = _header(path).get("__metadata__", {}).get(PROCESS)
+        return WeightFile(tensors, {} if told is None else {PROCESS: told}, 0)
     raise UserError(f"{path} is no weight file that is known here; its name must end in {', '.join(SUFFIXES)}")
 
 
@@ -131,10 +136,13 @@ def save_pickled_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from error
 
 
-def save_safetensors(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool = False) -> None:
+def save_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], *, sealed: bool = False, about: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write tensors as safetensors; the bytes depend on names and values alone, the file's rights on the umask.
 
     Args:
+        about: further texts for the metadata.
         sealed: put `contents_sha256` into the metadata, for a file with nothing beside it to say its checksum.
 
     Raises:
@@ -154,7 +162,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool 
         path.touch()
         rights = path.stat().st_mode  # safetensors would leave the file to its owner alone
         try:
-            save_file(contents, path, metadata={"format": "pt"} | ({_SUM: _UNKNOWN_SUM} if sealed else {}))
+            save_file(contents, path, metadata={"format": "pt", **about, **({_SUM: _UNKNOWN_SUM} if sealed else {})})
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error

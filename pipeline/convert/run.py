@@ -1,5 +1,6 @@
 """One form of checkpoint into another: written out of sight, read back, compared, and only then put in place."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from pipeline.checkpoint.diffusers_write import recorded_vae, write_diffusers
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.forms import Stored, build_model, read_stored
 from pipeline.checkpoint.release import unlike_the_release
-from pipeline.checkpoint.tensor_files import join_names, not_finite, save_pickled_tensors, save_safetensors
+from pipeline.checkpoint.tensor_files import PROCESS, join_names, not_finite, save_pickled_tensors, save_safetensors
 from pipeline.convert.options import ConvertOptions
 from pipeline.convert.parity import TOLERANCE, Difference, diffusers_difference, forward_difference
 from pipeline.convert.target import check_sources, check_target
@@ -133,6 +134,7 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
     if unsaid:
         objective = stored.info["diffusion"]["objective"]
         told = f"; dit-sample has to be told, with --objective {objective}" if objective != "ddpm" else ""
+        told = "" if path.suffix == ".safetensors" else told  # whose metadata says it, to us
         warn(
             f"a bare state dict does not say that {'; '.join(unsaid)}: whoever loads it, the release's samplers among "
             f"them, takes it for something else{told}; keep it with --format dit too"
@@ -141,7 +143,9 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
     if path.suffix == ".pt":
         save_pickled_tensors(path, tensors)
     else:
-        save_safetensors(path, tensors, sealed=True)
+        diffusion = stored.info["diffusion"]
+        about = {} if diffusion["objective"] == "ddpm" else {PROCESS: json.dumps(diffusion, sort_keys=True)}
+        save_safetensors(path, tensors, sealed=True, about=about)
     again = stored.info["diffusion"]["objective"] if stored.origin.known else None
     return _read_back(path, model, num_heads=stored.config.num_heads, objective=again)
 

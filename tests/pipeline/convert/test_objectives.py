@@ -66,5 +66,10 @@ def test_every_objective_is_written_in_every_format_or_refused_with_the_reason(n
     assert again.process.sampled_as == make_process(diffusion).sampled_as
     found = again.model.state_dict()
     assert all(torch.equal(found[key], tensor) for key, tensor in model.state_dict().items())
+    if form == "facebook" and diffusion["objective"] != "ddpm":
+        named = target.with_suffix(".safetensors")
+        assert converted("--from", tmp_path / "source", "--to", named, "--format", form) == 0
+        assert "--objective" not in capsys.readouterr().err
+        assert read_checkpoint(named, num_heads=4).process == make_process(diffusion)  # its metadata says it
     if form == "dit":
         assert json.loads((target / "config.json").read_text())["diffusion"] == make_process(diffusion).to_json()
