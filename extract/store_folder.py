@@ -108,6 +108,9 @@ class OutputFolder:
         """Make the folder and be known to work in it; the last process to leave a finished store cleans up."""
         is_new = not self.path.exists()
         with Presence(self.work) as here:
+            with here.gate():
+                if here.is_alone():
+                    self._sweep()
             try:
                 yield here
             finally:
@@ -116,6 +119,12 @@ class OutputFolder:
                         here.remove_folder()
                         if is_new and not any(self.path.iterdir()):
                             self.path.rmdir()
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left half-written."""
+        for folder in (self.work, self.place / WORK_FOLDER):
+            for left in folder.glob("*.partial"):
+                left.unlink(missing_ok=True)
 
     def clean_up(self) -> None:
         """Remove what a process left that was killed right after it wrote the manifest."""
@@ -257,8 +266,6 @@ class OutputFolder:
                 make_folder(self._replacement)
             else:
                 remove_files(store_files(self.path, split=recorded.get("split")))
-            for left in self.work.glob("*.partial"):
-                left.unlink(missing_ok=True)
             write_json(self._settings, settings)
 
     def put_in_place(self) -> None:

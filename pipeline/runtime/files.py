@@ -73,18 +73,20 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 def flush_folder(path: Path) -> None:
     """Make renames inside the folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _flush(path, os.O_RDONLY)
 
 
 def flush_file(path: Path) -> None:
     """Make the file's contents survive a power cut."""
-    descriptor = os.open(path, os.O_RDWR)
+    _flush(path, os.O_RDWR)
+
+
+def _flush(path: Path, access: int) -> None:
+    descriptor = os.open(path, access)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # of a number it does not know the name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 

@@ -11,7 +11,7 @@ from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, make_folder, read_json, sha256_of, write_json
 from pipeline.runtime.processes import Launch, launch
 from pipeline.runtime.publish import making
-from pipeline.runtime.work_queue import exclusive
+from pipeline.runtime.work_queue import Presence, exclusive
 from sample.evaluate import report
 from sample.evaluate.features import DIGESTS, Blocks, make_features
 from sample.evaluate.image_set import pixels_fingerprint
@@ -38,6 +38,7 @@ def evaluate(options: EvaluateOptions) -> int:
         job, network, work = _begin(options, place, at_the_end)
         if not job.writes_reference and not job.scores:
             if place.is_main:
+                _drop_superseded(job)
                 _tell_again(job)
             return 0
         if network is not None:
@@ -47,6 +48,7 @@ def evaluate(options: EvaluateOptions) -> int:
                 _finish(job, work)
                 for made in work.values():
                     made.remove()
+            _drop_superseded(job)
     return 0
 
 
@@ -82,7 +84,7 @@ def _begin(
 @contextmanager
 def _one_at_a_time(job: EvaluationJob) -> Iterator[None]:
     """Let commands that share features or an output end one after the other, each seeing what the ones before left."""
-    if not job.extractions and job.options.out is None:
+    if not job.extractions and job.options.out is None and not job.work_base.exists():
         yield
         return
     make_folder(job.work_base)
@@ -94,6 +96,16 @@ def _one_at_a_time(job: EvaluationJob) -> Iterator[None]:
             lock.unlink(missing_ok=True)
             with suppress(OSError):  # unfinished or another evaluation's work is in it
                 job.work_base.rmdir()
+
+
+def _drop_superseded(job: EvaluationJob) -> None:
+    """Remove the features that a killed command has left of what is there by now."""
+    if job.work_base.exists():
+        with _one_at_a_time(job):
+            for folder in filter(Path.exists, job.superseded()):
+                with Presence(folder) as here, here.gate():
+                    if here.is_alone():
+                        here.remove_folder()
 
 
 def _tell_again(job: EvaluationJob) -> None:

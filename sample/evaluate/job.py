@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pipeline.runtime.console import warn
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, sha256_of
-from pipeline.runtime.publish import finish
+from pipeline.runtime.publish import sweep
 from sample.evaluate import report
 from sample.evaluate.image_set import ImageSet, digest_of
 from sample.evaluate.inception_weights import InceptionWeights, cache_folder, find_inception
@@ -86,7 +87,7 @@ class EvaluationJob:
             UserError: it holds something else.
         """
         path = Path(self.options.make_reference or "")
-        finish(path)
+        sweep(path)
         if self.options.overwrite or not path.exists():
             return False
         sidecar = sidecar_of(path)
@@ -107,7 +108,7 @@ class EvaluationJob:
         if self.options.out is None:
             return False
         path = Path(self.options.out)
-        finish(path)
+        sweep(path)
         if self.options.overwrite or not path.exists():
             return False
         if report.request_of(path) == self.score_request:
@@ -117,9 +118,19 @@ class EvaluationJob:
     @cached_property
     def extractions(self) -> dict[Path, Extraction]:
         """The features to be made, by work folder; two sides that are the same images share one."""
+        return self._extractions(self.writes_reference, self.scores)
+
+    def superseded(self) -> set[Path]:
+        """Where a killed command of these options has its features, if what they were for is there by now."""
+        asked = (self.options.make_reference is not None, bool(self.metrics))
+        done = product(*((True, False) if each else (False,) for each in asked))
+        folders = {folder for reference, scores in done for folder in self._extractions(reference, scores)}
+        return folders - self.extractions.keys()
+
+    def _extractions(self, reference: bool, scores: bool) -> dict[Path, Extraction]:
         by_key: dict[str, tuple[ImageSet, set[FeatureName]]] = {}
         for side in self.sides.values():
-            if side.given.images is not None and (wanted := self._wanted_of(side)):
+            if side.given.images is not None and (wanted := self._wanted_of(side, reference, scores)):
                 by_key.setdefault(side.images_key, (side.given.images, set()))[1].update(wanted)
         extractions = {}
         for key, (images, wanted) in by_key.items():
@@ -138,17 +149,17 @@ class EvaluationJob:
 
     def folder_of(self, side: Side) -> Path | None:
         """Where the features of a side are; None where a file of statistics says everything."""
-        if side.given.images is None or not self._wanted_of(side):
+        if side.given.images is None or not self._wanted_of(side, self.writes_reference, self.scores):
             return None
         return next(folder for folder, made in self.extractions.items() if made.plan["images"] == side.images_key)
 
-    def _wanted_of(self, side: Side) -> set[FeatureName]:
-        """The features that have to be made of a side's images."""
+    def _wanted_of(self, side: Side, reference: bool, scores: bool) -> set[FeatureName]:
+        """The features that have to be made of a side's images for the reference, the numbers, or both."""
         wanted: set[FeatureName] = set()
-        for metric in self.metrics if self.scores else ():
+        for metric in self.metrics if scores else ():
             if METRICS[metric].compares or side is self.sides["--samples"]:
                 wanted |= {name for name in [side.needs(metric)] if name is not None}
-        if self.writes_reference and side is self.reference_source:
+        if reference and side is self.reference_source:
             wanted |= set(REFERENCE_FEATURES)
         return wanted
 

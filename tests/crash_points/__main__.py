@@ -130,11 +130,12 @@ def _make(folder, inputs):
 
 
 def _work(folder, inputs, rows, queue, given, port):
-    from tests.crash_points.place import Place
+    from tests.crash_points.place import Place, remember
     from tests.crash_points.visit import visit_all
 
     place = Place(folder, f"http://127.0.0.1:{port}")
     (folder / "in").symlink_to(inputs)
+    remember(folder)
     while taken := os.read(queue, 1):
         row = rows[taken[0]]
         report = visit_all(place, row, functools.partial(_plan, given, row), _tell)

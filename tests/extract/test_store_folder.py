@@ -69,7 +69,7 @@ def test_of_two_commands_with_other_settings_that_begin_at_once_one_is_refused(f
     assert isinstance(outcome[0], UserError) and "--seed 0 there, 1 now" in str(outcome[0])
 
 
-def test_a_finished_store_that_lost_a_shard_is_reopened_once(tmp_path, command, monkeypatch, caplog):
+def test_a_finished_store_that_lost_a_shard_is_reopened_once(tmp_path, command, monkeypatch, capsys):
     folder = OutputFolder(path=tmp_path / "s", split="train")
     assert command("--out", folder.path)[0] == 0
     (folder.path / "train-00001.safetensors").unlink()
@@ -79,7 +79,7 @@ def test_a_finished_store_that_lost_a_shard_is_reopened_once(tmp_path, command, 
     first.go_on()
     thread.join(20)
     assert outcome == [None] and not folder.has_manifest
-    assert caplog.text.count("made anew") == 1
+    assert capsys.readouterr().err.count("made anew") == 1
 
 
 def test_a_shard_that_another_process_finished_just_before_its_lock_was_free_is_not_made_again(folder, monkeypatch):
@@ -105,6 +105,18 @@ def test_a_shard_has_one_maker_and_its_half_written_files_go(folder):
     again = folder.claim(3)
     assert again is not None
     again.release()
+
+
+def test_who_comes_in_alone_removes_what_killed_processes_left_and_who_does_not_leaves_it(folder):
+    left, dead = folder.work / ".settings.json.77.partial", folder.work / "present" / "host-77-1.lock"
+    dead.parent.mkdir()
+    for path in (left, dead):
+        path.touch()
+    with folder.occupied():
+        assert not left.exists() and not dead.exists()
+        left.touch()
+        with folder.occupied():
+            assert left.exists(), "it may be the other one's"
 
 
 def test_one_process_at_a_time_finishes_a_store(tmp_path, command, monkeypatch):

@@ -4,7 +4,16 @@ import os
 import pytest
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import publish_folder, read_json, replacing, sha256_of, write_bytes, write_json
+from pipeline.runtime.files import (
+    flush_file,
+    flush_folder,
+    publish_folder,
+    read_json,
+    replacing,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
 
 
 def test_a_file_replaced_in_vain_stays_as_it_was(tmp_path):
@@ -64,3 +73,17 @@ def test_unreadable_json_is_named(tmp_path):
 def test_hash(tmp_path):
     write_bytes(tmp_path / "a", b"abc")
     assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("flush", [flush_file, flush_folder])
+def test_a_device_that_fails_while_something_is_flushed_is_an_error_with_its_name(tmp_path, monkeypatch, flush):
+    path = tmp_path / "x"
+    path.touch() if flush is flush_file else path.mkdir()
+
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        flush(path)
+    assert caught.value.filename == str(path)

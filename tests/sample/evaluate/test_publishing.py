@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.runtime.files import sha256_of
+from pipeline.runtime.publish import work_folder_of
 from sample.evaluate import evaluation, features
 from sample.evaluate.__main__ import main
+from sample.work_folder import WorkFolder
 from tests.sample.evaluate.test_protocol import stand_in
 
 
@@ -210,3 +213,26 @@ def test_a_damaged_part_is_made_again(run, tmp_path, monkeypatch):
     parts[1].write_bytes(data)
     assert run(*command)[0] == 0
     assert json.loads((tmp_path / "r.json").read_text())["metrics"] == right
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [(("--metrics", "is", "--out"), "out.json"), (("--make-reference",), "out.npz")]
+)
+def test_a_command_killed_after_its_output_had_its_name_is_cleaned_up_after_by_the_next(
+    run, tmp_path, monkeypatch, what, name
+):
+    """The features, the folder that the output was made in, and the lock all stay when it is killed there."""
+    out = tmp_path / name
+    command = ("--samples", images(tmp_path / "a.npz", 0), *what, out)
+    with monkeypatch.context() as killed:
+        killed.setattr(WorkFolder, "remove", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+        child = os.fork()
+        if child == 0:
+            run(*command)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    work = work_folder_of(out)
+    (work / "present").mkdir(parents=True)
+    assert sorted(hidden_names(tmp_path)) == [f".{name}.features", f".{name}.work"]
+    assert run(*command)[0] == 0
+    assert hidden_names(tmp_path) == []
