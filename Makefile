@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow crash-points mutants lint install clean-demo
+.PHONY: demo test slow crash-points crash-points-short mutants lint install clean-demo
 
 demo: $(VENV)/.installed
 	python examples/digits/make_images.py --out demo/images
@@ -21,6 +21,9 @@ slow: $(VENV)/.installed-test
 
 crash-points: $(VENV)/.installed-test
 	python -m tests.crash_points --jobs 2 --table docs/robustness.md $(ARGS)
+
+crash-points-short: $(VENV)/.installed-test
+	python -m tests.crash_points --jobs 2 --plan sites --modes kill,eio --calls rename,renameat2,link,unlink,rmdir $(ARGS)
 
 mutants: $(VENV)/.installed-test
 	$(PIP_INSTALL) -e '.[test,mutants]'

@@ -47,6 +47,7 @@ def main():
     seconds = time.monotonic() - start
     visits, points, bad = (sum(_count(report[name]) for report in reports) for name in ("visits", "points", "bad"))
     summary = f"{len(reports)} writers, {points} points, {visits} states visited in {seconds:.0f} s, {bad} bad endings"
+    summary += f" (--plan {given.plan} --modes {given.modes}{f' --calls {given.calls}' if given.calls else ''})"
     print(table)
     print(summary)
     if given.table:

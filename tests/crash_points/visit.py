@@ -190,7 +190,7 @@ def _half_things(place, row, known):
                 found = below(place.tree(), part)
                 if taken.status == 0 and found not in (old, new):
                     faults.append(f"dit-inspect --verify takes a half {part} for whole")
-                elif taken.status != 0 and old and row.overwrites:
+                elif taken.status != 0 and old and row.overwrites and not _is_safe(tree, part, new):
                     faults.append(f"the old {part} is gone before the new one is whole")
             else:
                 faults.append(f"{part} is half there under its name")
@@ -199,6 +199,12 @@ def _half_things(place, row, known):
             if len(kinds) > 1:
                 faults.append("checkpoints of two runs stand side by side")
     return faults
+
+
+def _is_safe(tree, store, new):
+    """Whether each file of the new store is on the disk, under its name or where it waits for it, flushed."""
+    waiting = {f"{store}/{path.removeprefix(f'{store}/.work/ready/')}": sha for path, sha in tree.items()}
+    return all(sha in (tree.get(path), waiting.get(path)) for path, sha in new.items())
 
 
 def _whose(tree, part, known):

@@ -93,7 +93,7 @@ START = writer("dit-train", [*TRAIN, "0", "--steps", "4"], [*TRAIN, "0", "--step
 NPZ, GRID, FOLDER = sampling(".npz", "s.npz"), sampling(".png", "s.png"), sampling("FOLDER/", "s/", kind="folder")
 LATENTS = sampling(".safetensors", "s.safetensors")
 STRIP = sampling("--trajectory", "s.png", "--trajectory", "2", outputs=("s.png", "s.png.json", "s.trajectory.png"))
-RESULT = evaluating("--out", "--out", "o/result.json", outputs=("result.json",), change=["--kid-subsets", "7"])
+RESULT = evaluating("--out", "--out", "o/result.json", outputs=("result.json",), change=["--samples", "in/others.npz"])
 REFERENCE = evaluating(
     "--make-reference",
     "--make-reference",
