@@ -93,7 +93,7 @@ def assert_close(found, wanted):
 
 
 @pytest.mark.parametrize("path_type", ["Linear", "GVP"])
-@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("learn_sigma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sits_training_file_is_sampled_as_its_own_code_does(path_type, learn_sigma, tmp_path):
     model = network_of(learn_sigma=learn_sigma)
     told = {"path_type": path_type, "prediction": "velocity", "model": "SiT-XL/2"}
@@ -130,7 +130,9 @@ def test_bare_weights_of_sit_are_sampled_as_theirs_with_the_objective(tmp_path, 
     assert_close(found, sit_samples(model))
 
 
-@pytest.mark.parametrize("flags", [(), ("--objective", "sit"), ("--objective", "repa")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--objective", "sit"), pytest.param(("--objective", "repa"), marks=pytest.mark.slow)]
+)
 def test_bare_weights_with_repas_projectors_are_repas(flags, tmp_path, capsys):
     model = network_of(learn_sigma=False)
     torch.save(with_projectors(state_of(model)), tmp_path / "last.pt")

@@ -44,7 +44,14 @@ def converted(*arguments):
         return __main__.main()
 
 
-@pytest.mark.parametrize(("name", "form"), list(itertools.product(TRAINED, ("dit", "facebook", "diffusers"))))
+QUICK = {"ddpm", "flow", "sit"}  # one of each kind; the others with the slow tests
+ROWS = [
+    pytest.param(name, form, marks=() if name in QUICK else pytest.mark.slow)
+    for name, form in itertools.product(TRAINED, ("dit", "facebook", "diffusers"))
+]
+
+
+@pytest.mark.parametrize(("name", "form"), ROWS)
 def test_every_objective_is_written_in_every_format_or_refused_with_the_reason(name, form, tmp_path, capsys):
     diffusion = TRAINED[name]
     model = checkpoint(tmp_path / "source", diffusion)
