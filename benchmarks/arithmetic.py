@@ -15,7 +15,9 @@ from benchmarks.report import table
 from benchmarks.stores import latent_spec, write_store
 from benchmarks.vae import count_vae
 from pipeline.dit import DiTConfig
+from pipeline.dit.config import PRESETS
 from pipeline.dit.macs import count_macs, count_parameters
+from pipeline.dit.memory import CONTEXT_BYTES, StepSettings, activation_bytes, step_memory
 
 IMAGENET = 1_281_167
 
@@ -33,6 +35,7 @@ SLOW = 12e9
 DISK = 2e9
 """Bytes/s of writing a checkpoint to a local NVMe disk or a good network file system."""
 GPUS = (1, 8, 64, 512)
+CARDS_GB = (24, 80, 141)
 
 
 def main() -> int:
@@ -61,6 +64,7 @@ def tables() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         return {
             "stages": table(stages(Path(folder))),
+            "memory": table(memory()),
             "gpus": table(gpus(DiTConfig.from_preset("DiT-XL/2"))),
             "checkpoints": table(checkpoints()),
         }
@@ -98,6 +102,22 @@ def stored_bytes(folder: Path, side: int, views: tuple[str, ...], shard_format: 
         write_store(place, samples=count, side=side, views=views, shard_format=shard_format)
         sizes.append(sum(path.stat().st_size for path in place.glob("train-*")))
     return (sizes[1] - sizes[0]) / samples
+
+
+def memory() -> list[tuple[str, ...]]:
+    """What a training step holds on one GPU in bf16, and how many images fit at a time."""
+    heads = ("model", "pixels", "stays, GiB", "casts, GiB", "an image, GiB", "the same, checkpointed", "DDP, GiB more")
+    rows: list[tuple[str, ...]] = [(*heads, *(f"images on {gb} GB" for gb in CARDS_GB))]
+    for model, side in [*((model, 32) for model in PRESETS), ("DiT-XL/2", 64)]:
+        config = DiTConfig.from_preset(model, input_size=side)
+        terms = step_memory(config, StepSettings(images=1))
+        stays = sum(terms[name] for name in ("weights", "averages", "AdamW"))
+        one = [activation_bytes(config, precision="bf16", checkpointing=kept) for kept in (False, True)]
+        sizes = (stays, terms["casts"], *one, terms["weights"])
+        cells = [f"{value / 2**30:.{digits}f}" for value, digits in zip(sizes, (2, 2, 3, 3, 2), strict=True)]
+        most = [max(0, int((gb * 1e9 - CONTEXT_BYTES - stays - terms["casts"]) // one[0])) for gb in CARDS_GB]
+        rows.append((model, str(8 * side), *cells, *(f"{images:,}" for images in most)))
+    return rows
 
 
 def gpus(config: DiTConfig, batch: int = 256) -> list[tuple[str, ...]]:

@@ -235,6 +235,10 @@ class RunOptions:
     """Run folder. If it already holds this run, training continues from its newest checkpoint."""
     overwrite: Free[bool] = False
     """Begin anew: remove the run that --out holds."""
+    dry_run: Free[bool] = False
+    """Say what would be trained and what each GPU would hold, then end; nothing is written."""
+    allow_too_little: Free[bool] = False
+    """Go on although the GPU's memory or the disk seems too small."""
     save_every: Free[int] = 10_000
     """Steps between two checkpoints; one more is written at the end."""
     keep_last: Free[int] = 3

@@ -16,12 +16,13 @@ from pipeline.diffusion import Process
 from pipeline.dit import DiT, DiTConfig, compile_blocks
 from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.latents import LatentStore, Manifest
-from pipeline.runtime.console import say
+from pipeline.runtime.console import say, warn
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.launchers import wishes
 from pipeline.runtime.processes import StopRequest
-from train import build, distributed
+from pipeline.runtime.units import size
+from train import build, distributed, memory
 from train.checkpointing import Saver, TrainState, restore
 from train.data import BatchShard, DataOrder
 from train.distributed import Hardware
@@ -34,7 +35,7 @@ from train.options import TrainOptions
 from train.parallel import parallelize
 from train.previews import Previews
 from train.run_folder import CONFIG, begin_run, check_run, claimed, recorded_intervals
-from train.summary import say_summary
+from train.summary import describe_work, say_aligned, say_summary
 from train.validation import Validation
 
 
@@ -47,6 +48,10 @@ def train(options: TrainOptions) -> int:
     began = time.monotonic()
     refuse_missing_wandb(options)
     machine = distributed.start(options.hardware, trackers=("wandb",) if options.run.wandb_project else ())
+    if options.run.dry_run:
+        _forecast(follow_launcher(options), machine)
+        machine.close()
+        return 0
     options = _resolved(options, machine)
     try:
         with (
@@ -62,6 +67,21 @@ def train(options: TrainOptions) -> int:
         raise UserError(explained) from error
     machine.close()
     return status
+
+
+def _forecast(options: TrainOptions, machine: Hardware) -> None:
+    """Say what would be trained and what it takes, from the store and the settings alone."""
+    shard = _shard(options, machine)
+    with contextlib.closing(build.open_store(options.data.latents, options.data)) as store:
+        manifest = store.manifest
+        config = build.network_config(options.model, manifest, build.process_of(options.objective))
+        order = _order(options, manifest)
+    checkpoint = size(checkpoint_bytes(options, config))
+    say_aligned(
+        describe_work(options, manifest, config, machine, shard, order)
+        | memory.describe(config, memory.settings_of(options, machine))
+        | {"checkpoints": f"{checkpoint} each in {options.run.out}", "run": "nothing was written (--dry-run)"}
+    )
 
 
 def _resolved(options: TrainOptions, machine: Hardware) -> TrainOptions:
@@ -88,18 +108,19 @@ def follow_launcher(options: TrainOptions, environment: Mapping[str, str] = os.e
 def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitStack, began: float) -> Trainer:
     """Everything of the run, checked; files stay open until the stack is closed."""
     # What is learned from, and by what.
-    shard = BatchShard(
-        batch_size=options.optimizer.batch_size,
-        rank=machine.rank,
-        processes=machine.processes,
-        accumulation=options.hardware.grad_accumulation,
-    )
+    shard = _shard(options, machine)
     store = stack.enter_context(contextlib.closing(build.open_store(options.data.latents, options.data)))
     manifest = store.manifest
     process = build.process_of(options.objective)
     config = build.network_config(options.model, manifest, process)
     normalization = build.normalization_of(manifest, machine.device)
     order = _order(options, manifest)
+    memory.refuse_too_small_a_card(
+        config,
+        memory.settings_of(options, machine),
+        memory.device_bytes(machine.device),
+        allowed=options.run.allow_too_little,
+    )
 
     # The run that is there, or a new one; nothing is written yet.
     identity = build.data_identity(manifest)
@@ -187,15 +208,31 @@ def _begin(options: TrainOptions, machine: Hardware, data_identity: str) -> None
         )
 
 
+def _shard(options: TrainOptions, machine: Hardware) -> BatchShard:
+    return BatchShard(
+        batch_size=options.optimizer.batch_size,
+        rank=machine.rank,
+        processes=machine.processes,
+        accumulation=options.hardware.grad_accumulation,
+    )
+
+
+def checkpoint_bytes(options: TrainOptions, config: DiTConfig) -> int:
+    """A checkpoint on disk: weights, two tensors of AdamW's, averages; all float32."""
+    return 4 * (3 + len(options.average.decays)) * count_parameters(config)
+
+
 def _check_room(options: TrainOptions, config: DiTConfig) -> None:
     """Raise UserError unless a first checkpoint fits beside the run that is to be replaced by it."""
-    tensors = 3 + len(options.average.decays)  # weights, two of AdamW, averages; all float32
-    needed, free = 4 * tensors * count_parameters(config), shutil.disk_usage(options.run.out).free
+    needed, free = checkpoint_bytes(options, config), shutil.disk_usage(options.run.out).free
     if (options.run.out / CONFIG).is_file() and needed > free:
-        raise UserError(
+        sentence = (
             f"{options.run.out} has {free / 1e9:.1f} GB free, but a checkpoint takes {needed / 1e9:.1f} GB and the "
             f"run that --overwrite replaces stays until there is one; free some space or choose another --out"
         )
+        if not options.run.allow_too_little:
+            raise UserError(sentence)
+        warn(sentence)
 
 
 def _start_state(network: DiT, options: TrainOptions, machine: Hardware) -> TrainState:

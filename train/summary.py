@@ -1,5 +1,7 @@
 """What is said before the first step: the run in a few aligned lines, and where it leaves its preset."""
 
+from collections.abc import Mapping
+
 import yaml
 
 from pipeline.dit import DiTConfig
@@ -28,10 +30,31 @@ def say_summary(
     origin: str,
 ) -> None:
     """The start-up summary."""
+    optimizer, epochs = options.optimizer, options.optimizer.steps * shard.batch_size / order.samples
+    say_aligned(
+        describe_work(options, manifest, config, hardware, shard, order)
+        | {
+            "processes": state.placement.description,
+            "optimizer": f"AdamW ({state.optimizer.kernel}), lr {optimizer.lr:g} {optimizer.lr_schedule}",
+            "run": f"{options.run.out}, {origin}; until step {optimizer.steps:,} ({epochs:,.1f} epochs)",
+        }
+    )
+    for difference in differences_from_preset(options, manifest):
+        warn(difference)
+
+
+def describe_work(
+    options: TrainOptions,
+    manifest: Manifest,
+    config: DiTConfig,
+    hardware: Hardware,
+    shard: BatchShard,
+    order: DataOrder,
+) -> dict[str, str]:
+    """{name: text} of what is trained on what and where."""
     latent, vae = manifest.latent, manifest["vae"]
     parts = f"{shard.micro_size} per process × {shard.accumulation} accumulation × {shard.processes} processes"
-    epochs = options.optimizer.steps * shard.batch_size / order.samples
-    lines = {
+    return {
         "model": f"{options.model.model}, {count_parameters(config) / 1e6:.1f} M parameters, "
         f"{count_macs(config) / 1e9:.2f} GFLOPs forward (multiply-adds) per image",
         "batch": f"{parts} = {shard.batch_size}",
@@ -41,14 +64,13 @@ def say_summary(
         "vae": f"{vae['name']} ({(vae['sha256'] or 'fingerprint not recorded')[:24]}), "
         f"scale {vae['scaling_factor']}, shift {vae['shift_factor']}",
         "device": hardware.reason,
-        "processes": state.placement.description,
-        "optimizer": f"AdamW ({state.optimizer.kernel}), lr {options.optimizer.lr:g} {options.optimizer.lr_schedule}",
-        "run": f"{options.run.out}, {origin}; until step {options.optimizer.steps:,} ({epochs:,.1f} epochs)",
     }
+
+
+def say_aligned(lines: Mapping[str, str]) -> None:
+    """One line per name, texts aligned."""
     width = max(map(len, lines))
     say(*(f"{name:<{width}}  {text}" for name, text in lines.items()))
-    for difference in differences_from_preset(options, manifest):
-        warn(difference)
 
 
 def differences_from_preset(options: TrainOptions, manifest: Manifest) -> list[str]:

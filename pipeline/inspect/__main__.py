@@ -17,9 +17,11 @@ def run(options: InspectOptions) -> None:
         show(describe_machine(options.path))
         return
     if options.models:
-        from pipeline.inspect.models import describe_models
+        from pipeline.inspect.models import describe_memory, describe_models
 
-        show(describe_models())
+        show(
+            describe_models() if options.batch_size is None else describe_memory(options.batch_size, options.processes)
+        )
     if options.path is None:
         return
     if is_store(options.path):

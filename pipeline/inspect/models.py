@@ -1,6 +1,11 @@
 """The paper's table of models, counted here and as printed there."""
 
+from collections.abc import Iterator
+
+from pipeline.dit import DiTConfig
+from pipeline.dit.config import PRESETS
 from pipeline.dit.macs import models_table
+from pipeline.dit.memory import StepSettings, activation_bytes, step_memory
 from pipeline.inspect.tables import table
 
 
@@ -21,3 +26,26 @@ def describe_models() -> list[str]:
         for row in models_table()
     ]
     return table(header, rows, left=3)
+
+
+def describe_memory(batch_size: int, processes: int) -> list[str]:
+    """What each of so many GPUs holds in training in bf16, in GiB: every network at 256 pixels, and XL/2 at 512."""
+    header = ("model", "latent", "fixed", "casts", "an image", "checkpointed", "peak", "checkpointed", "FSDP")
+    return table(header, list(_memory_rows(batch_size, processes)), left=2)
+
+
+def _memory_rows(batch_size: int, processes: int) -> Iterator[tuple[str, ...]]:
+    images = -(-batch_size // processes)
+    for model, side in [*((model, 32) for model in PRESETS), ("DiT-XL/2", 64)]:
+        config = DiTConfig.from_preset(model, input_size=side)
+        terms = step_memory(config, StepSettings(images=images, processes=processes))
+        one = [activation_bytes(config, precision="bf16", checkpointing=kept) for kept in (False, True)]
+        peaks = [
+            step_memory(config, StepSettings(images=images, processes=processes, checkpointing=kept, sharded=sharded))
+            for kept, sharded in ((False, False), (True, False), (False, True))
+        ]
+        fixed = terms["weights"] + terms["averages"] + terms["AdamW"]
+        sizes = [fixed, terms["casts"], *one, *(sum(peak.values()) for peak in peaks)]
+        digits = [2, 2, 3, 3, 1, 1, 1]
+        cells = [f"{value / 2**30:.{digit}f}" for value, digit in zip(sizes, digits, strict=True)]
+        yield model, f"{config.in_channels}×{side}×{side}", *(cells if processes > 1 else [*cells[:-1], "-"])

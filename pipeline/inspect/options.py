@@ -33,6 +33,10 @@ class InspectOptions:
     say."""
     models: bool = False
     """Print the paper's table of models, our parameters and operations beside the paper's."""
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --models: what a GPU would hold in training with this batch, over --processes."""
+    processes: int = 1
+    """Processes, one GPU each, that share --batch-size."""
     machine: bool = False
     """Print this machine's device, precision, attention kernel, memory and versions; with a PATH, what its disk can do."""
 
@@ -47,5 +51,11 @@ class InspectOptions:
             raise UserError("--classes chooses what --grid draws; give --grid PNG too")
         if self.grid is not None and not self.grid.lower().endswith(".png"):
             raise UserError(f"--grid {self.grid} must end in .png")
+        if self.batch_size is not None and not self.models:
+            raise UserError("--batch-size says what training the table's models takes; give --models too")
+        if self.batch_size is not None and not 1 <= self.processes <= self.batch_size:
+            raise UserError(f"--batch-size {self.batch_size} must be at least 1, and no less than --processes")
+        if self.batch_size is None and self.processes != 1:
+            raise UserError("--processes shares --batch-size among GPUs; give that too")
         if self.per_class < 1:
             raise UserError(f"--per-class {self.per_class} must be at least 1")

@@ -77,6 +77,13 @@ def test_what_a_step_holds_is_weights_averages_moments_and_activations(traced):
     assert kept["peak"] - kept["fixed"] < 0.6 * (whole["peak"] - whole["fixed"])
 
 
+def test_the_formula_of_a_steps_memory_is_what_is_traced_to_5_percent(traced):
+    compared = traced["steps"] | traced["fits"]
+    assert len(compared) == 16
+    off = {name: step["formula"] / step["peak"] for name, step in compared.items()}
+    assert {name: ratio for name, ratio in off.items() if not 0.95 < ratio < 1.05} == {}
+
+
 def test_no_sampler_waits_in_a_step(traced):
     assert {"ddpm", "ddim", "dpm++", "unipc", "euler", "heun"} <= traced["samplers"].keys()
     for name, (four, five) in traced["samplers"].items():

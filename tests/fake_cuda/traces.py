@@ -23,6 +23,7 @@ from pipeline.diffusion import GaussianDiffusion, RectifiedFlow, make_process
 from pipeline.diffusion.samplers import SAMPLERS
 from pipeline.diffusion.schedules import tables_of
 from pipeline.dit import DiT, DiTConfig
+from pipeline.dit.memory import StepSettings, step_memory
 from sample import generate
 from train import loop, losses
 from train.checkpointing import TrainState
@@ -54,7 +55,20 @@ def network(config):
     return moved(made)
 
 
-def trainer(*, precision="bf16", clip=1.0, accumulation=1, checkpointing=False, objective="ddpm", batch=8, **config):
+FITS = {
+    "XL/2": {"preset": "DiT-XL/2"},
+    "XL/2 at 512 px, checkpointing": {"preset": "DiT-XL/2", "side": 64, "batch": 4, "checkpointing": True},
+    "L/4": {"preset": "DiT-L/4", "batch": 64},
+    "B/8 in float32": {"preset": "DiT-B/8", "batch": 256, "precision": "no"},
+    "B/2 in float32, checkpointing": {"preset": "DiT-B/2", "batch": 32, "precision": "no", "checkpointing": True},
+}
+"""Steps beside VARIANTS whose memory is compared with the formula."""
+
+
+def trainer(
+    *, preset="DiT-S/2", side=32, precision="bf16", clip=1.0, accumulation=1, checkpointing=False, objective="ddpm",
+    batch=8, **config,
+):  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="no", device_placement=False)
     PartialState._shared_state["device"] = AcceleratorState._shared_state["device"] = CARD
@@ -64,7 +78,8 @@ def trainer(*, precision="bf16", clip=1.0, accumulation=1, checkpointing=False, 
         accelerator=accelerator, device=CARD, precision=precision, reason="", rank=0, processes=1, hosts=None
     )
     process = make_process({"objective": objective})
-    made = network(DiTConfig.from_preset("DiT-S/2", learn_sigma=process.learns_variance, **config))
+    config = DiTConfig.from_preset(preset, input_size=side, learn_sigma=process.learns_variance, **config)
+    made = network(config)
     made.gradient_checkpointing = checkpointing
     placement = parallelize(made, hardware, "none")
     options = OptimizerOptions(batch_size=batch, clip_norm=clip)
@@ -77,12 +92,13 @@ def trainer(*, precision="bf16", clip=1.0, accumulation=1, checkpointing=False, 
         normalization=losses.LatentNormalization(kind="moments", scaling_factor=0.18215, shift_factor=None),
         state=TrainState(placement=placement, optimizer=optimizer, averages=averages),
         shard=BatchShard(batch_size=batch, accumulation=accumulation),
+        config=config,
     )
 
 
 def batch_of(made, number):
-    rows = made.shard.local_size
-    latents = torch.empty(rows, 8, 32, 32, dtype=torch.float16, device=CARD)
+    rows, side = made.shard.local_size, made.config.height
+    latents = torch.empty(rows, 8, side, side, dtype=torch.float16, device=CARD)
     return Batch(number=number, latents=latents, labels=torch.empty(rows, dtype=torch.int64, device=CARD))
 
 
@@ -99,7 +115,12 @@ def training_step(*, with_losses=False, **variant):
             trace.hold(list(made.state.optimizer.adam_state().values()))
             fixed = trace.alive
             loop.train_step(made, batch_of(made, 2), with_losses=with_losses)
-    return found(trace) | {"fixed": fixed}
+        images = made.shard.micro_size
+    settings = {
+        name: value for name, value in variant.items() if name in {"precision", "accumulation", "checkpointing"}
+    }
+    formula = sum(step_memory(made.config, StepSettings(images=images, **settings)).values())
+    return found(trace) | {"fixed": fixed, "formula": formula}
 
 
 def found(trace):
@@ -161,4 +182,5 @@ if __name__ == "__main__":
         steps = {name: training_step(**variant) for name, variant in VARIANTS.items()}
         samplers = {name: [sampling(name, steps) for steps in (4, 5)] for name in SAMPLERS}
         logged = training_step(with_losses=True)
-        print(json.dumps({"steps": steps, "logged": logged, "samplers": samplers}))
+        fits = {name: training_step(**settings) for name, settings in FITS.items()}
+        print(json.dumps({"steps": steps, "logged": logged, "samplers": samplers, "fits": fits}))

@@ -143,9 +143,21 @@ def test_the_papers_table_is_printed_within_five_seconds_without_a_path(run):
     assert lines[3].split()[:6] == ["DiT-S/2", "adaln-zero", "4×32×32", "32,865,056", "33", "6.055674"]
 
 
+def test_what_a_gpu_would_hold_is_printed_for_every_network(run):
+    _, alone, _ = run("--models", "--batch-size", "256")
+    _, eight, _ = run("--models", "--batch-size", "256", "--processes", "8")
+    assert len(alone) == len(eight) == 15
+    assert alone[10].split()[:4] == ["DiT-XL/2", "4×32×32", "10.06", "1.26"] and "116.3" in alone[10]
+    assert float(eight[10].split()[6]) == pytest.approx(10.06 + 1.26 + 2.51 + 32 * 0.41, abs=0.2)
+    assert float(eight[10].split()[8]) < float(eight[10].split()[6])
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (("--batch-size", "8"), "give --models too"),
+        (("--models", "--processes", "2"), "--processes shares --batch-size"),
+        (("--models", "--batch-size", "2", "--processes", "4"), "no less than --processes"),
         ((), "give the PATH of a store or a checkpoint, or --models"),
         (("--verify",), "give the PATH"),
         (("somewhere", "--classes", "3"), "give --grid PNG too"),
