@@ -155,7 +155,7 @@ def test_what_a_gpu_would_hold_is_printed_for_every_network(run):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--batch-size", "8"), "give --models too"),
+        (("somewhere", "--batch-size", "8"), "give --models too"),
         (("--models", "--processes", "2"), "--processes shares --batch-size"),
         (("--models", "--batch-size", "2", "--processes", "4"), "no less than --processes"),
         ((), "give the PATH of a store or a checkpoint, or --models"),
