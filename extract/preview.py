@@ -15,6 +15,8 @@ from pipeline.image_grid import pairs, save_png
 from pipeline.images import to_pixels
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import explained_writes
+from pipeline.runtime.publish import making
 from pipeline.vae import Vae
 
 _AT_A_TIME = 8
@@ -50,7 +52,8 @@ def draw_preview(path: Path, loader: Loader, plan: Plan, vae: Vae, *, count: int
     captions = [f"{one.psnr:.1f} dB  {one.key.rpartition('/')[2]}" for one in shown]
     title = f"{vae.name}: originals and reconstructions, mean PSNR {mean:.1f} dB"
     sheet = pairs(originals, decoded, captions, columns=min(4, len(shown)), title=title)
-    save_png(path, sheet, {"mean_psnr_db": f"{mean:.3f}", "vae": vae.name})
+    with explained_writes(path), making(path.absolute(), overwrite=True) as stage:
+        save_png(stage.place(path.absolute()), sheet, {"mean_psnr_db": f"{mean:.3f}", "vae": vae.name})
     for one in shown:
         say(f"  {one.psnr:6.2f} dB  {one.key}")
     say(f"preview: mean PSNR {mean:.2f} dB over {len(shown)} images, drawn to {path}")

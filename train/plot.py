@@ -11,7 +11,8 @@ import tyro
 
 from pipeline.runtime.console import run_command, say
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import make_folder, replacing
+from pipeline.runtime.files import explained_writes
+from pipeline.runtime.publish import making
 
 if TYPE_CHECKING:  # matplotlib takes a second to load, and --help does not need it
     from matplotlib.axes import Axes
@@ -180,9 +181,8 @@ def _run(options: PlotOptions) -> None:
     names = distinct_names([run.resolve() for run in options.runs])
     runs = {name: read_series(run) for name, run in zip(names, options.runs, strict=True)}
     out = options.out or options.runs[0] / "curves.png"
-    make_folder(out.parent)
-    with replacing(out) as temporary:
-        draw_curves(runs, smoothing=options.smoothing).savefig(temporary, format="png")
+    with explained_writes(out), making(out.absolute(), overwrite=True) as stage:
+        draw_curves(runs, smoothing=options.smoothing).savefig(stage.place(out.absolute()), format="png")
     say(f"wrote {out}")
 
 

@@ -183,7 +183,7 @@ def _half_things(place, row, known):
             found, old, new = (below(known_tree, part) for known_tree in (tree, known.old, known.new))
             if found in (old, new):
                 continue
-            if not found:
+            if not found and not _is_safe(tree, part, new):
                 faults.append(f"the old {part} is gone before the new one is whole")
             elif row.kind == "store":
                 taken = place.run(["inspect", f"o/{part}", "--verify"])  # a reader first ends what was begun

@@ -244,6 +244,7 @@ SITES = {
     "pipeline/latents/writer.py:write_shard": "dit-extract webdataset",
     "pipeline/latents/writer.py:_publish": "dit-extract safetensors",
     "pipeline/latents/writer.py:finish_store": "dit-extract flat (a bad image)",
+    "extract/preview.py:draw_preview": "dit-extract --preview",
     "extract/sources/listing.py:_save": "dit-extract safetensors",
     "extract/sources/remote.py:_fetch": "dit-extract remote tars",
     "extract/store_folder.py:begin": "dit-extract safetensors",
