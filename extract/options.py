@@ -12,6 +12,8 @@ from pipeline.latents.names import ShardFormat
 from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
 
+Layout = Literal["auto", "class-folders", "split-folder", "flat", "webdataset", "class-tars", "dataset-json", "table"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
@@ -31,9 +33,13 @@ class SourceOptions:
     image_column: str | None = None
     """Column of a Hugging Face data set, or extension in WebDataset tars, that holds the image. Default: found by type."""
     label_column: str | None = None
-    """Column, or extension, that holds the label. Default: the class label column, or .cls."""
+    """Column, or extension, that holds the label; json:KEY, a key of .json members. Default: the class label column, or .cls."""
     ignore: Annotated[str, BY_COMMAS] = ""
-    """File name patterns to leave out, separated by commas, as in "*.txt,*.json". Hidden files are always left out."""
+    """Patterns of names to leave out, of files and folders, separated by commas, as in "*.txt,*.json". Hidden ones are always left out."""
+    layout: Layout = "auto"
+    """How DATA is laid out, where what is found by itself is not what is meant: every folder a class, the folder of --split alone, all without labels, each tar a class, ... (docs/sources.md)."""
+    anyway: bool = False
+    """Go on where the command refuses what looks like a mistake: files of a split that are missing, a disk that is too small."""
     source_cache: Path | None = None
     """Folder for copies of remote tars. Default: within STORE, removed when the store is finished."""
 

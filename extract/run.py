@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from extract import understood
 from extract.class_names import class_names
 from extract.encoder import Encoder, arithmetic, cores_of_this_process, lane_of
 from extract.fill import ExtractJob, fill
@@ -245,9 +246,8 @@ def _inputs(options: ExtractOptions, source: Source, cache: Path | None) -> Inpu
         samples_per_shard=options.shards.samples_per_shard,
         limit=options.source.limit,
     )
-    say(f"{source.description}: {len(listing):,} inputs, {len(classes) or 'no'} classes")
-    for note in listing.notes:
-        say(note)
+    for line in understood.lines(source.description, listing, classes):
+        say(line)
     loader = Loader(source=source, listing=listing, options=options.pixels, seed=options.shards.seed)
     return Inputs(loader=loader, plan=plan, classes=classes)
 

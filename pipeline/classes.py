@@ -72,13 +72,25 @@ def find_classes(text: str, classes: Sequence[str], class_ids: Sequence[str], *,
 def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str], *, count: int) -> int:
     """The label that one word means; a bare integer is a label. Case counts only where it tells two classes apart.
 
+    `label:8` is always a label and `name:8` always a name.
+
     Raises:
         UserError: no class or several classes are called so; the labels or the nearest names are given.
     """
     word = word.strip()
-    if word.isascii() and word.removeprefix("-").isdigit():
+    meant, _, rest = word.partition(":")
+    is_number = rest.strip().isascii() and rest.strip().removeprefix("-").isdigit()
+    if meant in ("label", "name") and is_number:
+        word = rest.strip()
+    if meant != "name" and word.isascii() and word.removeprefix("-").isdigit():
         if not 0 <= int(word) < count:
             raise UserError(f"class {word} is not a label from 0 to {count - 1}")
+        others = [label for label in range(count) if word in names_of(label, classes, class_ids, str)]
+        if meant != "label" and others and int(word) not in others:
+            raise UserError(
+                f"class {word} could be the label {describe_class(int(word), classes, class_ids)} or the class of that "
+                f"name, {describe_class(others[0], classes, class_ids)}; say label:{word} or name:{word}"
+            )
         return int(word)
     spellings: tuple[Callable[[str], str], ...] = (str, plain)
     for spell in spellings:

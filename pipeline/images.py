@@ -12,8 +12,10 @@ from typing import cast
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+from pipeline.image_kinds import missing_plug_in, plug_in_format, plug_in_kind, what_it_is
+from pipeline.image_repair import mended
 from pipeline.randomness import derive_seed
 
 Image.init()  # registers every decoder now, not in whichever thread meets a rare format first
@@ -40,6 +42,13 @@ SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # Pillow warns of odd metadata and of large images (89 to 179 megapixels; larger ones it refuses). Neither is news to
 # someone who extracts a million files. Set once, because `warnings.catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Text and profiles beside the pixels are not read; Pillow would refuse an image for more than a megabyte of them.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
+_REDUCED, _DNG_VERSION, _SUB_IMAGES = 254, 50706, 330
+"""Tags of TIFF that tell a camera's raw file, whose first picture is a thumbnail."""
+_MOST_OF_12_BITS = 4095
+_PNG = b"\x89PNG"
 
 Pixels = UInt8[np.ndarray, "size size 3"]
 Box = tuple[int, int, int, int]
@@ -70,11 +79,16 @@ def decode_image(data: bytes, key: str = "") -> Image.Image:
     if not data:
         raise ImageError("zero bytes", key)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        image.load()
-        return _as_rgb(_upright(image))
+        formats = _formats_for(data)
+        try:
+            return _decoded(data, formats)
+        except (OSError, SyntaxError, ValueError) as error:
+            whole = None if isinstance(error, UnidentifiedImageError) and not data.startswith(_PNG) else mended(data)
+            if whole is None:
+                raise
+            return _decoded(whole, formats)
     except UnidentifiedImageError as error:
-        raise ImageError("not an image of a known kind, or cut off inside its header", key) from error
+        raise ImageError(what_it_is(data), key) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("a decompression bomb: more than 178 megapixels", key) from error
     except ImageError as error:
@@ -83,6 +97,57 @@ def decode_image(data: bytes, key: str = "") -> Image.Image:
         reason = " ".join(str(error).split()) or type(error).__name__
         what = "truncated" if "truncated" in reason.lower() else "cannot be decoded"
         raise ImageError(f"{what} ({reason})", key) from error
+
+
+def _formats_for(data: bytes) -> tuple[str, ...]:
+    """What may be decoded: FORMATS, and what a plug-in reads if this is of its kind.
+
+    Raises:
+        ImageError: the plug-in is not installed.
+    """
+    kind = plug_in_kind(data)
+    if kind is None:
+        return FORMATS
+    name = plug_in_format(kind)
+    if name is None:
+        raise ImageError(missing_plug_in(kind))
+    return (name,)
+
+
+def _decoded(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=formats)
+    _refuse_raw(image, data)
+    is_deep = image.mode in SIXTEEN_BITS or any(
+        ";16" in str(tile[3]) and "BGR" not in str(tile[3]) for tile in image.tile
+    )
+    is_integer = image.format == "TIFF" and image.mode == "I"
+    image.load()
+    if is_integer:
+        raise ImageError("32-bit or signed integers, of which black and white are unknown; write 8 or 16 bits")
+    rgb = _as_rgb(_upright(image))
+    if is_deep:
+        _refuse_dark(rgb)
+    return rgb
+
+
+def _refuse_raw(image: Image.Image, data: bytes) -> None:
+    """Raise ImageError for a camera's raw file, of which Pillow would give the thumbnail."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return
+    tags = image.tag_v2
+    is_thumbnail = bool(int(tags.get(_REDUCED, 0) or 0) & 1) and _SUB_IMAGES in tags
+    if is_thumbnail or _DNG_VERSION in tags or data[8:10] == b"CR":
+        raise ImageError("a camera's raw file, of which only a thumbnail could be read; develop it first")
+
+
+def _refuse_dark(image: Image.Image) -> None:
+    """Raise ImageError where 16 bits per channel hold 12-bit values or less, whose upper 8 bits are black."""
+    lightest = max(int(highest) for _, highest in image.getextrema())
+    if 0 < lightest <= _MOST_OF_12_BITS >> 8:
+        raise ImageError(
+            "16 bits per channel that hold values of 12 bits or less, which would turn black; bring them to the full "
+            "range first"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:

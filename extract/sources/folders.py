@@ -4,23 +4,39 @@ Files are told apart by content, not by name: every file that is not hidden is a
 be an image is left out with its reason. Nothing is opened or looked at while listing, folders excepted.
 """
 
-import fnmatch
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from extract.sources.dataset_json import DATASET_JSON, is_dataset_json, labelled_by_dataset_json
 from extract.sources.imagenet import hash_of_labels, listed_labels
+from extract.sources.labels import (
+    IMAGE_SUFFIXES,
+    SPLITS,
+    Labels,
+    are_synsets,
+    in_order,
+    labels_of_names,
+    synset_in_name,
+    synsets_in_names,
+)
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, UnreadableInputError, printable, sorted_listing
+from extract.sources.litter import LeftOut, made_here, rule_against
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 
-_IGNORED_NAMES = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what Windows and macOS leave behind
-_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
-_LARGEST_INPUT = 1 << 30
+_PARTS = frozenset(
+    "images image imgs img jpegimages photos pictures data dataset "  # noqa: SIM905 (a list of words)
+    "labels annotations masks segmentations captions metadata meta".split()
+)
+"""Names of folders that are parts of a data set rather than classes of it."""
+LARGEST_INPUT = 1 << 30
 _TELL_EVERY = 200_000
+_LOOKED_AT = 3
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _GONE = (FileNotFoundError, NotADirectoryError)
 _REFUSED = (PermissionError, IsADirectoryError)
@@ -32,13 +48,15 @@ class FolderSource:
 
     root: Path
     ignored: tuple[str, ...] = ()
-    """Patterns of file names to leave out."""
+    """Patterns of names to leave out, of files and folders."""
     label_of: Mapping[str, int] | None = None
     """Labels by file stem, for a flat folder that is labelled by a list (ImageNet's validation images)."""
     label_ids: tuple[str, ...] = ()
     """Class ids of `label_of`."""
     left_out: Path | None = None
     """A folder that is no part of the data: the store, where it is made within the data's folder."""
+    layout: str = "auto"
+    """What --layout says."""
 
     @property
     def description(self) -> str:
@@ -59,45 +77,105 @@ class FolderSource:
     @property
     def identity(self) -> str:
         labels = hash_of_labels(self.label_of) if self.label_of is not None else ""
-        return "\n".join(["folder", str(self.root.absolute()), *self.ignored, labels])
+        return "\n".join(["folder", str(self.root.absolute()), *self.ignored, labels, self.layout])
 
     def inputs(self) -> Listing:
-        mtime_sizes: list[MtimeSize] = []
-        keys: list[str] = []
-        classes: list[str] = []
-        beside: list[str] = []
-        for count, key in enumerate(walk(self.root, mtime_sizes, classes, left_out=self.left_out), 1):
-            if not any(fnmatch.fnmatch(key.rpartition("/")[2], pattern) for pattern in self.ignored):
-                (keys if "/" in key else beside).append(key)
-            if count % _TELL_EVERY == 0:
-                say(f"listing {self.root}: {count:,} files so far")
+        tree = Tree.of(self.root, ignored=self.ignored, left_out=self.left_out)
+        keys, beside = tree.keys, tree.beside
         if not keys and not beside:
-            raise UserError(f"{self.root} holds no files; --data must name a folder with images in it")
+            left = "; ".join(tree.left_out.notes())
+            raise UserError(
+                f"{self.root} holds no files; --data must name a folder with images in it{f' ({left})' if left else ''}"
+            )
         if self.label_of is not None:
-            return self._labelled_by_list(keys + beside, mtime_sizes)
+            labels = listed_labels(keys + beside, self.label_of, str(self.root))
+            return tree.listing(keys + beside, labels, self.label_ids, labels_from="the list of validation labels")
+        if self.layout in ("auto", "dataset-json") and DATASET_JSON in beside:
+            data, where = (self.root / DATASET_JSON).read_bytes(), str(self.root / DATASET_JSON)
+            if is_dataset_json(data, where):
+                found = labelled_by_dataset_json(data, keys + beside, where)
+                return tree.labelled(found.keys, found.labels, DATASET_JSON, notes=found.notes)
+        if self.layout == "dataset-json":
+            raise UserError(f"--layout dataset-json: {self.root} holds no {DATASET_JSON} with labels in it")
+        if self.layout == "flat":
+            return tree.listing(keys + beside, [UNLABELLED] * len(keys + beside), ())
+        if (synsets := self._synsets(keys or beside)) is not None:
+            for name in beside if keys else ():
+                tree.left_out.add("beside the folders", name)
+            return tree.labelled(keys or beside, labels_of_names(synsets), "the synsets in file names")
         if not keys:
-            return sorted_listing(beside, [UNLABELLED] * len(beside), mtime_sizes=mtime_sizes)
-        names = sorted(classes)
+            return tree.listing(beside, [UNLABELLED] * len(beside), (), notes=_mixed_names(beside))
+        return self._by_class_folders(tree)
+
+    def _synsets(self, keys: Sequence[str]) -> list[str] | None:
+        """The synsets in the names of all files, where no folder tells the class as well."""
+        if self.layout != "auto" or not keys or synset_in_name(keys[0]) is None:
+            return None
+        synsets = synsets_in_names(keys)
+        folders: dict[str, set[str]] = defaultdict(set)
+        for key, synset in zip(keys, synsets or (), strict=False):
+            folders[key.rpartition("/")[0]].add(synset)
+        is_told_by_folder = all(len(one) == 1 and folder for folder, one in folders.items())
+        return None if is_told_by_folder else synsets
+
+    def _by_class_folders(self, tree: "Tree") -> Listing:
+        names, order = in_order(tree.classes)
         label_of = {name: label for label, name in enumerate(names)}
-        labels = [label_of[key.partition("/")[0]] for key in keys]
+        labels = [label_of[key.partition("/")[0]] for key in tree.keys]
         filled = set(labels)
         class_ids = tuple(printable(name) for name in names)
-        notes = list(self._notes(names, beside, [name for label, name in enumerate(class_ids) if label not in filled]))
-        return sorted_listing(keys, labels, class_ids=class_ids, mtime_sizes=mtime_sizes, notes=notes)
+        if self.layout == "auto":
+            self._refuse_wrappers(names, tree.keys)
+        empty = [name for label, name in enumerate(class_ids) if label not in filled]
+        notes = list(self._notes(names, tree.beside, empty))
+        return tree.listing(
+            tree.keys, labels, class_ids, labels_from="the names of class folders", order=order, notes=notes
+        )
 
-    def _labelled_by_list(self, keys: list[str], mtime_sizes: list[MtimeSize]) -> Listing:
-        assert self.label_of is not None
-        labels = listed_labels(keys, self.label_of, str(self.root))
-        return sorted_listing(keys, labels, class_ids=self.label_ids, mtime_sizes=mtime_sizes)
+    def _refuse_wrappers(self, names: Sequence[str], keys: Sequence[str]) -> None:
+        """Refuse folders that are more likely parts of a data set than its classes."""
+        meant = "if these are the classes, say --layout class-folders"
+        inner: dict[str, set[str]] = defaultdict(set)
+        first: dict[str, list[str]] = defaultdict(list)
+        for key in keys:
+            name, _, rest = key.partition("/")
+            folder, slash, _ = rest.partition("/")
+            inner[name].add(folder if slash else "")
+            if len(first[name]) < _LOOKED_AT or (rest.lower().endswith(IMAGE_SUFFIXES) and len(first[name]) < 4):
+                first[name].append(key)
+        wrappers = [name for name in names if len(inner[name]) > 1 and "" not in inner[name]]
+        if (len(names) == 1 and wrappers) or (wrappers and any(name.casefold() in _PARTS for name in wrappers)):
+            probably = next((name for name in wrappers if name.casefold() in _PARTS), wrappers[0])
+            some_inner = ", ".join(printable(name) for name in sorted(inner[probably])[:3])
+            raise UserError(
+                f"{self.root} would be read as {_some(names, 'class')}, "
+                f"but {probably} holds folders itself ({some_inner}, …), which look like the classes; "
+                f"name {self.root / probably} in --data, or {meant}"
+            )
+        if len(names) > 1 and all(name.casefold() in _PARTS for name in names):
+            raise UserError(
+                f"{self.root} would be read as {_some(names, 'class')}, which look like parts of one data set; name "
+                f"the folder of the images in --data, as {self.root / names[0]}, or {meant}"
+            )
+        without = [name for name in names if first[name] and not any(self._is_image(key) for key in first[name])]
+        if without and len(without) < len(names) and all(name.casefold() in _PARTS for name in without):
+            raise UserError(
+                f"{self.root} has {_some(without, 'folder')} that would be a class, but hold no images; leave them out "
+                f"by --ignore {','.join(without[:3])}, or {meant}"
+            )
 
-    def _notes(self, classes: list[str], beside: list[str], empty: list[str]) -> Iterator[str]:
+    def _is_image(self, key: str) -> bool:
+        return key.lower().endswith(IMAGE_SUFFIXES) or looks_like_image(self.root / key)
+
+    def _notes(self, classes: Sequence[str], beside: list[str], empty: list[str]) -> Iterator[str]:
         images = [name for name in sorted(beside)[:100] if looks_like_image(self.root / name)]
         if images:
             raise UserError(
                 f"{self.root} holds class folders and also images beside them ({', '.join(images[:3])}"
-                f"{', …' if len(images) > 3 else ''}), whose class nothing tells; move them into a class folder or away"
+                f"{', …' if len(images) > 3 else ''}), whose class nothing tells; move them into a class folder or "
+                "away, leave them out by --ignore, or say --layout flat to read all of it without labels"
             )
-        if classes and all(name.lower() in _SPLITS for name in classes):
+        if classes and all(name.lower() in SPLITS for name in classes):
             yield f"{_some(classes, 'folder')} taken for classes, but named like splits; --split reads one of them"
         if beside:
             yield f"left out: {_some(beside, 'file')} beside the class folders"
@@ -109,7 +187,7 @@ class FolderSource:
         try:
             with path.open("rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
-                if size > _LARGEST_INPUT:
+                if size > LARGEST_INPUT:
                     raise UnreadableInputError(f"the file has {size:,} bytes, more than any image here may have")
                 return file.readall()
         except _REFUSED as error:
@@ -137,44 +215,110 @@ def storage_failed(path: str | Path, error: OSError) -> str:
     return f"{path} cannot be read ({error.strerror}); mend the storage and run the same command again to continue"
 
 
-def walk(
-    root: Path, mtime_sizes: list[MtimeSize], classes: list[str], *, left_out: Path | None = None
-) -> Iterator[str]:
-    """The path of every file under `root`, relative to it, in no order; links to folders are followed once.
+@dataclass(kw_only=True, slots=True)
+class Tree:
+    """All files under a folder, as they were found."""
 
-    Args:
-        root: where to begin.
-        mtime_sizes: receives every folder that was listed.
-        classes: receives the names of the folders directly under `root`.
-        left_out: a folder that is passed over.
+    keys: list[str]
+    """Those in sub-folders."""
+    beside: list[str]
+    """Those directly in it."""
+    classes: list[str]
+    """The sub-folders directly in it."""
+    mtime_sizes: list[MtimeSize]
+    left_out: LeftOut
 
-    Raises:
-        UserError: a folder cannot be listed.
-    """
-    passed_over = None if left_out is None else os.path.realpath(left_out)
-    pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
-    while pending:
-        prefix, above = pending.pop()
-        folder = root / prefix
-        try:
-            mtime_sizes.append(MtimeSize.of(folder))
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if is_ignored_name(entry.name):
-                        continue
-                    if _is_folder(entry):
-                        chain = _chain(entry, above)
-                        if chain is None or (passed_over and os.path.realpath(entry.path) == passed_over):
-                            continue
-                        pending.append((f"{prefix}{entry.name}/", chain))
-                        if not prefix:
-                            classes.append(entry.name)
-                    elif entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _may_be_file(entry.path)):
-                        yield prefix + entry.name
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be listed ({error.strerror}); change its rights or move it away"
-            ) from error
+    @classmethod
+    def of(cls, root: Path, *, ignored: tuple[str, ...] = (), left_out: Path | None = None) -> "Tree":
+        """What is under `root`, without what is no data.
+
+        Raises:
+            UserError: a folder cannot be listed.
+        """
+        tree = cls(keys=[], beside=[], classes=[], mtime_sizes=[], left_out=LeftOut())
+        for count, key in enumerate(tree._walk(root, ignored, left_out), 1):
+            (tree.keys if "/" in key else tree.beside).append(key)
+            if count % _TELL_EVERY == 0:
+                say(f"listing {root}: {count:,} files so far")
+        return tree
+
+    def _walk(self, root: Path, ignored: tuple[str, ...], store: Path | None) -> Iterator[str]:
+        """The path of every file under `root`, relative to it, in no order; links to folders are followed once."""
+        top = os.path.realpath(root)
+        passed_over = None if store is None else os.path.realpath(store)
+        pending: list[tuple[str, tuple[str, ...]]] = [("", (top,))]
+        while pending:
+            prefix, above = pending.pop()
+            folder = root / prefix
+            try:
+                self.mtime_sizes.append(MtimeSize.of(folder))
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        name = entry.name
+                        if (rule := rule_against(name, ignored)) is not None:
+                            self.left_out.add(rule, prefix + name)
+                        elif _is_folder(entry):
+                            if (rule := _rule_against_folder(entry, above, top, passed_over)) is not None:
+                                self.left_out.add(rule, prefix + name)
+                                continue
+                            pending.append((f"{prefix}{name}/", _chain(entry, above) or above))
+                            if not prefix:
+                                self.classes.append(name)
+                        elif entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _may_be_file(entry.path)):
+                            yield prefix + name
+            except OSError as error:
+                raise UserError(
+                    f"{folder} cannot be listed ({error.strerror}); change its rights or move it away"
+                ) from error
+
+    def labelled(self, keys: Sequence[str], labels: Labels, labels_from: str, *, notes: Iterable[str] = ()) -> Listing:
+        """The listing of files with labels that were found somewhere."""
+        told = labels_from if labels.class_ids else ""
+        return self.listing(keys, labels.values, labels.class_ids, labels_from=told, order=labels.order, notes=notes)
+
+    def listing(
+        self,
+        keys: Sequence[str],
+        labels: Sequence[int],
+        class_ids: tuple[str, ...],
+        *,
+        labels_from: str = "",
+        order: str = "",
+        notes: Iterable[str] = (),
+    ) -> Listing:
+        return sorted_listing(
+            keys,
+            labels,
+            class_ids=class_ids,
+            mtime_sizes=self.mtime_sizes,
+            notes=[*notes, *self.left_out.notes()],
+            labels_from=labels_from,
+            order=order,
+        )
+
+
+def _rule_against_folder(
+    entry: "os.DirEntry[str]", above: tuple[str, ...], top: str, passed_over: str | None
+) -> str | None:
+    """Why a folder is no part of the data: it is a store or a run, or a link to what is read anyway."""
+    if entry.is_symlink():
+        real = os.path.realpath(entry.path)
+        if _chain(entry, above) is None or real.startswith(f"{top}/"):
+            return "links to folders that are read themselves"
+    elif passed_over is None:
+        real = ""
+    else:
+        real = os.path.realpath(entry.path)
+    if passed_over and real == passed_over:
+        return "the store itself"
+    made = made_here(Path(entry.path))
+    return None if made is None else f"{made}s"
+
+
+def _mixed_names(names: Sequence[str]) -> list[str]:
+    """A line where some names of a flat folder tell a class and others do not."""
+    told = sum(synset_in_name(name) is not None for name in names)
+    return [f"{told} of {len(names)} names hold a synset; the others do not, so all are unlabelled"] if told else []
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -201,9 +345,10 @@ def _may_be_file(path: str) -> bool:
         return True
 
 
-def is_ignored_name(name: str, ignored: Iterable[str] = ()) -> bool:
-    """Whether a file of that name is never an input: hidden, left behind by a system, or to be left out."""
-    return name.startswith(".") or name in _IGNORED_NAMES or any(fnmatch.fnmatch(name, pattern) for pattern in ignored)
+def looks_like_classes(names: Iterable[str]) -> bool:
+    """Whether names are rather those of classes than of splits, parts or numbered shards."""
+    plain = [name for name in names if name.casefold() not in SPLITS and name.casefold() not in _PARTS]
+    return len(plain) > 1 and (are_synsets(plain) or not any(char.isdigit() for name in plain for char in name))
 
 
 def looks_like_image(path: Path) -> bool:
@@ -218,4 +363,5 @@ def looks_like_image(path: Path) -> bool:
 def _some(names: Iterable[str], what: str) -> str:
     ordered = sorted(names)
     shown = ", ".join(ordered[:3]) + (", …" if len(ordered) > 3 else "")
-    return f"{len(ordered)} {what}{'s' if len(ordered) > 1 else ''} ({shown})"
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{len(ordered)} {plural if len(ordered) > 1 else what} ({shown})"

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from extract.sources.folders import gone
+from extract.sources.labels import AS_GIVEN, Labels, numbered_labels
 from extract.sources.listing import UNLABELLED, Listing, UnreadableInputError, sorted_listing
-from extract.sources.tars import numbered_labels
+from extract.sources.tables import LABEL_COLUMNS, PATH_COLUMNS, refuse_missing
 from pipeline.classes import synsets_of
 from pipeline.hub import offline_if_unreachable
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 
 _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)\b", re.IGNORECASE)
-_LABEL_NAMES = ("label", "labels", "cls", "class")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,8 @@ class TableSource:
     """A `datasets.Dataset` whose image column is not decoded."""
     image_column: str
     label_column: str | None
+    folders: tuple[Path, ...] = ()
+    """Where paths in the table may begin."""
 
     @property
     def description(self) -> str:
@@ -56,20 +59,28 @@ class TableSource:
         if not count:
             raise UserError(f"{self.name} has no rows; choose another --split")
         width = len(str(count - 1))
-        labels, class_ids, notes = self._labels()
-        return sorted_listing([f"{row:0{width}d}" for row in range(count)], labels, class_ids=class_ids, notes=notes)
-
-    def _labels(self) -> tuple[Sequence[int], tuple[str, ...], list[str]]:
+        labels = self._labels()
+        notes = []
         if self.label_column is None:
-            note = f"{self.name} has no label column that could be told (--label-column NAME): unlabelled"
-            return [UNLABELLED] * len(self.table), (), [note]
+            notes = [f"{self.name} has no label column that could be told (--label-column NAME): unlabelled"]
+        return sorted_listing(
+            [f"{row:0{width}d}" for row in range(count)],
+            labels.values,
+            class_ids=labels.class_ids,
+            notes=notes,
+            labels_from=f"column {self.label_column!r}" if labels.class_ids else "",
+            order=labels.order,
+        )
+
+    def _labels(self) -> Labels:
+        if self.label_column is None:
+            return Labels(values=[UNLABELLED] * len(self.table))
         column = self.table.select_columns([self.label_column]).with_format("arrow")[:][self.label_column].to_pylist()
         names = getattr(self.table.features[self.label_column], "names", None)
         if names is None:
-            labels, class_ids = numbered_labels(column)
-            return labels, class_ids, []
+            return numbered_labels(column, f"column {self.label_column!r} of {self.name}")
         labels = [UNLABELLED if label is None else max(int(label), UNLABELLED) for label in column]
-        return labels, synsets_of(names) or tuple(names), []
+        return Labels(values=labels, class_ids=synsets_of(names) or tuple(names), order=AS_GIVEN)
 
     def read(self, listing: Listing, index: int) -> bytes:
         del listing
@@ -82,6 +93,8 @@ class TableSource:
             return value
         if value is None:
             raise UnreadableInputError("the row has no image")
+        places = [folder / value for folder in self.folders]
+        value = next((place for place in places if place.is_file()), places[0] if places else Path(value))
         try:
             return Path(value).read_bytes()
         except FileNotFoundError as error:
@@ -90,8 +103,24 @@ class TableSource:
             raise UnreadableInputError(f"cannot be opened: {error.strerror}") from error
 
 
-def open_table(data: str, split: str, image_column: str | None, label_column: str | None) -> TableSource:
+def open_table(
+    data: str,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    *,
+    files: Sequence[Path] = (),
+    anyway: bool = False,
+) -> TableSource:
     """The data set `hf:OWNER/NAME[:CONFIG]`, or a local folder of parquet or arrow files.
+
+    Args:
+        data: its name or folder.
+        split: which part of it.
+        image_column: the column of images, where it is not to be found.
+        label_column: the same of labels.
+        files: the tables in the folder that may be data.
+        anyway: read what is there where files are missing.
 
     Raises:
         UserError: it is not there, cannot be read, has no such split or column, or more than one could be meant.
@@ -113,7 +142,7 @@ def open_table(data: str, split: str, image_column: str | None, label_column: st
                     ) from error
         else:
             name = Path(data).name
-            table = _local(Path(data), split)
+            table = _local(Path(data), split, files, anyway=anyway)
     except UserError:
         raise
     except Exception as error:  # the Hub's client and the table readers raise many kinds
@@ -128,23 +157,42 @@ def open_table(data: str, split: str, image_column: str | None, label_column: st
         table=table.select_columns([image, *([label] if label else [])]),
         image_column=image,
         label_column=label,
+        folders=() if data.startswith("hf:") else tuple(dict.fromkeys([Path(data), *(file.parent for file in files)])),
     )
 
 
-def holds_tables(folder: Path) -> bool:
-    """Whether a folder is a data set: parquet or arrow files in it or one folder below."""
-    return any(next(folder.glob(f"{depth}*.{kind}"), None) for depth in ("", "*/") for kind in ("parquet", "arrow"))
-
-
-def _local(folder: Path, split: str) -> Any:
+def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool) -> Any:
     import datasets
 
+    if (folder / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(folder))
+        if split not in splits:
+            raise UserError(f"{folder} holds the splits {', '.join(splits)}; choose one by --split")
+        return splits[split]
     if (folder / "state.json").is_file():
         return datasets.load_from_disk(str(folder))
-    files = sorted(str(path) for path in folder.glob("*.parquet"))
-    if files and not any(_SPLIT_NAME.match(Path(file).name) for file in files):
-        return datasets.load_dataset("parquet", data_files=files, split="train")
-    return datasets.load_dataset(str(folder), split=split)
+    of_split = [path for path in files if path.name.startswith(f"{split}-") or path.parent.name == split]
+    if (note := refuse_missing(of_split or files, anyway=anyway)) is not None:
+        say(note)
+    size = sum(path.stat().st_size for path in of_split or files)
+    say(
+        f"the tables ({size / 1e6:,.1f} MB) are copied as Arrow files into {datasets.config.HF_DATASETS_CACHE}, once; "
+        "HF_DATASETS_CACHE names another place"
+    )
+    plain = [path for path in files if path.parent == folder and path.suffix == ".parquet"]
+    if plain and not any(_SPLIT_NAME.match(path.name) for path in plain):
+        return datasets.load_dataset("parquet", data_files=[str(path) for path in plain], split="train")
+    everything = [*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]
+    parquet = [path for path in of_split if path.suffix == ".parquet"]
+    is_told_by_name = bool(parquet) and len({path.parent for path in parquet}) == 1
+    if not is_told_by_name or len(files) == len(everything):
+        try:
+            return datasets.load_dataset(str(folder), split=split)
+        except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError):
+            if not is_told_by_name:
+                raise
+    say(f"reading {len(parquet)} files of the split {split} in {parquet[0].parent} alone")
+    return datasets.load_dataset("parquet", data_files=[str(path) for path in parquet], split="train")
 
 
 def _image_column(features: Any, wanted: str | None, data: str) -> str:
@@ -155,6 +203,7 @@ def _image_column(features: Any, wanted: str | None, data: str) -> str:
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     images = images or [name for name, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
     images = images or [n for n, k in features.items() if getattr(k, "dtype", None) in {"binary", "large_binary"}]
+    images = images or [n for n in PATH_COLUMNS if n in features and getattr(features[n], "dtype", "") == "string"][:1]
     if len(images) != 1:
         found = f"{len(images)} image columns ({', '.join(images)})" if images else "no image column"
         raise UserError(f"{data} has {found} among {', '.join(features)}; choose one by --image-column NAME")
@@ -167,7 +216,7 @@ def _label_column(features: Any, wanted: str | None, data: str) -> str | None:
     if wanted is not None:
         return _known_column(features, wanted, "--label-column", data)
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    named = [name for name in labels or features if name in _LABEL_NAMES]
+    named = [name for name in labels or features if name in LABEL_COLUMNS]
     if len(labels) > 1 and len(named) != 1:
         raise UserError(f"{data} has {len(labels)} label columns ({', '.join(labels)}); choose one by --label-column")
     return (named or labels or [None])[0]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.runtime.files import replacing
 
 UNLABELLED = -1
-_VERSION = 2
+_VERSION = 3
 
 
 class UnreadableInputError(Exception):
@@ -61,6 +61,10 @@ class Listing:
     mtime_sizes: tuple[MtimeSize, ...] = ()
     notes: tuple[str, ...] = ()
     """What people should know about how the data was understood."""
+    labels_from: str = ""
+    """Where the labels come from, for people."""
+    order: str = ""
+    """How the classes were sorted, for people."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -126,17 +130,21 @@ def sorted_listing(
     containers: tuple[str, ...] = (),
     mtime_sizes: Sequence[MtimeSize] = (),
     notes: Sequence[str] = (),
+    labels_from: str = "",
+    order: str = "",
 ) -> Listing:
     """The listing of inputs found in any order, sorted by key in code point order."""
-    order = sorted(range(len(keys)), key=keys.__getitem__)
+    by_key = sorted(range(len(keys)), key=keys.__getitem__)
     return Listing(
-        keys=[keys[i] for i in order],
-        labels=np.asarray(labels, dtype=np.int64).reshape(-1)[order],
+        keys=[keys[i] for i in by_key],
+        labels=np.asarray(labels, dtype=np.int64).reshape(-1)[by_key],
         class_ids=class_ids,
-        places=np.asarray(places, dtype=np.int64).reshape(-1, 3)[order if places else []],
+        places=np.asarray(places, dtype=np.int64).reshape(-1, 3)[by_key if places else []],
         containers=containers,
         mtime_sizes=tuple(mtime_sizes),
         notes=tuple(notes),
+        labels_from=labels_from,
+        order=order,
     )
 
 
@@ -159,6 +167,8 @@ def _save(cache: Path, identity: str, listing: Listing) -> None:
         "class_ids": listing.class_ids,
         "containers": listing.containers,
         "notes": listing.notes,
+        "labels_from": listing.labels_from,
+        "order": listing.order,
         "stamps": [(one.path, one.changed_ns, one.size) for one in listing.mtime_sizes],
     }
     with replacing(cache) as temporary, temporary.open("wb") as file:
@@ -189,6 +199,8 @@ def _load(cache: Path, identity: str) -> Listing | None:
                 containers=tuple(header["containers"]),
                 mtime_sizes=mtime_sizes,
                 notes=tuple(header["notes"]),
+                labels_from=header["labels_from"],
+                order=header["order"],
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

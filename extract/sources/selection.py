@@ -1,15 +1,19 @@
 """Which kind of source DATA is, one row of SOURCES each: recognised by its form and by what is there."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extract.sources.folders import FolderSource, is_ignored_name, looks_like_image
+from extract.sources.folders import FolderSource, looks_like_image
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, kaggle_folder, kaggle_labels, labels_from_files
+from extract.sources.labels import IMAGE_SUFFIXES, SPLITS
 from extract.sources.listing import Source
+from extract.sources.litter import made_here, rule_against
 from extract.sources.remote import is_remote
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 else:
     SourceOptions = object
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".7z", ".rar")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +48,49 @@ class Given:
     def root(self) -> Path:
         """Where in the folder the data is: Kaggle's place for the split, the sub-folder of its name, or itself."""
         assert self.folder is not None
+        if self.options.layout == "class-folders":
+            return self.folder
         split = self.folder / self.options.split
         return kaggle_folder(self.folder, self.options.split) or (split if split.is_dir() else self.folder)
+
+    def entries(self, folder: Path) -> list[Path]:
+        """What lies in a folder and may be data, sorted by name: no litter, nothing of --ignore, no store or run."""
+        if not folder.is_dir():
+            return []
+        with os.scandir(folder) as found:
+            named = [entry for entry in found if rule_against(entry.name, self.options.ignored) is None]
+        return sorted(Path(entry) for entry in named if not entry.is_dir() or not self._is_ours(Path(entry)))
+
+    def _is_ours(self, folder: Path) -> bool:
+        is_out = self.left_out is not None and folder.resolve() == self.left_out.resolve()
+        return is_out or made_here(folder) is not None
+
+    def tell_of_split(self) -> None:
+        """Say what lies beside the split's folder and is not read.
+
+        Raises:
+            UserError: the folder is rather one class among others.
+        """
+        options = self.options
+        if self.folder is None or self.root == self.folder or kaggle_folder(self.folder, options.split):
+            return
+        beside = [path for path in self.entries(self.folder) if path.is_dir() and path.name.casefold() not in SPLITS]
+        if not beside:
+            return
+        names = ", ".join(path.name for path in beside[:3]) + (", …" if len(beside) > 3 else "")
+        classes = [path for path in beside if self._holds_images(path)]
+        if classes and options.layout == "auto" and self._holds_images(self.root):
+            raise UserError(
+                f"{self.folder} holds a folder named like --split {options.split}, and beside it others that hold "
+                f"images ({names}): if all are classes, say --layout class-folders; if {options.split} alone is the "
+                "data, say --layout split-folder"
+            )
+        say(f"reading the folder {options.split} of {self.folder}; not read: {len(beside)} folders beside it ({names})")
+
+    def _holds_images(self, folder: Path) -> bool:
+        """Whether images lie directly in a folder, as far as its first entries tell."""
+        some = [path for path in self.entries(folder)[:50] if path.is_file()]
+        return any(path.name.lower().endswith(IMAGE_SUFFIXES) or looks_like_image(path) for path in some)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,32 +105,81 @@ class SourceKind:
 
 def _is_table(given: Given) -> bool:
     is_hub = given.data.startswith("hf:") and not given.data.startswith("hf://")
-    return is_hub or (given.folder is not None and _table_folder(given.folder, given.root) is not None)
+    return is_hub or (given.folder is not None and _table_folder(given) is not None)
 
 
-def _table_folder(folder: Path, root: Path) -> Path | None:
-    from extract.sources.huggingface import holds_tables
+def _table_folder(given: Given) -> Path | None:
+    if given.options.layout not in ("auto", "table"):
+        return None
+    assert given.folder is not None
+    marks = ("state.json", "dataset_dict.json")
+    roots = (given.root, given.folder)
+    if not any(_tables_in(given, place) or any((place / mark).is_file() for mark in marks) for place in roots):
+        return None
+    from extract.sources.tables import holds_images
 
-    return next((place for place in dict.fromkeys((root, folder)) if holds_tables(place)), None)
+    places = dict.fromkeys((given.root, given.folder))
+    chosen = given.options.image_column
+    found = next((place for place in places if holds_images(place, _tables_in(given, place), chosen)), None)
+    return found or next((place for place in places if _is_tables_alone(given, place)), None)
+
+
+def _is_tables_alone(given: Given, folder: Path) -> bool:
+    """Whether a folder holds tables and nothing else that could be data."""
+    tables = _tables_in(given, folder)
+    places = {folder} | {table.parent for table in tables}
+    others = {path for place in places for path in given.entries(place)} - set(tables) - places
+    return bool(tables) and all(path.suffix in (".md", ".json", ".txt") for path in others)
+
+
+def _tables_in(given: Given, folder: Path) -> list[Path]:
+    """The parquet and arrow files in a folder or one below, that may be data."""
+    found = [path for kind in ("parquet", "arrow") for depth in ("", "*/") for path in folder.glob(f"{depth}*.{kind}")]
+    below = {path.parent for path in found if path.parent != folder}
+    allowed = {folder} | (below.intersection(given.entries(folder)) if below else set())
+    ignored = given.options.ignored
+    return sorted(path for path in found if path.parent in allowed and rule_against(path.name, ignored) is None)
 
 
 def _open_table(given: Given) -> Source:
     from extract.sources.huggingface import open_table
 
     options = given.options
-    place = options.data if given.folder is None else str(_table_folder(given.folder, given.root))
-    return open_table(place, options.split, options.image_column, options.label_column)
+    if given.folder is None:
+        return open_table(options.data, options.split, options.image_column, options.label_column)
+    place = _table_folder(given)
+    assert place is not None
+    files = _tables_in(given, place)
+    return open_table(
+        str(place), options.split, options.image_column, options.label_column, files=files, anyway=options.anyway
+    )
 
 
 def _is_tars(given: Given) -> bool:
-    named = given.data.lower().split("?")[0].endswith(".tar") or is_remote(given.data)
-    return named or (given.folder is not None and bool(_tars_in(given.root, given.options.split)))
+    if given.folder is not None:
+        return bool(_tars_in(given)[0])
+    return given.data.lower().split("?")[0].endswith(".tar") or is_remote(given.data)
 
 
 def _open_tars(given: Given) -> Source:
     if given.folder is not None:
-        return _tar_source([str(tar) for tar in _tars_in(given.root, given.options.split)], given.options, Path())
+        tars, notes = _tars_in(given)
+        for note in notes:
+            say(note)
+        return _tar_source([str(tar) for tar in tars], given.options, Path())
     return _tar_source(_addresses(given.data), given.options, given.options.source_cache or given.copies)
+
+
+def _is_zip(given: Given) -> bool:
+    return given.folder is None and given.data.lower().endswith(".zip") and Path(given.data).expanduser().is_file()
+
+
+def _open_zip(given: Given) -> Source:
+    from extract.sources.zips import ZipSource
+
+    options = given.options
+    path = Path(options.data).expanduser()
+    return ZipSource(path=path, ignored=options.ignored, layout=given_layout(options), split=options.split)
 
 
 def _open_folder(given: Given) -> Source:
@@ -97,6 +191,7 @@ def _open_folder(given: Given) -> Source:
         label_of=labels.label_of if labels else None,
         label_ids=labels.class_ids if labels else (),
         left_out=given.left_out,
+        layout=given_layout(options),
     )
 
 
@@ -109,6 +204,9 @@ SOURCES: dict[str, SourceKind] = {
         "ImageNet's own tars",
         suits=_is_tars,
         open=_open_tars,
+    ),
+    "zip": SourceKind(
+        help="a zip of images, also with StyleGAN's and EDM's dataset.json", suits=_is_zip, open=_open_zip
     ),
     "folder": SourceKind(
         help="a folder of class folders, a flat folder of images, Kaggle's layout",
@@ -131,6 +229,9 @@ def open_source(options: SourceOptions, remote_folder: Path, *, left_out: Path |
         UserError: nothing usable is there, or flags do not fit what is there.
     """
     given = Given(options=options, copies=remote_folder, left_out=left_out)
+    if given.folder is not None and (made := made_here(given.folder)) is not None:
+        raise UserError(f"--data {options.data} is a {made}, not images; name what it was made from")
+    given.tell_of_split()
     for kind in SOURCES.values():
         if kind.suits(given):
             return kind.open(given)
@@ -140,33 +241,69 @@ def open_source(options: SourceOptions, remote_folder: Path, *, left_out: Path |
     raise UserError(f"--data {options.data} does not exist; name a folder of images, tars, or hf:OWNER/NAME")
 
 
+def given_layout(options: SourceOptions) -> str:
+    """What --layout says to a source, for which the folder of the split is chosen already."""
+    return "auto" if options.layout == "split-folder" else options.layout
+
+
 def data_help() -> str:
     """What --data takes, for the command's help."""
     return f"What to read: {'; '.join(kind.help for kind in reversed(SOURCES.values()))}."
 
 
-def _tars_in(root: Path, split: str) -> list[Path]:
-    """The tars to read in a folder that holds tars and no folders: those of the split, if names tell it, else all.
+def _tars_in(given: Given) -> tuple[list[Path], list[str]]:
+    """The tars to read in a folder of tars, and what to say about it: those of the split, if names tell it, else all.
 
     ImageNet's own tars are known by name, whatever is unpacked beside them.
     """
-    entries = [entry for entry in root.iterdir() if not is_ignored_name(entry.name)] if root.is_dir() else []
-    tars = sorted(entry for entry in entries if entry.suffix == ".tar")
-    imagenet = [tar for tar in tars if tar.name == f"ILSVRC2012_img_{split}.tar"]
-    if imagenet or not tars or any(entry.is_dir() for entry in entries):
-        return imagenet
-    images = [entry.name for entry in sorted(entries)[:200] if entry.suffix != ".tar" and looks_like_image(entry)]
-    if images:
+    root, options = given.root, given.options
+    if options.layout not in ("auto", "webdataset", "class-tars", "flat", "class-folders"):
+        return [], []
+    entries = given.entries(root)
+    tars = [entry for entry in entries if entry.suffix == ".tar" and entry.is_file()]
+    imagenet = [tar for tar in tars if tar.name == f"ILSVRC2012_img_{options.split}.tar"]
+    if imagenet:
+        return imagenet, []
+    folders = [entry for entry in entries if entry.is_dir()]
+    if not tars:
+        return _tars_below(given, entries, folders), []
+    with_images = [folder for folder in folders if _reaches_images(given, folder)]
+    images = [entry for entry in entries[:200] if entry not in tars and entry.is_file() and looks_like_image(entry)]
+    if images or with_images:
+        beside = ", ".join(path.name for path in (images or with_images)[:2])
         raise UserError(
-            f"{root} holds tars ({tars[0].name}, …) and also images beside them ({images[0]}, …); name the tars "
-            f"themselves in --data, or move one or the other away"
+            f"{root} holds tars ({tars[0].name}, …) and also images beside them ({beside}, …); name the tars "
+            f"themselves in --data, leave one or the other out by --ignore, or move it away"
         )
-    return [tar for tar in tars if tar.name.startswith(split)] or tars
+    notes = [f"left out: {len(folders)} folders beside the tars ({folders[0].name}, …)"] if folders else []
+    of_split = [tar for tar in tars if tar.name.startswith(options.split)]
+    if of_split and len(of_split) < len(tars):
+        others = [tar.name for tar in tars if tar not in of_split]
+        notes.append(f"left out: {len(others)} tars whose names do not begin with {options.split} ({others[0]}, …)")
+    return of_split or tars, notes
+
+
+def _tars_below(given: Given, entries: list[Path], folders: list[Path]) -> list[Path]:
+    """The tars in sub-folders, where these hold tars alone."""
+    if next(given.root.glob("*/*.tar"), None) is None:
+        return []
+    files = [path for folder in folders for path in given.entries(folder)]
+    tars = [path for path in files if path.suffix == ".tar" and path.is_file()]
+    others = [path for path in (*files, *entries) if path not in tars and path not in folders]
+    sidecars = (".json", ".parquet", ".txt", ".idx", ".md")
+    return tars if all(path.suffix in sidecars and path.is_file() for path in others) else []
+
+
+def _reaches_images(given: Given, folder: Path) -> bool:
+    """Whether a folder, or one below, holds images, as far as its first entries tell."""
+    some = given.entries(folder)[:50]
+    below = [inner for path in some if path.is_dir() for inner in given.entries(path)[:10]]
+    return any(path.is_file() and looks_like_image(path) for path in (*some, *below))
 
 
 def _labels_beside(root: Path, ignored: tuple[str, ...]) -> ImageLabels | None:
     """Kaggle's solution file, if this is a flat folder of validation images that has one above it."""
-    some = islice((entry.name for entry in root.iterdir() if not is_ignored_name(entry.name, ignored)), 1000)
+    some = islice((entry.name for entry in root.iterdir() if rule_against(entry.name, ignored) is None), 1000)
     return kaggle_labels(root) if any(map(VAL_IMAGE.fullmatch, some)) else None
 
 
@@ -195,6 +332,8 @@ def _tar_source(addresses: list[str], options: SourceOptions, remote_folder: Pat
         label_extension=options.label_column,
         ignored=options.ignored,
         val_labels=labels_from_files(options.val_labels, options.devkit),
+        layout=given_layout(options),
+        split=options.split,
     )
 
 

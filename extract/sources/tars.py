@@ -4,7 +4,6 @@ A tar is walked once, header by header, when it is listed; afterwards an image i
 copied whole first (`extract.sources.remote`), because the shuffled order reads every tar from end to end many times.
 """
 
-import fnmatch
 import hashlib
 import os
 import re
@@ -13,31 +12,44 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
-from extract.sources.folders import gone, storage_failed
+from extract.sources.folders import gone, looks_like_classes, storage_failed
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, hash_of_labels, listed_labels
+from extract.sources.labels import (
+    AS_TEXT,
+    Labels,
+    are_synsets,
+    class_folders,
+    labels_of_names,
+    numbered_labels,
+    synsets_in_names,
+)
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, UnreadableInputError, sorted_listing
+from extract.sources.litter import LeftOut, rule_against_path
 from extract.sources.remote import fetch, is_remote, local_place
+from extract.sources.samples import LINK, Member, grouped, reader_for
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 
-_IMAGE_EXTENSIONS = {"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "img", "image"}
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 _LISTING_THREADS = 8
-_LINK = -1
 _AFTER_THE_END = 1 << 16
-_MOST_LABELS = 100_000
-_NUMBER = re.compile(r"-?[0-9]+")
+_WEBDATASETS_OWN = re.compile(r"__[^/]*__")
 
 
-class Member(NamedTuple):
-    """A regular file inside a tar."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """One row for each sample."""
 
-    name: str
-    offset: int
-    size: int
-    """In bytes; _LINK for a link or a sparse file, which has no contents of its own to read."""
+    keys: list[str]
+    places: list[tuple[int, int, int]]
+    texts: list[object]
+    """What the label member says."""
+    names: list[str]
+    """The image's name in its tar."""
+    columns: list[int]
+    """How many members the sample has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +67,9 @@ class TarSource:
     ignored: tuple[str, ...] = ()
     val_labels: ImageLabels | None = None
     """Labels of ImageNet's validation tar."""
+    layout: str = "auto"
+    """What --layout says."""
+    split: str = "train"
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -77,8 +92,15 @@ class TarSource:
     @property
     def identity(self) -> str:
         labels = hash_of_labels(self.val_labels.label_of) if self.val_labels else ""
-        chosen = (self.image_extension or "", self.label_extension or "", *self.ignored, labels)
-        return "\n".join(["tars", *self.addresses, *chosen, *filter(None, [self.as_served])])
+        chosen = (
+            self.image_extension or "",
+            self.label_extension or "",
+            *self.ignored,
+            labels,
+            self.layout,
+            self.split,
+        )
+        return "\n".join(["tars", *self.addresses, *chosen, self.layout, self.split, *filter(None, [self.as_served])])
 
     @property
     def as_served(self) -> str | None:
@@ -91,22 +113,28 @@ class TarSource:
         if len(self.paths) == 1 and self._is_imagenet_train():
             return _list_imagenet_train(self.paths[0], mtime_sizes, self.ignored)
         say(f"listing {self.description}")
+        left_out = LeftOut()
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            walked = list(pool.map(lambda path: list(self._kept(tar_members(path))), self.paths))
-        if len(self.paths) == 1 and walked[0] and all(VAL_IMAGE.fullmatch(_base(m.name)) for m in walked[0]):
+            walked = list(pool.map(lambda path: list(tar_members(path)), self.paths))
+        walked = [list(self._kept(members, left_out)) for members in walked]
+        if len(self.paths) == 1 and walked[0] and all(_is_val_image(m) for m in walked[0]):
             return self._list_imagenet_val(walked[0], mtime_sizes)
         if self.val_labels is not None:
             raise UserError(
                 f"--val-labels and --devkit are for ImageNet's validation images, but {self.paths[0]} holds others; "
                 "leave these flags out"
             )
-        return self._list_webdataset(walked, mtime_sizes)
+        return self._list_samples(walked, mtime_sizes, left_out)
 
-    def _kept(self, members: Iterable[Member]) -> Iterator[Member]:
+    def _kept(self, members: Iterable[Member], left_out: LeftOut) -> Iterator[Member]:
         for member in members:
-            base = _base(member.name)
-            if not base.startswith((".", "__")) and not any(fnmatch.fnmatch(base, one) for one in self.ignored):
+            rule = rule_against_path(member.name, self.ignored)
+            if rule is None and _WEBDATASETS_OWN.fullmatch(member.name):
+                rule = "WebDataset's own members"
+            if rule is None:
                 yield member
+            else:
+                left_out.add(rule, member.name)
 
     def _is_imagenet_train(self) -> bool:
         first = next(iter(tar_members(self.paths[0])), None)
@@ -126,60 +154,94 @@ class TarSource:
             class_ids=self.val_labels.class_ids,
             containers=(str(self.paths[0]),),
             mtime_sizes=mtime_sizes,
+            labels_from="the list of validation labels",
+            order=AS_TEXT,
         )
 
-    def _list_webdataset(self, walked: Sequence[Sequence[Member]], mtime_sizes: Sequence[MtimeSize]) -> Listing:
-        keys: list[str] = []
-        places: list[tuple[int, int, int]] = []
-        texts: list[str | None] = []
+    def _list_samples(
+        self, walked: Sequence[Sequence[Member]], mtime_sizes: Sequence[MtimeSize], left_out: LeftOut
+    ) -> Listing:
+        found = _Found(keys=[], places=[], texts=[], names=[], columns=[])
+        scattered = 0
+        labels_from: set[str] = set()
         for container, (path, name, members) in enumerate(zip(self.paths, self.names, walked, strict=True)):
             with path.open("rb", buffering=0) as file:
-                for sample in _samples(members):
-                    image = self._image_of(sample)
-                    keys.append(f"{name}/{image.name}")
-                    places.append((container, image.offset, image.size))
-                    texts.append(self._label_text(sample, file.fileno()))
-        if not keys:
-            raise UserError(f"{self.paths[0]} holds no files; --data must name tars with images in them")
-        labels, class_ids = numbered_labels(texts)
-        missing = sum(text is None for text in texts)
-        notes = [f"{missing} of {len(texts)} samples carry no label"] if class_ids and missing else []
+                samples, apart = grouped(members)
+                scattered += apart
+                reader = reader_for(samples, file.fileno(), self.image_extension, self.label_extension)
+                if reader.label_extension is not None:
+                    key = f" key {reader.label_key!r} of" if reader.label_key else ""
+                    labels_from.add(f"the{key} .{reader.label_extension} members")
+                for sample in (part for whole in samples for part in reader.split(whole)):
+                    image = reader.image(sample)
+                    found.keys.append(f"{name}/{image.name}")
+                    found.places.append((container, image.offset, image.size))
+                    found.texts.append(reader.label(sample, file.fileno()))
+                    found.names.append(image.name)
+                    found.columns.append(len(sample))
+        if not found.keys:
+            left = "; ".join(left_out.notes())
+            raise UserError(
+                f"{self.paths[0]} holds no files{f' ({left})' if left else ''}; "
+                "--data must name tars with images in them"
+            )
+        notes = [f"{scattered} samples lie scattered in their tar; joined by name"] if scattered else []
+        labels = numbered_labels(found.texts, str(self.paths[0]))
+        told = ", ".join(sorted(labels_from))
+        kept: Sequence[int] = range(len(found.keys))
+        if not labels.class_ids:
+            labels, told, kept, more = self._by_names(found, left_out)
+            notes += more
+        missing = sum(label == UNLABELLED for label in labels.values)
+        if labels.class_ids and missing:
+            notes.append(f"{missing} of {len(labels.values)} samples carry no label")
         return sorted_listing(
-            keys,
-            labels,
-            places=places,
-            class_ids=class_ids,
+            [found.keys[k] for k in kept],
+            labels.values,
+            places=[found.places[k] for k in kept],
+            class_ids=labels.class_ids,
             containers=tuple(map(str, self.paths)),
             mtime_sizes=mtime_sizes,
-            notes=notes,
+            notes=[*notes, *left_out.notes()],
+            labels_from=told,
+            order=labels.order,
         )
 
-    def _image_of(self, sample: dict[str, Member]) -> Member:
-        """The sample's image; where it has none, its first member, which is then left out as no image."""
-        if self.image_extension is not None:
-            wanted = self.image_extension.lower().removeprefix(".")
-            return sample.get(wanted, next(iter(sample.values())))
-        images = [member for name, member in sample.items() if name.rpartition(".")[2] in _IMAGE_EXTENSIONS]
-        if len(images) > 1:
-            raise UserError(
-                f"{images[0].name} and {images[1].name} are images of the same sample; choose one by "
-                "--image-column EXTENSION"
-            )
-        return images[0] if images else next(iter(sample.values()))
+    def _by_names(self, found: "_Found", left_out: LeftOut) -> tuple[Labels, str, Sequence[int], list[str]]:
+        """Labels by the names of tars, folders or files, where no member tells them; with what is read and notes."""
+        everything: Sequence[int] = range(len(found.keys))
+        nothing = Labels(values=[UNLABELLED] * len(found.keys))
+        if self.layout in ("flat", "webdataset"):
+            return nothing, "", everything, []
+        tars = [name.rpartition("/")[2].removesuffix(".tar") for name in self.names]
+        of_tar = [tars[place[0]] for place in found.places]
+        if self.layout == "class-tars" or (len(set(tars)) > 1 and are_synsets(tars)):
+            return labels_of_names(of_tar), "the names of the tars", everything, []
+        is_plain = all(columns == 1 for columns in found.columns)
+        if self.layout == "class-folders" or is_plain:
+            everything, folders = class_folders(found.names, self.split, left_out)
+            if folders is not None:
+                return labels_of_names(folders), "the folders inside the tar", everything, []
+        if self.layout == "class-folders":
+            raise UserError(f"--layout class-folders: {self.paths[0]} holds no folders that could be classes")
+        if (synsets := synsets_in_names([found.names[k] for k in everything])) is not None:
+            return labels_of_names(synsets), "the synsets in file names", everything, []
+        nothing = Labels(values=[UNLABELLED] * len(everything))
+        return nothing, "", everything, list(self._unread(found, tars))
 
-    def _label_text(self, sample: dict[str, Member], descriptor: int) -> str | None:
-        member = sample.get((self.label_extension or "cls").lower().removeprefix("."))
-        if member is None:
-            return None
-        if member.size == _LINK:
-            raise UserError(
-                f"{member.name} is a link in its tar; pack it with its contents, by tar --hard-dereference -h"
-            )
-        return os.pread(descriptor, min(member.size, 200), member.offset).decode("utf-8", "replace").strip()
+    def _unread(self, found: "_Found", tars: Sequence[str]) -> Iterator[str]:
+        """What looks like a class and is not read as such."""
+        if looks_like_classes(tars):
+            some = ", ".join(tars[:3])
+            yield f"the tars' names look like classes ({some}) and are not read as such; --layout class-tars does"
+        _, folders = class_folders(found.names, self.split, LeftOut())
+        if folders is not None:
+            some = ", ".join(sorted(set(folders))[:3])
+            yield f"the folders inside look like classes ({some}) and are not read as such; --layout class-folders does"
 
     def read(self, listing: Listing, index: int) -> bytes:
         container, offset, size = (int(number) for number in listing.places[index])
-        if size == _LINK:
+        if size == LINK:
             raise UnreadableInputError("a link in the tar, without contents; pack it with tar --hard-dereference -h")
         path = listing.containers[container]
         try:
@@ -199,23 +261,6 @@ class TarSource:
         if not data:
             raise UnreadableInputError("zero bytes")
         return data
-
-
-def numbered_labels(texts: Sequence[str | int | None]) -> tuple[list[int], tuple[str, ...]]:
-    """Labels and class ids for what the data calls its classes: whole numbers stay, names are sorted and counted."""
-    named = [text for text in texts if text is not None]
-    if all(_NUMBER.fullmatch(str(text)) for text in named):
-        labels = [UNLABELLED if text is None else max(int(text), UNLABELLED) for text in texts]
-        count = max(labels, default=UNLABELLED) + 1
-        if count > max(_MOST_LABELS, len(texts)):
-            raise UserError(
-                f"a label is {count - 1:,}, which makes far more classes than the {len(texts):,} samples can fill; "
-                f"choose what holds the labels by --label-column"
-            )
-        return labels, tuple(str(label) for label in range(count))
-    class_ids = tuple(sorted({str(text) for text in named}))
-    label = {name: number for number, name in enumerate(class_ids)}
-    return [UNLABELLED if text is None else label[str(text)] for text in texts], class_ids
 
 
 def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
@@ -238,7 +283,7 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
                     if member.isreg() and not member.issparse():
                         yield Member(member.name, start + member.offset_data, member.size)
                     elif member.isreg() or member.issym() or member.islnk():
-                        yield Member(member.name, start + member.offset_data, _LINK)
+                        yield Member(member.name, start + member.offset_data, LINK)
                 window.seek(archive.offset)
                 if window.read(512) != bytes(512):
                     raise UserError(f"{path} is cut off: its end mark is missing; fetch it again")
@@ -291,7 +336,7 @@ def _list_imagenet_train(path: Path, mtime_sizes: Sequence[MtimeSize], ignored: 
     def members_of(class_tar: tuple[str, Member]) -> list[tuple[str, int, tuple[int, int, int]]]:
         synset, outer = class_tar
         inner = tar_members(path, outer.offset, outer.size)
-        kept = (one for one in inner if not any(fnmatch.fnmatch(_base(one.name), name) for name in ignored))
+        kept = [one for one in inner if rule_against_path(one.name, ignored) is None]
         return [(f"{synset}/{one.name}", label[synset], (0, one.offset, one.size)) for one in kept]
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
@@ -305,32 +350,9 @@ def _list_imagenet_train(path: Path, mtime_sizes: Sequence[MtimeSize], ignored: 
         class_ids=class_ids,
         containers=(str(path),),
         mtime_sizes=mtime_sizes,
+        labels_from="the class tars' names",
+        order=AS_TEXT,
     )
-
-
-def _samples(members: Iterable[Member]) -> Iterator[dict[str, Member]]:
-    """Neighbours that share their path up to the first dot of the file name, by extension: WebDataset's samples.
-
-    The grouping is webdataset's own. The walk is not: its reader takes every byte of a tar to list it (4,000 samples of
-    110 kB: 446 MB and 0.8 s of CPU time, here 4 MB and 0.3 s), and tells no offsets, by which samples are then read in
-    another order than they lie in.
-    """
-    from webdataset.tariterators import group_by_keys
-
-    def split(name: str) -> tuple[str, str]:
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        return f"{folder}/{stem}", extension
-
-    named = ({"fname": member.name, "data": member, "__url__": ""} for member in members)
-    try:
-        for sample in group_by_keys(named, keys=split):
-            yield {extension: member for extension, member in sample.items() if isinstance(member, Member)}
-    except ValueError as error:
-        raise UserError(
-            f"{str(error.args[0]).partition(': duplicate')[0]} comes twice in one sample of its tar; give every sample "
-            "a name of its own, so that none hides another"
-        ) from error
 
 
 def _mtime_size(path: Path) -> MtimeSize:
@@ -338,6 +360,10 @@ def _mtime_size(path: Path) -> MtimeSize:
         return MtimeSize.of(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check --data") from error
+
+
+def _is_val_image(member: Member) -> bool:
+    return VAL_IMAGE.fullmatch(_base(member.name)) is not None
 
 
 def _base(name: str) -> str:

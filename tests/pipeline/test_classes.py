@@ -64,7 +64,14 @@ def test_case_decides_only_where_it_tells_two_classes_apart():
 
 def test_a_bare_integer_is_a_label_even_where_folders_are_named_by_numbers():
     assert find_class("1", ["7", "1"], ["7", "1"], count=2) == 1
-    assert find_class("0", ["1", "0"], ["1", "0"], count=2) == 0
+    assert find_class("0", ["7", "8"], ["7", "8"], count=2) == 0
+
+
+def test_a_bare_integer_that_is_also_the_name_of_another_class_is_refused_with_both_readings():
+    with pytest.raises(UserError, match=r"0 \(1\) or the class of that name, 1 \(0\); say label:0 or name:0"):
+        find_class("0", ["1", "0"], ["1", "0"], count=2)
+    assert find_class("label:0", ["1", "0"], ["1", "0"], count=2) == 0
+    assert find_class("name:0", ["1", "0"], ["1", "0"], count=2) == 1
 
 
 def test_a_picture_calls_a_class_by_its_readable_name_else_by_what_there_is():

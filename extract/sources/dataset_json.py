@@ -1,0 +1,86 @@
+"""Labels in a `dataset.json`, as StyleGAN's and EDM's `dataset_tool.py` write it, in folders and zips.
+
+{"labels": [["00000/img00000000.png", 6], …]}       or "labels": null
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from extract.sources.labels import IMAGE_SUFFIXES, Labels, numbered_labels
+from extract.sources.listing import UNLABELLED
+from pipeline.runtime.errors import UserError
+
+DATASET_JSON = "dataset.json"
+
+
+def is_dataset_json(data: bytes, where: str) -> bool:
+    """Whether the contents of such a file are a list of labels, and not another program's.
+
+    Raises:
+        UserError: they are no JSON.
+    """
+    content = _content(data)
+    if content is None:
+        raise UserError(
+            f"{where} would tell the labels, but is no JSON that can be read; fetch it again, or read the folders "
+            "without it by --ignore dataset.json"
+        )
+    return "labels" in content
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelled:
+    """The files that `dataset.json` is about, with their labels."""
+
+    keys: list[str]
+    labels: Labels
+    notes: list[str]
+
+
+def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str) -> Labelled:
+    """The labels of the images among the files `found`; all unlabelled where the file says null.
+
+    Raises:
+        UserError: the file is malformed, or some image is not in it.
+    """
+    keys = sorted(name for name in found if name != DATASET_JSON)
+    content = _content(data)
+    rows: Any = content.get("labels") if content is not None else ()
+    if rows is None:
+        return Labelled(keys=keys, labels=Labels(values=[UNLABELLED] * len(keys)), notes=[f"{where} gives no labels"])
+    if isinstance(rows, dict):
+        rows = list(rows.items())
+    is_sound = isinstance(rows, list) and all(
+        isinstance(row, list | tuple) and len(row) == 2 and isinstance(row[0], str) for row in rows
+    )
+    if not is_sound or not rows:
+        raise UserError(
+            f'{where} must hold {{"labels": [["FILE", LABEL], …]}}; mend it, or read the folders without it by '
+            "--ignore dataset.json"
+        )
+    label_of = {str(name).replace("\\", "/").removeprefix("./"): label for name, label in rows}
+    known = [key for key in keys if key in label_of]
+    others = [key for key in keys if key not in label_of]
+    missing = [key for key in others if key.lower().endswith(IMAGE_SUFFIXES)]
+    if missing or not known:
+        raise UserError(
+            f"{len(missing or others):,} of {len(keys):,} files have no label in {where} (the first is "
+            f"{(missing or others or ['none at all'])[0]}); leave them out by --ignore, or read the folders without it "
+            "by --ignore dataset.json"
+        )
+    notes = [f"left out: {len(others):,} files that are not in {where} ({others[0]})"] if others else []
+    if len(label_of) > len(known):
+        there = set(known)
+        lost = next(name for name in label_of if name not in there)
+        notes.append(f"{len(label_of) - len(known):,} of {len(label_of):,} images in {where} are not there ({lost})")
+    return Labelled(keys=known, labels=numbered_labels([label_of[key] for key in known], where), notes=notes)
+
+
+def _content(data: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None

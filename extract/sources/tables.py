@@ -1,0 +1,111 @@
+"""Which parquet and arrow files hold images, told by their schemas alone."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.errors import UserError
+
+PATH_COLUMNS = ("image", "image_path", "img_path", "file_name", "filename", "file", "path", "filepath", "file_path")
+LABEL_COLUMNS = ("label", "labels", "cls", "class")
+_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.parquet|\.arrow)")
+_POINTER = b"version https://git-lfs"
+
+
+def holds_images(folder: Path, files: Sequence[Path], chosen: str | None) -> bool:
+    """Whether the tables in a folder are a data set of images, and not a list beside one.
+
+    Args:
+        folder: where they are.
+        files: the tables.
+        chosen: what --image-column says.
+
+    Raises:
+        UserError: a table cannot be read.
+    """
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return True
+    schemas = [_schema(path) for path in files[:3]]
+    return any(
+        schema is not None and (chosen in schema.names or image_columns(schema) or _path_column(schema, files[0]))
+        for schema in schemas
+    )
+
+
+def image_columns(schema: Any) -> list[str]:
+    """The columns that hold encoded images: structs with bytes, and binary columns."""
+    from pyarrow import types as kinds
+
+    structs = [field.name for field in schema if kinds.is_struct(field.type) and _has_bytes(field.type)]
+    return structs or [
+        field.name for field in schema if kinds.is_binary(field.type) or kinds.is_large_binary(field.type)
+    ]
+
+
+def _path_column(schema: Any, file: Path) -> str | None:
+    """A column of paths, where a column of labels stands beside it: else it is a list about files that folders name."""
+    labelled = any(name in schema.names for name in LABEL_COLUMNS)
+    names = [name for name in PATH_COLUMNS if name in schema.names] if labelled else []
+    return next((name for name in names if _leads_to_file(file, name)), None)
+
+
+def _leads_to_file(file: Path, column: str) -> bool:
+    from pyarrow import parquet
+
+    if file.suffix != ".parquet":
+        return False
+    batch = next(parquet.ParquetFile(file).iter_batches(1, columns=[column]), None)
+    value = batch[0][0].as_py() if batch is not None and batch.num_rows else None
+    return isinstance(value, str) and (file.parent / value).is_file()
+
+
+def _has_bytes(kind: Any) -> bool:
+    return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))
+
+
+def _schema(path: Path) -> Any:
+    """The table's schema; None for an arrow file that is no table on its own."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        if path.suffix == ".parquet":
+            return parquet.read_schema(path)
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_stream(source).schema
+    except (pa.ArrowException, OSError) as error:
+        if path.suffix == ".arrow":
+            return None
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+        what = "is a Git LFS pointer and not the table itself; run git lfs pull" if start == _POINTER else ""
+        raise UserError(
+            f"{path} {what or f'cannot be read as parquet ({error}); fetch it again'}, or leave it out by --ignore"
+        ) from error
+
+
+def refuse_missing(files: Sequence[Path], *, anyway: bool) -> str | None:
+    """A line about numbered files (`train-00000-of-00002.parquet`) that are not all there, or None.
+
+    Raises:
+        UserError: some are missing, and nobody said that this is meant.
+    """
+    there: dict[tuple[str, int, str], set[int]] = {}
+    for path in files:
+        if found := _NUMBERED.fullmatch(path.name):
+            there.setdefault((str(path.parent / found[1]), int(found[3]), found[4]), set()).add(int(found[2]))
+    missing = [
+        f"{Path(stem).name}-{number:05d}-of-{count:05d}{suffix}"
+        for (stem, count, suffix), numbers in sorted(there.items())
+        for number in range(count)
+        if number not in numbers
+    ]
+    if not missing:
+        return None
+    sentence = (
+        f"{len(missing)} files of the data set are missing ({', '.join(missing[:3])}{', …' if missing[3:] else ''})"
+    )
+    if not anyway:
+        raise UserError(f"{sentence} in {files[0].parent}; fetch them, or read what is there by --anyway")
+    return sentence

@@ -1,0 +1,150 @@
+"""Images inside a zip, read in place: StyleGAN's and EDM's data sets, and class folders that were zipped."""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extract.sources.dataset_json import DATASET_JSON, is_dataset_json, labelled_by_dataset_json
+from extract.sources.folders import LARGEST_INPUT, gone, storage_failed
+from extract.sources.labels import Labels, class_folders, labels_of_names, synsets_in_names
+from extract.sources.listing import UNLABELLED, Listing, MtimeSize, UnreadableInputError, sorted_listing
+from extract.sources.litter import LeftOut, rule_against_path
+from pipeline.runtime.errors import UserError
+
+_HEADER = struct.Struct("<4s5H3I2H")
+"""Of a file in a zip: signature, version, flags, method, time, date, CRC-32, two sizes, lengths of name and extra."""
+_ENCRYPTED = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZipSource:
+    """One zip of images."""
+
+    path: Path
+    ignored: tuple[str, ...] = ()
+    layout: str = "auto"
+    split: str = "train"
+
+    @property
+    def description(self) -> str:
+        return f"zip {self.path}"
+
+    @property
+    def is_remote(self) -> bool:
+        return False
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def as_served(self) -> None:
+        return None
+
+    @property
+    def identity(self) -> str:
+        return "\n".join(["zip", str(self.path.absolute()), *self.ignored, self.layout, self.split])
+
+    def inputs(self) -> Listing:
+        left_out = LeftOut()
+        place_of: dict[str, tuple[int, int, int]] = {}
+        data: bytes | None = None
+        try:
+            stamps = [MtimeSize.of(self.path)]
+            with zipfile.ZipFile(self.path) as archive:
+                for member in archive.infolist():
+                    if member.is_dir():
+                        continue
+                    if (rule := rule_against_path(member.filename, self.ignored)) is not None:
+                        left_out.add(rule, member.filename)
+                        continue
+                    if member.filename in place_of:
+                        raise UserError(f"{self.path} holds {member.filename} twice; make it anew")
+                    place_of[member.filename] = (0, member.header_offset, member.compress_size)
+                if DATASET_JSON in place_of and self.layout in ("auto", "dataset-json"):
+                    data = archive.read(DATASET_JSON)
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{self.path} cannot be read as a zip ({error}); fetch it again or unpack it") from error
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror or error}); check --data") from error
+        if not place_of:
+            left = "; ".join(left_out.notes())
+            raise UserError(f"{self.path} holds no files{f' ({left})' if left else ''}; --data needs images in it")
+        keys, labels, told, notes = self._labelled(list(place_of), data, left_out)
+        return sorted_listing(
+            keys,
+            labels.values,
+            places=[place_of[key] for key in keys],
+            class_ids=labels.class_ids,
+            containers=(str(self.path),),
+            mtime_sizes=stamps,
+            notes=[*notes, *left_out.notes()],
+            labels_from=told if labels.class_ids else "",
+            order=labels.order,
+        )
+
+    def _labelled(
+        self, names: list[str], data: bytes | None, left_out: LeftOut
+    ) -> tuple[list[str], Labels, str, list[str]]:
+        where = f"{self.path}/{DATASET_JSON}"
+        if data is not None and is_dataset_json(data, where):
+            found = labelled_by_dataset_json(data, names, where)
+            return found.keys, found.labels, DATASET_JSON, found.notes
+        if self.layout == "dataset-json":
+            raise UserError(f"--layout dataset-json: {self.path} holds no {DATASET_JSON} with labels in it")
+        if self.layout == "flat":
+            return names, Labels(values=[UNLABELLED] * len(names)), "", []
+        kept, folders = class_folders(names, self.split, left_out)
+        names = [names[k] for k in kept]
+        if folders is not None:
+            return names, labels_of_names(folders), "the folders inside the zip", []
+        if (synsets := synsets_in_names(names)) is not None:
+            return names, labels_of_names(synsets), "the synsets in file names", []
+        return names, Labels(values=[UNLABELLED] * len(names)), "", []
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        _, offset, size = (int(number) for number in listing.places[index])
+        if size > LARGEST_INPUT:
+            raise UnreadableInputError(f"the file has {size:,} bytes, more than any image here may have")
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                header = _HEADER.unpack(os.pread(descriptor, _HEADER.size, offset))
+                start = offset + _HEADER.size + header[9] + header[10]
+                data = os.pread(descriptor, size, start)
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError as error:
+            raise UserError(gone(self.path)) from error
+        except struct.error as error:
+            raise UserError(f"{self.path} is shorter than when it was listed; bring it back and run again") from error
+        except OSError as error:
+            raise UserError(storage_failed(self.path, error)) from error
+        if header[0] != b"PK\3\4" or len(data) < size:
+            raise UserError(f"{self.path} is not as it was listed; bring the whole file back and run again")
+        if header[2] & _ENCRYPTED:
+            raise UnreadableInputError("encrypted in its zip; unpack it first")
+        return data if header[3] == zipfile.ZIP_STORED else _inflated(data, header[3])
+
+
+def _inflated(data: bytes, method: int) -> bytes:
+    """The contents of a compressed member.
+
+    Raises:
+        UnreadableInputError: it is damaged, too large, or compressed in a way that is not read.
+    """
+    if method != zipfile.ZIP_DEFLATED:
+        raise UnreadableInputError(f"compressed by method {method} in its zip; unpack it first")
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        contents = inflater.decompress(data, LARGEST_INPUT)
+    except zlib.error as error:
+        raise UnreadableInputError(f"damaged in its zip ({error})") from error
+    if not inflater.eof:
+        raise UnreadableInputError("cut off in its zip, or more bytes than any image here may have")
+    return contents

@@ -1,0 +1,46 @@
+"""What `dit-extract` says about its data before the first image is encoded: how it was understood."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from extract.sources.labels import BY_LABEL
+from extract.sources.listing import Listing
+
+_SHOWN = 4
+
+
+def lines(description: str, listing: Listing, classes: Sequence[str]) -> Iterator[str]:
+    """One line each: the source and its inputs, the labels, the classes with their counts, and every note.
+
+    Args:
+        description: what kind of source it is, and where.
+        listing: what was found.
+        classes: readable names, index = label.
+    """
+    yield f"{description}: {len(listing):,} inputs, {len(classes) or 'no'} classes"
+    if not classes:
+        yield "labels: none; every sample is unlabelled (-1)"
+    else:
+        order = f"; classes {listing.order}" if listing.order and listing.order != BY_LABEL else ""
+        by_number = f" ({BY_LABEL})" if listing.order == BY_LABEL else ""
+        yield f"labels: from {listing.labels_from or 'the data'}{by_number}{order}"
+        yield f"classes: {_counts(listing, classes)}"
+    yield from listing.notes
+
+
+def _counts(listing: Listing, classes: Sequence[str]) -> str:
+    """The first classes and the last one by label, with their inputs, and how many have none."""
+    counts = np.bincount(listing.labels[listing.labels >= 0], minlength=len(classes))
+    shown = [*range(min(_SHOWN, len(classes)))]
+    last = [len(classes) - 1] if len(classes) > _SHOWN else []
+    parts = [_one(label, listing, classes, int(counts[label])) for label in (*shown, *last)]
+    if len(classes) > _SHOWN + 1:
+        parts.insert(_SHOWN, "…")
+    empty = int((counts[: len(classes)] == 0).sum())
+    return ", ".join(parts) + (f"; {empty:,} of them without inputs" if empty else "")
+
+
+def _one(label: int, listing: Listing, classes: Sequence[str], count: int) -> str:
+    name = listing.class_ids[label] if label < len(listing.class_ids) else classes[label]
+    return f"{label}: {name} ({count:,})" if name != str(label) else f"{label} ({count:,})"
