@@ -9,6 +9,7 @@ from types import TracebackType
 from extract.plan import Plan
 from extract.store_folder import OutputFolder
 from pipeline.runtime.console import progress, say, warn
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.units import size
 
 _LOOK_AROUND_S = 5.0
@@ -27,20 +28,25 @@ class Amount:
 class ExtractProgress:
     """Counts images, bytes and skips; shows the whole job's progress, other processes' shards included."""
 
-    def __init__(self, output: OutputFolder, amount: Amount, *, batches_ahead: int) -> None:
+    def __init__(self, output: OutputFolder, amount: Amount, *, batches_ahead: int, anyway: bool = False) -> None:
         """Begin to count, and say how much disk the store will take.
 
         Args:
             output: where the store is made.
             amount: what there is to do.
             batches_ahead: batches under way at a time; two rounds of them are waited for before time is estimated.
+            anyway: go on where the disk is too small.
+
+        Raises:
+            UserError: the disk is too small.
         """
         self._output, self._amount, self._round = output, amount, batches_ahead
         self._own = self._skipped = self._read = self._batches = 0
         self._started = self._looked = time.monotonic()
         self._warm = (0, self._started)
         self._before = self._inputs_in(output.done(amount.span))
-        say(disk_estimate(amount, output.path))
+        missing = amount.plan.samples - self._inputs_in(output.done(range(amount.plan.shards)))
+        say(disk_estimate(amount, output.path, missing=missing, anyway=anyway))
         total = self._inputs_in(amount.span)
         self._bar = progress(total, unit="images", description="encoding", initial=self._before)
 
@@ -103,12 +109,27 @@ class ExtractProgress:
         return sum(min(size, self._amount.plan.samples - shard * size) for shard in shards)
 
 
-def disk_estimate(amount: Amount, path: Path) -> str:
-    """How much disk the whole store takes; a warning of its own where that much is not free."""
+def disk_estimate(amount: Amount, path: Path, *, missing: int, anyway: bool = False) -> str:
+    """How much disk the whole store takes.
+
+    Args:
+        amount: what there is to do.
+        path: where.
+        missing: samples that are not there yet.
+        anyway: a warning is enough where the disk is too small for these.
+
+    Raises:
+        UserError: it is, and a warning is not enough.
+    """
     needed = amount.plan.samples * amount.sample_bytes
     free = shutil.disk_usage(path).free
-    if needed > free:
-        warn(f"the store needs {size(needed)}, but only {size(free)} are free at {path}")
+    if missing * amount.sample_bytes > free:
+        sentence = (
+            f"the store needs {size(missing * amount.sample_bytes)} more, but only {size(free)} are free at {path}"
+        )
+        if not anyway:
+            raise UserError(f"{sentence}; free some, name another --out, or go on until it is full by --anyway")
+        warn(sentence)
     return (
         f"the store will take {size(needed)} of disk ({size(free)} free): {amount.plan.samples:,} images of "
         f"{size(amount.sample_bytes)}, in shards of {amount.plan.samples_per_shard:,}"

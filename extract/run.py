@@ -187,7 +187,9 @@ def _fill(
             fail_on_error=options.work.on_error == "fail",
         )
         amount = Amount(plan=inputs.plan, span=span, sample_bytes=encoder.sample_bytes)
-        with ExtractProgress(output, amount, batches_ahead=encoder.batches_ahead) as progress:
+        with ExtractProgress(
+            output, amount, batches_ahead=encoder.batches_ahead, anyway=options.source.anyway
+        ) as progress:
             fill(job, stop, progress)
     say(f"{progress.images:,} images encoded here in {duration(progress.seconds)}, {progress.skipped} left out")
 

@@ -42,6 +42,8 @@ from pipeline.vae import STABLE_DIFFUSION
 
 _DOWNSAMPLE = 8
 _LOOKED_AT = 64
+_CHANNELS = 4
+"""Of Stable Diffusion's latents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +108,7 @@ def import_numpy_features(
     *,
     vae: Mapping[str, Any] = STABLE_DIFFUSION,
     downsample: int = _DOWNSAMPLE,
+    channels: int | None = None,
     class_names: Sequence[str] | None = None,
     split: str = "train",
     shard_format: str = "safetensors",
@@ -123,17 +126,28 @@ def import_numpy_features(
         out: the store.
         vae: the VAE that made the features, as `Vae.describe` gives it; its scaling_factor is divided out.
         downsample: pixels along one side of a latent cell.
-        class_names: readable names, index = label; ImageNet's if the folders are named after it, else the numbers.
+        channels: of the VAE's latents, where known; Stable Diffusion's are.
+        class_names: readable names, index = label; ImageNet's if the folders are named after it and more than half of
+            its thousand labels lie in range, else the numbers.
         overwrite: begin anew, where an earlier import left a store; it stays whole until the new one is.
 
     Raises:
         UserError: the folders are not there or do not fit together, a file is damaged, or `out` holds something else.
     """
     features = _list(Path(folder))
+    expected = _CHANNELS if channels is None and vae is STABLE_DIFFUSION else channels
+    if expected is not None and features.shape[0] != expected:
+        moments = ", its means and log-variances, of which no store of points can be made" * (
+            features.shape[0] == 2 * expected
+        )
+        raise UserError(
+            f"{features.folder} holds features of {features.shape[0]} channels, but {vae['name']} has latents of "
+            f"{expected}{moments}; give the VAE that made them by --vae, or write one draw an image"
+        )
     out = Path(out).absolute()
     labels = features.labels()
     class_ids, classes = _classes(features, labels, class_names)
-    channels, height, width = features.shape
+    _, height, width = features.shape
     settings = [features.names, features.shape, dict(vae), split, shard_format, store_dtype, samples_per_shard, seed]
     contents = [features.folder.name, features.fingerprint(), labels.tolist(), class_ids, classes]
     plan = hashlib.sha256(json.dumps([*settings, *contents]).encode()).hexdigest()
@@ -141,7 +155,12 @@ def import_numpy_features(
         split=split,
         shard_format=shard_format,
         latent=LatentSpec(
-            kind="point", channels=channels, height=height, width=width, dtype=store_dtype, downsample=downsample
+            kind="point",
+            channels=features.shape[0],
+            height=height,
+            width=width,
+            dtype=store_dtype,
+            downsample=downsample,
         ),
         views=["center"],
         image={"size": height * downsample, "crop": "adm-center"},
@@ -249,7 +268,10 @@ def _classes(
         raise UserError(f"the labels lie in {labels.min()} … {count - 1}{known}; every label needs a class")
     if names is not None:
         return [str(label) for label in range(len(names))], list(names)
-    if features.folder.name.lower().startswith("imagenet") and count <= len(imagenet_classes()):
+    thousand = len(
+        imagenet_classes()
+    )  # fast-DiT writes `imagenet256_features` whatever the data: labels must say it too
+    if features.folder.name.lower().startswith("imagenet") and thousand // 2 < count <= thousand:
         return [row.synset for row in imagenet_classes()], [row.names for row in imagenet_classes()]
     return [str(label) for label in range(count)], [str(label) for label in range(count)]
 

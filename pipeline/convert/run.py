@@ -9,7 +9,12 @@ from pipeline.checkpoint.diffusers_write import recorded_vae, write_diffusers
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.forms import Stored, build_model, read_stored
 from pipeline.checkpoint.release import unlike_the_release
+<<<<<<< HEAD
 from pipeline.checkpoint.tensor_files import PROCESS, join_names, not_finite, save_pickled_tensors, save_safetensors
+=======
+from pipeline.checkpoint.tensor_files import join_names, not_finite, save_pickled_tensors, save_safetensors
+from pipeline.classes import imagenet_classes
+>>>>>>> 10852a9 (Pictures that lack nothing are read whole, wrong pixels are refused; docs of every source, a property test of random trees)
 from pipeline.convert.options import ConvertOptions
 from pipeline.convert.parity import TOLERANCE, Difference, diffusers_difference, forward_difference
 from pipeline.convert.target import check_sources, check_target
@@ -70,11 +75,15 @@ def import_store(options: ConvertOptions) -> list[str]:
     from pipeline.vae import STABLE_DIFFUSION, load_vae
 
     vae = load_vae(options.vae) if options.vae else None
-    names = _read_names(options.class_names) if options.class_names else None
+    names = None
+    if options.class_names:
+        is_imagenet = options.class_names == "imagenet"
+        names = [row.names for row in imagenet_classes()] if is_imagenet else _read_names(options.class_names)
     manifest = import_numpy_features(
         options.from_,
         options.to,
         vae=vae.describe() if vae else STABLE_DIFFUSION,
+        channels=vae.channels if vae else None,
         downsample=vae.downsample if vae else 8,
         class_names=names,
         overwrite=options.overwrite,

@@ -2,14 +2,16 @@
 
 import io
 import struct
+import sys
 import threading
 import warnings
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from pipeline import image_kinds
 from pipeline.images import (
     ImageError,
     center_crop,
@@ -282,3 +284,99 @@ def test_many_threads_decode_what_one_does():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def saved(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def gradient(size=64):
+    row = np.arange(size) * (256 // size)
+    return np.stack([row[:, None] + 0 * row, row + 0 * row[:, None], 255 - row + 0 * row[:, None]], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_end_marker_is_whole_and_one_without_pixels_is_not(progressive):
+    data = saved(Image.fromarray(gradient()), format="JPEG", quality=90, progressive=progressive)
+    assert data.endswith(b"\xff\xd9")
+    expected = np.asarray(decode_image(data))
+    for end in (data[:-2], data[:-1]):
+        assert np.array_equal(np.asarray(decode_image(end)), expected)
+    for cut in (8, 40, len(data) // 3):
+        with pytest.raises(ImageError, match="truncated"):
+            decode_image(data[:-cut])
+
+
+def chunk(kind, body, *, broken=False):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ broken)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"tEXt", b"key\0value", broken=True),
+        chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(1 << 22))),
+        chunk(b"iCCP", b"profile\0\0not compressed"),
+        chunk(b"gAMA", b"12", broken=True),
+    ],
+)
+def test_what_stands_beside_the_pixels_of_a_png_loses_no_image(extra):
+    data = saved(Image.fromarray(gradient()), format="PNG")
+    odd = data[:33] + extra + data[33:]
+    assert np.array_equal(np.asarray(decode_image(odd)), gradient())
+    assert np.array_equal(np.asarray(decode_image(data[:-12])), gradient())
+    with pytest.raises(ImageError):
+        decode_image(data[: len(data) // 2])
+
+
+def test_12_bit_values_in_16_bits_and_integers_of_32_are_refused_and_not_turned_black():
+    values = np.linspace(0, 4095, 64 * 64).reshape(64, 64)
+    for image in (Image.fromarray(values.astype(np.uint16)),):
+        for kind in ("PNG", "TIFF"):
+            with pytest.raises(ImageError, match="12 bits or less"):
+                decode_image(saved(image, format=kind))
+    with pytest.raises(ImageError, match="32-bit"):
+        decode_image(saved(Image.fromarray((values * 1000).astype(np.int32)), format="TIFF"))
+    full = Image.fromarray((values * 16).astype(np.uint16))
+    assert np.asarray(decode_image(saved(full, format="PNG"))).max() == 255
+
+
+def test_a_raw_file_s_thumbnail_is_not_taken_for_its_picture():
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[50706] = b"\1\4\0\0"
+    with pytest.raises(ImageError, match="camera's raw file"):
+        decode_image(saved(Image.fromarray(gradient()), format="TIFF", tiffinfo=tags))
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"a photo of a cat", r"--ignore '\*.txt'"),
+        (b'{"label": 1}', r"--ignore '\*.json'"),
+        (b"PAR1" + bytes(99), "parquet"),
+        (b"\x93NUMPY\1\0", "NumPy array"),
+        (bytes(16) + b"\xde\xc0\xef\xbe" + bytes(99), "LMDB"),
+        (b"\0\0\0\x18ftypisom" + bytes(99), "video"),
+    ],
+)
+def test_what_is_no_image_is_told_by_its_first_bytes_with_advice_that_fits(data, told):
+    with pytest.raises(ImageError, match=told):
+        decode_image(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "name"), [("HEIF", "pillow_heif", "HEIC"), ("JXL", "pillow_jxl", "JPEG XL")]
+)
+def test_heic_and_jpeg_xl_are_read_by_plug_ins_and_told_where_these_are_missing(kind, module, name, monkeypatch):
+    plug_in = pytest.importorskip(module)
+    if kind == "HEIF":
+        plug_in.register_heif_opener()
+    data = saved(Image.fromarray(gradient()), format=kind, quality=95)
+    assert np.abs(np.asarray(decode_image(data)).astype(int) - gradient()).mean() < 8
+    monkeypatch.setattr(image_kinds, "_formats", {})
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImageError, match=f"{name}, which is read where its plug-in is installed: pip install pillow-"):
+        decode_image(data)

@@ -49,6 +49,21 @@ def test_imagenet_s_classes_are_recognised_by_the_folder_s_name(features, tmp_pa
     assert manifest.vae["name"] == "stabilityai/sd-vae-ft-ema" and manifest.vae["sha256"] is None
 
 
+def test_a_folder_s_name_alone_does_not_make_data_imagenet(features, tmp_path):
+    folder, _ = features
+    for index in range(COUNT):
+        np.save(folder / "imagenet256_labels" / f"{index}.npy", np.array([index % 10]))
+    assert import_numpy_features(folder, tmp_path / "out").class_ids == tuple(map(str, range(10)))
+
+
+def test_moments_are_not_taken_for_latents_of_twice_the_channels(features, tmp_path):
+    folder, values = features
+    for index in range(COUNT):
+        np.save(folder / "imagenet256_features" / f"{index}.npy", np.concatenate([values[None, index]] * 2, axis=1))
+    with pytest.raises(UserError, match="features of 8 channels.* has latents of 4, its means and log-variances"):
+        import_numpy_features(folder, tmp_path / "out")
+
+
 def test_vae_scale_names_and_dtype_can_be_given(features, tmp_path):
     folder, values = features
     vae = {"name": "mine", "class": "AutoencoderKL", "sha256": "ab", "scaling_factor": 2.0, "shift_factor": 1.0}
