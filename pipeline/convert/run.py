@@ -9,12 +9,8 @@ from pipeline.checkpoint.diffusers_write import recorded_vae, write_diffusers
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.forms import Stored, build_model, read_stored
 from pipeline.checkpoint.release import unlike_the_release
-<<<<<<< HEAD
 from pipeline.checkpoint.tensor_files import PROCESS, join_names, not_finite, save_pickled_tensors, save_safetensors
-=======
-from pipeline.checkpoint.tensor_files import join_names, not_finite, save_pickled_tensors, save_safetensors
 from pipeline.classes import imagenet_classes
->>>>>>> 10852a9 (Pictures that lack nothing are read whole, wrong pixels are refused; docs of every source, a property test of random trees)
 from pipeline.convert.options import ConvertOptions
 from pipeline.convert.parity import TOLERANCE, Difference, diffusers_difference, forward_difference
 from pipeline.convert.target import check_sources, check_target
