@@ -7,21 +7,21 @@ from PIL import Image
 
 _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
-    (b"PAR1", "a parquet table; leave it out by --ignore '*.parquet', or name its folder in --data"),
-    (b"ARROW1", "an arrow table; leave it out by --ignore '*.arrow', or name its folder in --data"),
-    (b"PK\x03\x04", "a zip; unpack it, or name it in --data"),
+    (b"PAR1", "a parquet table; leave out *.parquet, or name its folder as the data"),
+    (b"ARROW1", "an arrow table; leave out *.arrow, or name its folder as the data"),
+    (b"PK\x03\x04", "a zip; unpack it, or name it as the data"),
     (b"\x1f\x8b", "compressed by gzip; unpack it"),
     (b"\xfd7zXZ\0", "compressed by xz; unpack it"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
     (b"Rar!", "a rar archive; unpack it"),
-    (b"\x93NUMPY", "a NumPy array, not an image; leave it out by --ignore '*.npy'"),
+    (b"\x93NUMPY", "a NumPy array, not an image; leave out *.npy"),
     (b"\x89HDF\r\n", "an HDF5 file; write its images as files first"),
-    (b"%PDF", "a PDF, not an image; leave it out by --ignore '*.pdf'"),
+    (b"%PDF", "a PDF, not an image; leave out *.pdf"),
     (b"8BPS", "a Photoshop file; export it as PNG"),
     (b"%!PS", "PostScript, which is not read; export it as PNG"),
     (b"\x76\x2f\x31\x01", "an OpenEXR image, which is not read; export it as PNG"),
-    (b"SQLite format 3", "a SQLite database; leave it out by --ignore"),
+    (b"SQLite format 3", "a SQLite database; leave it out"),
     (b"\x80\x02", "a pickle, which is never opened"),
     (b"\x80\x04", "a pickle, which is never opened"),
     (b"\x1a\x45\xdf\xa3", "a video; extract its frames first"),
@@ -76,7 +76,7 @@ def what_it_is(data: bytes) -> str:
     if data[4:8] == b"ftyp":
         return f"{_UNKNOWN}: a video; extract its frames first"
     if data[257:262] == b"ustar":
-        return f"{_UNKNOWN}: a tar; unpack it, or name it in --data"
+        return f"{_UNKNOWN}: a tar; unpack it, or name it as the data"
     text = _kind_of_text(data[:1024])
     return f"{_UNKNOWN}: {text}" if text else _UNKNOWN
 
@@ -88,7 +88,7 @@ def _kind_of_text(start: bytes) -> str | None:
     if text[:4].lower() == b"<svg" or (text.startswith(b"<?xml") and b"<svg" in text):
         return "an SVG drawing, which is not read; export it as PNG"
     if text.startswith((b"<?xml", b"<annotation")):
-        return "XML, as annotations are; leave it out by --ignore '*.xml'"
+        return "XML, as annotations are; leave out *.xml"
     if not text or any(byte < 32 and byte not in b"\t\n\r\f" for byte in text):
         return None
     try:
@@ -97,5 +97,5 @@ def _kind_of_text(start: bytes) -> str | None:
         if error.start < len(text) - 4:
             return None
     if text[:1] in b"{[":
-        return "JSON, not an image; leave it out by --ignore '*.json'"
-    return "text, as captions are; leave it out by --ignore '*.txt'"
+        return "JSON, not an image; leave out *.json"
+    return "text, as captions are; leave out *.txt"

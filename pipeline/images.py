@@ -142,7 +142,7 @@ def _refuse_raw(image: Image.Image, data: bytes) -> None:
 
 def _refuse_dark(image: Image.Image) -> None:
     """Raise ImageError where 16 bits per channel hold 12-bit values or less, whose upper 8 bits are black."""
-    lightest = max(int(highest) for _, highest in image.getextrema())
+    lightest = int(np.asarray(image).max())
     if 0 < lightest <= _MOST_OF_12_BITS >> 8:
         raise ImageError(
             "16 bits per channel that hold values of 12 bits or less, which would turn black; bring them to the full "

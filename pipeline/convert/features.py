@@ -135,15 +135,7 @@ def import_numpy_features(
         UserError: the folders are not there or do not fit together, a file is damaged, or `out` holds something else.
     """
     features = _list(Path(folder))
-    expected = _CHANNELS if channels is None and vae is STABLE_DIFFUSION else channels
-    if expected is not None and features.shape[0] != expected:
-        moments = ", its means and log-variances, of which no store of points can be made" * (
-            features.shape[0] == 2 * expected
-        )
-        raise UserError(
-            f"{features.folder} holds features of {features.shape[0]} channels, but {vae['name']} has latents of "
-            f"{expected}{moments}; give the VAE that made them by --vae, or write one draw an image"
-        )
+    _check_channels(features, vae, channels)
     out = Path(out).absolute()
     labels = features.labels()
     class_ids, classes = _classes(features, labels, class_names)
@@ -274,6 +266,19 @@ def _classes(
     if features.folder.name.lower().startswith("imagenet") and thousand // 2 < count <= thousand:
         return [row.synset for row in imagenet_classes()], [row.names for row in imagenet_classes()]
     return [str(label) for label in range(count)], [str(label) for label in range(count)]
+
+
+def _check_channels(features: _Features, vae: Mapping[str, Any], channels: int | None) -> None:
+    """Raise UserError unless the features have as many channels as the VAE's latents, where that is known."""
+    expected = _CHANNELS if channels is None and vae is STABLE_DIFFUSION else channels
+    if expected is not None and features.shape[0] != expected:
+        moments = ", its means and log-variances, of which no store of points can be made" * (
+            features.shape[0] == 2 * expected
+        )
+        raise UserError(
+            f"{features.folder} holds features of {features.shape[0]} channels, but {vae['name']} has latents of "
+            f"{expected}{moments}; give the VAE that made them by --vae, or write one draw an image"
+        )
 
 
 def _check_out(out: Path, split: str) -> None:

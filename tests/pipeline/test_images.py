@@ -354,8 +354,8 @@ def test_a_raw_file_s_thumbnail_is_not_taken_for_its_picture():
     ("data", "told"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
-        (b"a photo of a cat", r"--ignore '\*.txt'"),
-        (b'{"label": 1}', r"--ignore '\*.json'"),
+        (b"a photo of a cat", r"leave out \*.txt"),
+        (b'{"label": 1}', r"leave out \*.json"),
         (b"PAR1" + bytes(99), "parquet"),
         (b"\x93NUMPY\1\0", "NumPy array"),
         (bytes(16) + b"\xde\xc0\xef\xbe" + bytes(99), "LMDB"),
