@@ -121,10 +121,13 @@ class EvaluationJob:
         return self._extractions(self.writes_reference, self.scores)
 
     def superseded(self) -> set[Path]:
-        """Where a killed command of these options has its features, if what they were for is there by now."""
+        """Where a killed command has features that nobody needs: of what is there by now, or --overwrite drops them."""
         asked = (self.options.make_reference is not None, bool(self.metrics))
         done = product(*((True, False) if each else (False,) for each in asked))
         folders = {folder for reference, scores in done for folder in self._extractions(reference, scores)}
+        is_own = self.options.work is None and (self.options.out or self.options.make_reference) is not None
+        if self.options.overwrite and is_own and self.work_base.exists():
+            folders |= {folder for folder in self.work_base.iterdir() if folder.is_dir()}
         return folders - self.extractions.keys()
 
     def _extractions(self, reference: bool, scores: bool) -> dict[Path, Extraction]:

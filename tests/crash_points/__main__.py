@@ -84,6 +84,7 @@ def _again_preloaded():
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
             "ACCELERATE_USE_CPU": "true",
+            "MPLCONFIGDIR": folder,
         }
         words = [sys.executable, "-m", "tests.crash_points", *sys.argv[1:]]
         return subprocess.run(words, env=environment, cwd=ROOT, check=False).returncode

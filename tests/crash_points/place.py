@@ -243,6 +243,8 @@ class Place:
         found = {}
         for path in self.out.rglob("*"):
             name = path.relative_to(self.out).as_posix()
+            if name.startswith("cache/.") and name.endswith(".partial"):
+                continue  # shared with other commands: it goes when it is old
             if visible and any(part.startswith(".") for part in name.split("/")):
                 continue
             if not path.is_dir() or path.is_symlink():

@@ -218,8 +218,9 @@ def test_a_damaged_part_is_made_again(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("what", "name"), [(("--metrics", "is", "--out"), "out.json"), (("--make-reference",), "out.npz")]
 )
+@pytest.mark.parametrize("more", [(), ("--overwrite", "--batch-size", "3")])
 def test_a_command_killed_after_its_output_had_its_name_is_cleaned_up_after_by_the_next(
-    run, tmp_path, monkeypatch, what, name
+    run, tmp_path, monkeypatch, what, name, more
 ):
     """The features, the folder that the output was made in, and the lock all stay when it is killed there."""
     out = tmp_path / name
@@ -234,5 +235,5 @@ def test_a_command_killed_after_its_output_had_its_name_is_cleaned_up_after_by_t
     work = work_folder_of(out)
     (work / "present").mkdir(parents=True)
     assert sorted(hidden_names(tmp_path)) == [f".{name}.features", f".{name}.work"]
-    assert run(*command)[0] == 0
+    assert run("--samples", images(tmp_path / "a.npz", 0), *what, out, *more)[0] == 0
     assert hidden_names(tmp_path) == []
