@@ -17,7 +17,7 @@ test: $(VENV)/.installed-test
 	python -m pytest -n 2 --dist loadscope -m "not slow and not gpu" -q
 
 slow: $(VENV)/.installed-test
-	python -m pytest -n 2 --dist loadscope -m "slow and not gpu" -q --durations=10 --ignore tests/crash_points
+	$(if $(shell command -v g++),FAKE_CUDA=required) python -m pytest -n 2 --dist loadscope -m "slow and not gpu" -q --durations=10 --ignore tests/crash_points
 
 crash-points: $(VENV)/.installed-test
 	python -m tests.crash_points --jobs 2 --table docs/robustness.md $(ARGS)
