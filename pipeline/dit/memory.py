@@ -24,9 +24,14 @@ _PER_TOKEN: Final[dict[Precision, tuple[float, float, float]]] = {
 block that is computed again, or whose gradients are being made."""
 _PER_IMAGE: Final = 60.0
 """Bytes per channel and block of an image: the modulation by timestep and class."""
-_CONDITIONING: Final = {"adaln-zero": 1.0, "adaln": 0.842, "cross-attention": 0.869, "in-context": 0.675}
-"""What a block keeps, as a share of adaLN-Zero's."""
-_QK_NORM: Final = 1.268
+_CONDITIONING: Final = {
+    "adaln-zero": (1.0, 1.0),
+    "adaln": (0.842, 0.895),
+    "cross-attention": (0.869, 0.993),
+    "in-context": (0.675, 0.790),
+}
+"""What a block keeps at 16 bits and in float32, as a share of adaLN-Zero's."""
+_QK_NORM: Final = (1.268, 1.101)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +80,8 @@ def step_memory(config: DiTConfig, settings: StepSettings) -> dict[str, int]:
 def activation_bytes(config: DiTConfig, *, precision: Precision, checkpointing: bool) -> int:
     """What one image keeps for the backward pass, in bytes."""
     block, rest, recomputed = _PER_TOKEN[precision]
-    block *= _CONDITIONING[config.conditioning] * (_QK_NORM if config.qk_norm else 1.0)
+    full = precision == "no"
+    block *= _CONDITIONING[config.conditioning][full] * (_QK_NORM[full] if config.qk_norm else 1.0)
     per_token = 4 * config.depth + recomputed if checkpointing else block * config.depth + rest
     return int(config.hidden_size * (tokens(config) * per_token + _PER_IMAGE * config.depth))
 

@@ -60,6 +60,10 @@ FITS = {
     "XL/2 at 512 px, checkpointing": {"preset": "DiT-XL/2", "side": 64, "batch": 4, "checkpointing": True},
     "L/4": {"preset": "DiT-L/4", "batch": 64},
     "B/8 in float32": {"preset": "DiT-B/8", "batch": 256, "precision": "no"},
+    "cross-attention in float32": {"batch": 32, "precision": "no", "conditioning": "cross-attention"},
+    "adaln in float32": {"batch": 32, "precision": "no", "conditioning": "adaln"},
+    "in-context in float32": {"batch": 32, "precision": "no", "conditioning": "in-context"},
+    "qk-norm in float32": {"batch": 32, "precision": "no", "qk_norm": True},
     "B/2 in float32, checkpointing": {"preset": "DiT-B/2", "batch": 32, "precision": "no", "checkpointing": True},
 }
 """Steps beside VARIANTS whose memory is compared with the formula."""
