@@ -77,7 +77,7 @@ def refuse_too_small_a_card(
     way = f"{fitting[0]} would fit" if fitting else "no setting of these makes it fit; take a smaller --model"
     sentence = f"this run needs about {size(needed)} on each GPU, which has {size(memory_bytes)}; {way}"
     if not allowed:
-        raise UserError(f"{sentence} (or pass --allow-too-little to try all the same)")
+        raise UserError(f"{sentence} (or pass --anyway to try all the same)")
     warn(sentence)
 
 

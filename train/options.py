@@ -237,7 +237,7 @@ class RunOptions:
     """Begin anew: remove the run that --out holds."""
     dry_run: Free[bool] = False
     """Say what would be trained and what each GPU would hold, then end; nothing is written."""
-    allow_too_little: Free[bool] = False
+    anyway: Free[bool] = False
     """Go on although the GPU's memory or the disk seems too small."""
     save_every: Free[int] = 10_000
     """Steps between two checkpoints; one more is written at the end."""

@@ -119,7 +119,7 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
         config,
         memory.settings_of(options, machine),
         memory.device_bytes(machine.device),
-        allowed=options.run.allow_too_little,
+        allowed=options.run.anyway,
     )
 
     # The run that is there, or a new one; nothing is written yet.
@@ -230,7 +230,7 @@ def _check_room(options: TrainOptions, config: DiTConfig) -> None:
             f"{options.run.out} has {free / 1e9:.1f} GB free, but a checkpoint takes {needed / 1e9:.1f} GB and the "
             f"run that --overwrite replaces stays until there is one; free some space or choose another --out"
         )
-        if not options.run.allow_too_little:
+        if not options.run.anyway:
             raise UserError(sentence)
         warn(sentence)
 

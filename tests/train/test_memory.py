@@ -57,8 +57,8 @@ def test_who_insists_is_warned_and_goes_on(caplog):
 def test_the_check_stands_before_the_first_step_of_a_run(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "device_bytes", lambda _device: 10**9)
     assert train(store, tmp_path / "run", "--batch-size", "8", steps=2) == 2
-    assert "--allow-too-little" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    assert train(store, tmp_path / "run", "--allow-too-little", steps=1) == 0
+    assert "--anyway" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert train(store, tmp_path / "run", "--anyway", steps=1) == 0
     assert len(lines(tmp_path / "run")) == 1
 
 
