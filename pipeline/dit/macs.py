@@ -1,6 +1,7 @@
 """Parameters and multiply-adds of a network, counted on tensors that hold no numbers."""
 
 import dataclasses
+import functools
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,6 +51,7 @@ _PAPER: dict[tuple[str, Conditioning, int], tuple[float, int]] = {
 }
 
 
+@functools.lru_cache
 def count_parameters(config: DiTConfig) -> int:
     """Trainable parameters."""
     return sum(parameter.numel() for parameter in on_meta(config).parameters())

@@ -57,7 +57,8 @@ def limited(most, error=torch.OutOfMemoryError):
     return build
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, pytest.param(RuntimeError, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_a_batch_is_halved_until_it_fits_in_whichever_words_memory_ends(error):
     assert train.largest_that_fits(limited(8, error), 64, CPU) == 8
     assert train.largest_that_fits(limited(64, error), 64, CPU) == 64

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipeline", "extract", "train", "sample")
 WRITING = {"making", "publish", "publish_folder", "replacing", "write_bytes", "write_json", "write_text", "rename"}
 WRITING |= {"link", "symlink_to", "copyfile", "copy2", "copytree", "move", "save_safetensors", "save_pickled_tensors"}
-SAMPLED = ["dit-sample .npz --overwrite", "dit-convert dit --overwrite"]
+SAMPLED = ["dit-convert dit --overwrite"]
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ def test_threads_of_the_caller_do_not_matter(vae_folder):
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_gives_the_same_within_rounding_and_is_compiled_by_one_thread(vae_folder, monkeypatch):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")

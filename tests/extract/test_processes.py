@@ -146,7 +146,7 @@ pathlib.Path.unlink = dying
 """
 
 
-@pytest.mark.parametrize("after", [1, 7, 15, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 6, 10, 14))])
+@pytest.mark.parametrize("after", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 6, 10, 14, 15))])
 def test_a_kill_during_overwrite_leaves_what_the_same_command_goes_on_with(tmp_path, start, reference, hashes, after):
     """Seven shards, seven records, the list of what was skipped and the manifest go one after the other."""
     out = tmp_path / "store"

@@ -38,6 +38,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(poisoned, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_go_back_and_jump_past_them_and_resuming_does_the_same(poisoned, tmp_path, capsys):
     flags = [*SAVING, "--max-skipped-in-a-row", "1"]
     run, first_bad = tmp_path / "run", bad_batches(6)[0]

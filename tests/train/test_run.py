@@ -40,6 +40,7 @@ def test_points_that_are_not_square_train_too(tmp_path):
 
 # The tracer itself looks at gradients of intermediate tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+@pytest.mark.slow
 def test_a_compiled_network_trains_as_it_does_plainly_and_saves_plain_names(store, tmp_path, monkeypatch):
     monkeypatch.setattr("train.run.compile_blocks", lambda network: compile_blocks(network, backend="aot_eager"))
     assert train(store, tmp_path / "plain", steps=3) == 0

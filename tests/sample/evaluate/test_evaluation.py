@@ -142,6 +142,7 @@ def test_fid_carries_its_count(run, tmp_path):
     assert "warning" not in notes
 
 
+@pytest.mark.slow
 def test_a_reference_in_adms_form_gives_its_own_statistics_and_its_images(run, sets, tmp_path, pictures):
     """FID from mu and sigma as they stand, precision and recall from the images beside them."""
     eye = np.diag(np.arange(2048) < MOVING).astype(np.float64)
@@ -283,6 +284,7 @@ def test_two_processes_give_the_numbers_of_one(run, sets, tmp_path, weights_file
     assert one["samples"] == two["samples"]
 
 
+@pytest.mark.slow
 def test_the_numbers_do_not_depend_on_the_number_of_cores(run, sets, tmp_path):
     import torch
 

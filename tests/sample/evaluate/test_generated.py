@@ -101,6 +101,7 @@ def test_a_vae_of_other_latents_is_refused(store, tmp_path):
         open_store(str(store), options)
 
 
+@pytest.mark.slow
 def test_every_form_of_checkpoint_that_is_sampled_is_evaluated(evaluate, tiny, tmp_path):
     from pipeline.convert.options import ConvertOptions
     from pipeline.convert.run import convert

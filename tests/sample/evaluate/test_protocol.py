@@ -56,6 +56,7 @@ def frechet(a, b):
     return difference @ difference + np.trace(cov_a + cov_b - 2 * np.real(scipy.linalg.sqrtm(cov_a @ cov_b)))
 
 
+@pytest.mark.slow
 def test_the_five_metrics_of_adm_from_images_to_numbers(run, sets, tmp_path):
     place, images = sets
     said = run("--samples", place / "a.npz", "--reference", place / "b.npz", "--out", tmp_path / "r.json")
