@@ -19,6 +19,7 @@ from pipeline.checkpoint.tensor_files import load_tensors
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, replacing, sha256_of
+from pipeline.runtime.work_queue import exclusive
 from sample.evaluate.inception import FIDInception
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
@@ -122,18 +123,35 @@ def _download(url: str) -> Path:
             f"--inception {url} is no http(s) address of a file whose name ends in its hash; {_where_to_get_it()}"
         )
     path = cache_folder() / name
-    if path.is_file():
+    if path.is_file() and not _left(path):
         return path
     make_folder(path.parent)
-    say(f"downloading {url} to {path}")
+    lock = path.with_name(f".{name}.lock")
+    with exclusive(lock, needed=False):
+        try:
+            for killed in _left(path):  # whoever wrote these held the lock
+                killed.unlink(missing_ok=True)
+            if not path.is_file():
+                say(f"downloading {url} to {path}")
+                _fetch(url, path)
+        finally:
+            lock.unlink(missing_ok=True)  # who waits for it notices, and makes it anew
+    return path
+
+
+def _left(path: Path) -> list[Path]:
+    """Half-fetched files of commands that fetch, or were killed while they did."""
+    return sorted(path.parent.glob(f".{path.name}.*.partial*"))
+
+
+def _fetch(url: str, path: Path) -> None:
     with replacing(path) as temporary:
         try:
             with time_limited():
                 torch.hub.download_url_to_file(url, str(temporary), progress=sys.stderr.isatty())
         except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
             raise UserError(f"{url} cannot be downloaded ({error}); {_where_to_get_it()}") from error
-        _check_hash(name, sha256_of(temporary), url)
-    return path
+        _check_hash(path.name, sha256_of(temporary), url)
 
 
 @contextmanager

@@ -71,6 +71,17 @@ def test_an_address_is_fetched_once_into_the_cache(server, cache):
     assert len(asked) == 1
 
 
+def test_what_a_killed_download_left_goes_with_the_next(server, cache):
+    folder, address, _ = server
+    name = named_by_hash(b"weights")
+    (folder / name).write_bytes(b"weights")
+    cache.mkdir(parents=True, exist_ok=True)
+    for left in (f".{name}.4711.partial", f".{name}.4711.partial.0a0a.partial"):
+        (cache / left).write_bytes(b"half")
+    assert find_inception(f"{address}/{name}").path == cache / name
+    assert [path.name for path in cache.iterdir()] == [name]
+
+
 def test_a_download_with_another_hash_leaves_nothing_behind(server, cache):
     folder, address, _ = server
     (folder / "weights-00000000.pth").write_bytes(b"something else")
