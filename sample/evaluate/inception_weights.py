@@ -123,13 +123,13 @@ def _download(url: str) -> Path:
             f"--inception {url} is no http(s) address of a file whose name ends in its hash; {_where_to_get_it()}"
         )
     path = cache_folder() / name
-    if path.is_file() and not _left(path):
+    lock = path.with_name(f".{name}.lock")
+    if path.is_file() and not lock.exists():  # else a command fetches, or was killed while it did
         return path
     make_folder(path.parent)
-    lock = path.with_name(f".{name}.lock")
     with exclusive(lock, needed=False):
         try:
-            for killed in _left(path):  # whoever wrote these held the lock
+            for killed in path.parent.glob(f".{name}.*.partial*"):  # whoever wrote these held the lock
                 killed.unlink(missing_ok=True)
             if not path.is_file():
                 say(f"downloading {url} to {path}")
@@ -137,11 +137,6 @@ def _download(url: str) -> Path:
         finally:
             lock.unlink(missing_ok=True)  # who waits for it notices, and makes it anew
     return path
-
-
-def _left(path: Path) -> list[Path]:
-    """Half-fetched files of commands that fetch, or were killed while they did."""
-    return sorted(path.parent.glob(f".{path.name}.*.partial*"))
 
 
 def _fetch(url: str, path: Path) -> None:

@@ -392,6 +392,14 @@ def test_what_the_releases_format_cannot_say_is_said(tmp_path, ours, run):
         assert unsaid in err
 
 
+def test_a_transformer_folder_without_its_pipeline_is_a_checkpoint_whose_classes_are_numbers(tmp_path, ours, run):
+    assert run(ours, tmp_path / "pipe", "diffusers")[0] == 0
+    alone = (tmp_path / "pipe" / "transformer").rename(tmp_path / "alone")
+    found = read_checkpoint(alone)
+    assert found.config == read_checkpoint(ours).config
+    assert found.info["classes"] == [str(label) for label in range(found.config.num_classes)]
+
+
 def test_the_transformer_of_a_pipeline_knows_its_process(tmp_path, ours, run):
     rewrite(ours, diffusion=GaussianDiffusion(prediction="v").to_json())
     assert run(ours, tmp_path / "pipe", "diffusers")[0] == 0

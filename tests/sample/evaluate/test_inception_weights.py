@@ -76,10 +76,11 @@ def test_what_a_killed_download_left_goes_with_the_next(server, cache):
     name = named_by_hash(b"weights")
     (folder / name).write_bytes(b"weights")
     cache.mkdir(parents=True, exist_ok=True)
-    for left in (f".{name}.4711.partial", f".{name}.4711.partial.0a0a.partial"):
-        (cache / left).write_bytes(b"half")
-    assert find_inception(f"{address}/{name}").path == cache / name
-    assert [path.name for path in cache.iterdir()] == [name]
+    for _ in range(2):  # killed before the file has its name, and after
+        for left in (f".{name}.4711.partial", f".{name}.4711.partial.0a0a.partial", f".{name}.lock"):
+            (cache / left).write_bytes(b"half")
+        assert find_inception(f"{address}/{name}").path == cache / name
+        assert [path.name for path in cache.iterdir()] == [name]
 
 
 def test_a_download_with_another_hash_leaves_nothing_behind(server, cache):
