@@ -266,7 +266,7 @@ SITES = {
     "train/run_folder.py:append": "dit-train",
     "sample/evaluate/evaluation.py:_write_reference": "dit-evaluate --make-reference",
     "sample/evaluate/evaluation.py:_score": "dit-evaluate --out",
-    "sample/evaluate/inception_weights.py:_download": "dit-evaluate --inception URL",
+    "sample/evaluate/inception_weights.py:_fetch": "dit-evaluate --inception URL",
     "sample/evaluate/reference.py:write_statistics": "dit-evaluate --make-reference",
     "sample/outputs.py:write_npz": "dit-sample .npz",
     "sample/outputs.py:_store_array": "dit-sample .npz",
