@@ -15,21 +15,6 @@ from pipeline.runtime.errors import UserError
 DATASET_JSON = "dataset.json"
 
 
-def is_dataset_json(data: bytes, where: str) -> bool:
-    """Whether the contents of such a file are a list of labels, and not another program's.
-
-    Raises:
-        UserError: they are no JSON.
-    """
-    content = _content(data)
-    if content is None:
-        raise UserError(
-            f"{where} would tell the labels, but is no JSON that can be read; fetch it again, or read the folders "
-            "without it by --ignore dataset.json"
-        )
-    return "labels" in content
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labelled:
     """The files that `dataset.json` is about, with their labels."""
@@ -39,15 +24,23 @@ class Labelled:
     notes: list[str]
 
 
-def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str) -> Labelled:
+def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str) -> Labelled | None:
     """The labels of the images among the files `found`; all unlabelled where the file says null.
 
+    None where it says nothing of labels: it is another program's.
+
     Raises:
-        UserError: the file is malformed, or some image is not in it.
+        UserError: the file is no JSON or malformed, or some image is not in it.
     """
-    keys = sorted(name for name in found if name != DATASET_JSON)
     content = _content(data)
-    rows: Any = content.get("labels") if content is not None else ()
+    if content is None:
+        raise UserError(
+            f"{where} would tell the labels, but is no JSON that can be read; fetch it again, or read the folders "
+            "without it by --ignore dataset.json"
+        )
+    if "labels" not in content:
+        return None
+    keys, rows = sorted(name for name in found if name != DATASET_JSON), content["labels"]
     if rows is None:
         return Labelled(keys=keys, labels=Labels(values=[UNLABELLED] * len(keys)), notes=[f"{where} gives no labels"])
     if isinstance(rows, dict):

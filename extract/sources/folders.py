@@ -10,9 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from extract.sources.dataset_json import DATASET_JSON, is_dataset_json, labelled_by_dataset_json
+from extract.sources.dataset_json import DATASET_JSON, labelled_by_dataset_json
 from extract.sources.imagenet import hash_of_labels, listed_labels
 from extract.sources.labels import (
     IMAGE_SUFFIXES,
@@ -24,7 +23,15 @@ from extract.sources.labels import (
     synset_in_name,
     synsets_in_names,
 )
-from extract.sources.listing import UNLABELLED, Listing, MtimeSize, UnreadableInputError, printable, sorted_listing
+from extract.sources.listing import (
+    UNLABELLED,
+    Listing,
+    MtimeSize,
+    Source,
+    UnreadableInputError,
+    printable,
+    sorted_listing,
+)
 from extract.sources.litter import LeftOut, made_here, rule_against
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
@@ -43,7 +50,7 @@ _REFUSED = (PermissionError, IsADirectoryError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FolderSource:
+class FolderSource(Source):
     """A folder of class folders, or a flat folder."""
 
     root: Path
@@ -63,18 +70,6 @@ class FolderSource:
         return f"folder {self.root}"
 
     @property
-    def is_remote(self) -> bool:
-        return False
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {}
-
-    @property
-    def as_served(self) -> None:
-        return None
-
-    @property
     def identity(self) -> str:
         labels = hash_of_labels(self.label_of) if self.label_of is not None else ""
         return "\n".join(["folder", str(self.root.absolute()), *self.ignored, labels, self.layout])
@@ -92,8 +87,7 @@ class FolderSource:
             return tree.listing(keys + beside, labels, self.label_ids, labels_from="the list of validation labels")
         if self.layout in ("auto", "dataset-json") and DATASET_JSON in beside:
             data, where = (self.root / DATASET_JSON).read_bytes(), str(self.root / DATASET_JSON)
-            if is_dataset_json(data, where):
-                found = labelled_by_dataset_json(data, keys + beside, where)
+            if (found := labelled_by_dataset_json(data, keys + beside, where)) is not None:
                 return tree.labelled(found.keys, found.labels, DATASET_JSON, notes=found.notes)
         if self.layout == "dataset-json":
             raise UserError(f"--layout dataset-json: {self.root} holds no {DATASET_JSON} with labels in it")

@@ -11,7 +11,7 @@ from typing import Any
 
 from extract.sources.folders import gone
 from extract.sources.labels import AS_GIVEN, Labels, numbered_labels
-from extract.sources.listing import UNLABELLED, Listing, UnreadableInputError, sorted_listing
+from extract.sources.listing import UNLABELLED, Listing, Source, UnreadableInputError, sorted_listing
 from extract.sources.tables import LABEL_COLUMNS, PATH_COLUMNS, refuse_missing
 from pipeline.classes import synsets_of
 from pipeline.hub import offline_if_unreachable
@@ -22,7 +22,7 @@ _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)\b", re.IGN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TableSource:
+class TableSource(Source):
     """The rows of a data set."""
 
     name: str
@@ -39,16 +39,8 @@ class TableSource:
         return f"data set {self.name} ({len(self.table):,} rows; {columns})"
 
     @property
-    def is_remote(self) -> bool:
-        return False
-
-    @property
     def settings(self) -> Mapping[str, Any]:
         return {"image-column": self.image_column, "label-column": self.label_column}
-
-    @property
-    def as_served(self) -> None:
-        return None
 
     @property
     def identity(self) -> str:

@@ -83,7 +83,7 @@ class Listing:
 
 
 class Source(Protocol):
-    """One kind of place that images come from."""
+    """One kind of place that images come from; a local one, whose name alone decides, unless it says otherwise."""
 
     @property
     def description(self) -> str:
@@ -96,14 +96,17 @@ class Source(Protocol):
     @property
     def is_remote(self) -> bool:
         """Whether listing means fetching everything."""
+        return False
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """What else decides about which bytes are read, by the flag that says it."""
+        return {}
 
     @property
     def as_served(self) -> str | None:
         """Tells the bytes that a server has from those that it had or will have; None where none is asked."""
+        return None
 
     def inputs(self) -> Listing:
         """Every input, without opening it where the source allows that.

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 else:
     SourceOptions = object
 
+_LARGER_FILES = (".parquet", ".arrow", ".tar")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
 
@@ -33,6 +34,7 @@ class Given:
     """Where copies of remote tars go."""
     left_out: Path | None
     """The store's folder, which is no part of the data wherever it lies."""
+    _seen: dict[Path, list[Path]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def data(self) -> str:
@@ -60,6 +62,14 @@ class Given:
         with os.scandir(folder) as found:
             named = [entry for entry in found if rule_against(entry.name, self.options.ignored) is None]
         return sorted(Path(entry) for entry in named if not entry.is_dir() or not self._is_ours(Path(entry)))
+
+    def larger_files(self, folder: Path) -> list[Path]:
+        """The tables and tars in a folder or one below; looked for once, as a million images may lie beside them."""
+        if folder not in self._seen:
+            here = _entries_of(folder)
+            below = (entry for inner in here if inner.is_dir() for entry in _entries_of(inner))
+            self._seen[folder] = [Path(entry) for entry in chain(here, below) if entry.name.endswith(_LARGER_FILES)]
+        return self._seen[folder]
 
     def _is_ours(self, folder: Path) -> bool:
         is_out = self.left_out is not None and folder.resolve() == self.left_out.resolve()
@@ -91,6 +101,15 @@ class Given:
         """Whether images lie directly in a folder, as far as its first entries tell."""
         some = [path for path in self.entries(folder)[:50] if path.is_file()]
         return any(path.name.lower().endswith(IMAGE_SUFFIXES) or looks_like_image(path) for path in some)
+
+
+def _entries_of(folder: str | os.PathLike[str]) -> list["os.DirEntry[str]"]:
+    """All that lies in a folder; nothing where it may not be looked at, which the listing says later."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (PermissionError, FileNotFoundError, NotADirectoryError):
+        return []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +153,7 @@ def _is_tables_alone(given: Given, folder: Path) -> bool:
 
 def _tables_in(given: Given, folder: Path) -> list[Path]:
     """The parquet and arrow files in a folder or one below, that may be data."""
-    found = [path for kind in ("parquet", "arrow") for depth in ("", "*/") for path in folder.glob(f"{depth}*.{kind}")]
+    found = [path for path in given.larger_files(folder) if path.suffix != ".tar"]
     below = {path.parent for path in found if path.parent != folder}
     allowed = {folder} | (below.intersection(given.entries(folder)) if below else set())
     ignored = given.options.ignored
@@ -285,7 +304,7 @@ def _tars_in(given: Given) -> tuple[list[Path], list[str]]:
 
 def _tars_below(given: Given, entries: list[Path], folders: list[Path]) -> list[Path]:
     """The tars in sub-folders, where these hold tars alone."""
-    if next(given.root.glob("*/*.tar"), None) is None:
+    if not any(path.suffix == ".tar" and path.parent != given.root for path in given.larger_files(given.root)):
         return []
     files = [path for folder in folders for path in given.entries(folder)]
     tars = [path for path in files if path.suffix == ".tar" and path.is_file()]

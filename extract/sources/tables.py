@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.errors import UserError
 
 PATH_COLUMNS = ("image", "image_path", "img_path", "file_name", "filename", "file", "path", "filepath", "file_path")
 LABEL_COLUMNS = ("label", "labels", "cls", "class")
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.parquet|\.arrow)")
-_POINTER = b"version https://git-lfs"
 
 
 def holds_images(folder: Path, files: Sequence[Path], chosen: str | None) -> bool:
@@ -77,12 +77,8 @@ def _schema(path: Path) -> Any:
     except (pa.ArrowException, OSError) as error:
         if path.suffix == ".arrow":
             return None
-        with path.open("rb") as file:
-            start = file.read(len(_POINTER))
-        what = "is a Git LFS pointer and not the table itself; run git lfs pull" if start == _POINTER else ""
-        raise UserError(
-            f"{path} {what or f'cannot be read as parquet ({error}); fetch it again'}, or leave it out by --ignore"
-        ) from error
+        what = POINTER_ADVICE if is_pointer(path) else f"cannot be read as parquet ({error}); fetch it again"
+        raise UserError(f"{path} {what}, or leave it out by --ignore") from error
 
 
 def refuse_missing(files: Sequence[Path], *, anyway: bool) -> str | None:

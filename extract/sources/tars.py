@@ -25,7 +25,7 @@ from extract.sources.labels import (
     numbered_labels,
     synsets_in_names,
 )
-from extract.sources.listing import UNLABELLED, Listing, MtimeSize, UnreadableInputError, sorted_listing
+from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
 from extract.sources.litter import LeftOut, rule_against_path
 from extract.sources.remote import fetch, is_remote, local_place
 from extract.sources.samples import LINK, Member, grouped, reader_for
@@ -53,7 +53,7 @@ class _Found:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TarSource:
+class TarSource(Source):
     """Images inside one or many tars."""
 
     addresses: tuple[str, ...]
@@ -100,7 +100,7 @@ class TarSource:
             self.layout,
             self.split,
         )
-        return "\n".join(["tars", *self.addresses, *chosen, self.layout, self.split, *filter(None, [self.as_served])])
+        return "\n".join(["tars", *self.addresses, *chosen, *filter(None, [self.as_served])])
 
     @property
     def as_served(self) -> str | None:

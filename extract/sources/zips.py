@@ -4,15 +4,13 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from extract.sources.dataset_json import DATASET_JSON, is_dataset_json, labelled_by_dataset_json
+from extract.sources.dataset_json import DATASET_JSON, labelled_by_dataset_json
 from extract.sources.folders import LARGEST_INPUT, gone, storage_failed
 from extract.sources.labels import Labels, class_folders, labels_of_names, synsets_in_names
-from extract.sources.listing import UNLABELLED, Listing, MtimeSize, UnreadableInputError, sorted_listing
+from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
 from extract.sources.litter import LeftOut, rule_against_path
 from pipeline.runtime.errors import UserError
 
@@ -22,7 +20,7 @@ _ENCRYPTED = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ZipSource:
+class ZipSource(Source):
     """One zip of images."""
 
     path: Path
@@ -33,18 +31,6 @@ class ZipSource:
     @property
     def description(self) -> str:
         return f"zip {self.path}"
-
-    @property
-    def is_remote(self) -> bool:
-        return False
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {}
-
-    @property
-    def as_served(self) -> None:
-        return None
 
     @property
     def identity(self) -> str:
@@ -92,8 +78,7 @@ class ZipSource:
         self, names: list[str], data: bytes | None, left_out: LeftOut
     ) -> tuple[list[str], Labels, str, list[str]]:
         where = f"{self.path}/{DATASET_JSON}"
-        if data is not None and is_dataset_json(data, where):
-            found = labelled_by_dataset_json(data, names, where)
+        if data is not None and (found := labelled_by_dataset_json(data, names, where)) is not None:
             return found.keys, found.labels, DATASET_JSON, found.notes
         if self.layout == "dataset-json":
             raise UserError(f"--layout dataset-json: {self.path} holds no {DATASET_JSON} with labels in it")

@@ -1,7 +1,9 @@
 """Every row of docs/sources.md: what people bring is read as what it is, or refused in a sentence; never wrongly in silence."""
 
 import json
+import os
 import zipfile
+from collections import Counter
 
 import pytest
 from pyarrow import parquet, table
@@ -43,6 +45,22 @@ def test_numbered_class_folders_are_sorted_as_numbers_and_it_is_said(tmp_path, t
     source, listing = opened(tmp_path / "d", tmp_path)
     assert listing.class_ids == tuple(map(str, range(12)))
     assert "sorted as numbers" in " ".join(understood.lines(source.description, listing, listing.class_ids))
+
+
+def test_opening_a_folder_looks_into_each_class_folder_once(tmp_path, tree, image, monkeypatch):
+    """A million images may lie in them, on a slow disk; the listing looks a second time."""
+    tree(tmp_path / "d", {f"{name}/{number}.jpg": image for name in ("a", "b") for number in range(3)})
+    looks, scandir = Counter(), os.scandir
+
+    def counted(path="."):
+        looks[os.fspath(path)] += 1
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    source = open_source(SourceOptions(data=str(tmp_path / "d")), tmp_path / "copies")
+    assert looks[str(tmp_path / "d" / "a")] == 1
+    assert len(source.inputs()) == 6
+    assert looks[str(tmp_path / "d" / "a")] == 2
 
 
 def test_a_class_called_like_the_split_is_not_taken_for_it(tmp_path, tree, image):
