@@ -15,9 +15,15 @@ from benchmarks.report import table
 from benchmarks.stores import latent_spec, write_store
 from benchmarks.vae import count_vae
 from pipeline.dit import DiTConfig
-from pipeline.dit.config import PRESETS
 from pipeline.dit.macs import count_macs, count_parameters
-from pipeline.dit.memory import CONTEXT_BYTES, StepSettings, activation_bytes, step_memory
+from pipeline.dit.memory import (
+    CONTEXT_BYTES,
+    StepSettings,
+    activation_bytes,
+    standing_bytes,
+    step_memory,
+    tabled_networks,
+)
 
 IMAGENET = 1_281_167
 
@@ -108,15 +114,13 @@ def memory() -> list[tuple[str, ...]]:
     """What a training step holds on one GPU in bf16, and how many images fit at a time."""
     heads = ("model", "pixels", "stays, GiB", "casts, GiB", "an image, GiB", "the same, checkpointed", "DDP, GiB more")
     rows: list[tuple[str, ...]] = [(*heads, *(f"images on {gb} GB" for gb in CARDS_GB))]
-    for model, side in [*((model, 32) for model in PRESETS), ("DiT-XL/2", 64)]:
-        config = DiTConfig.from_preset(model, input_size=side)
-        terms = step_memory(config, StepSettings(images=1))
-        stays = sum(terms[name] for name in ("weights", "averages", "AdamW"))
+    for model, config in tabled_networks():
+        terms, stays = step_memory(config, StepSettings(images=1)), standing_bytes(config)
         one = [activation_bytes(config, precision="bf16", checkpointing=kept) for kept in (False, True)]
         sizes = (stays, terms["casts"], *one, terms["weights"])
         cells = [f"{value / 2**30:.{digits}f}" for value, digits in zip(sizes, (2, 2, 3, 3, 2), strict=True)]
         most = [max(0, int((gb * 1e9 - CONTEXT_BYTES - stays - terms["casts"]) // one[0])) for gb in CARDS_GB]
-        rows.append((model, str(8 * side), *cells, *(f"{images:,}" for images in most)))
+        rows.append((model, str(8 * config.height), *cells, *(f"{images:,}" for images in most)))
     return rows
 
 

@@ -8,8 +8,7 @@ from types import TracebackType
 
 from extract.plan import Plan
 from extract.store_folder import OutputFolder
-from pipeline.runtime.console import progress, say, warn
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.console import progress, refuse_unless, say
 from pipeline.runtime.units import size
 
 _LOOK_AROUND_S = 5.0
@@ -124,12 +123,11 @@ def disk_estimate(amount: Amount, path: Path, *, missing: int, anyway: bool = Fa
     needed = amount.plan.samples * amount.sample_bytes
     free = shutil.disk_usage(path).free
     if missing * amount.sample_bytes > free:
-        sentence = (
-            f"the store needs {size(missing * amount.sample_bytes)} more, but only {size(free)} are free at {path}"
+        refuse_unless(
+            anyway,
+            f"the store needs {size(missing * amount.sample_bytes)} more, but only {size(free)} are free at {path}",
+            "; free some, name another --out, or go on until it is full by --anyway",
         )
-        if not anyway:
-            raise UserError(f"{sentence}; free some, name another --out, or go on until it is full by --anyway")
-        warn(sentence)
     return (
         f"the store will take {size(needed)} of disk ({size(free)} free): {amount.plan.samples:,} images of "
         f"{size(amount.sample_bytes)}, in shards of {amount.plan.samples_per_shard:,}"

@@ -7,8 +7,7 @@ import torch
 
 from pipeline.dit import DiTConfig
 from pipeline.dit.memory import CONTEXT_BYTES, StepSettings, step_memory
-from pipeline.runtime.console import warn
-from pipeline.runtime.errors import UserError
+from pipeline.runtime.console import refuse_unless
 from pipeline.runtime.units import size
 from train.distributed import Hardware
 from train.options import TrainOptions
@@ -76,9 +75,7 @@ def refuse_too_small_a_card(
     fitting = [words for words, other in _ways(settings) if needed_bytes(config, other) <= memory_bytes]
     way = f"{fitting[0]} would fit" if fitting else "no setting of these makes it fit; take a smaller --model"
     sentence = f"this run needs about {size(needed)} on each GPU, which has {size(memory_bytes)}; {way}"
-    if not allowed:
-        raise UserError(f"{sentence} (or pass --anyway to try all the same)")
-    warn(sentence)
+    refuse_unless(allowed, sentence, " (or pass --anyway to try all the same)")
 
 
 def device_bytes(device: torch.device) -> int | None:

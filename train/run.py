@@ -16,7 +16,7 @@ from pipeline.diffusion import Process
 from pipeline.dit import DiT, DiTConfig, compile_blocks
 from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.latents import LatentStore, Manifest
-from pipeline.runtime.console import say, warn
+from pipeline.runtime.console import refuse_unless, say
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.launchers import wishes
@@ -226,13 +226,11 @@ def _check_room(options: TrainOptions, config: DiTConfig) -> None:
     """Raise UserError unless a first checkpoint fits beside the run that is to be replaced by it."""
     needed, free = checkpoint_bytes(options, config), shutil.disk_usage(options.run.out).free
     if (options.run.out / CONFIG).is_file() and needed > free:
-        sentence = (
+        refuse_unless(
+            options.run.anyway,
             f"{options.run.out} has {free / 1e9:.1f} GB free, but a checkpoint takes {needed / 1e9:.1f} GB and the "
-            f"run that --overwrite replaces stays until there is one; free some space or choose another --out"
+            f"run that --overwrite replaces stays until there is one; free some space or choose another --out",
         )
-        if not options.run.anyway:
-            raise UserError(sentence)
-        warn(sentence)
 
 
 def _start_state(network: DiT, options: TrainOptions, machine: Hardware) -> TrainState:

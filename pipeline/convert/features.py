@@ -260,11 +260,10 @@ def _classes(
         raise UserError(f"the labels lie in {labels.min()} … {count - 1}{known}; every label needs a class")
     if names is not None:
         return [str(label) for label in range(len(names))], list(names)
-    thousand = len(
-        imagenet_classes()
-    )  # fast-DiT writes `imagenet256_features` whatever the data: labels must say it too
-    if features.folder.name.lower().startswith("imagenet") and thousand // 2 < count <= thousand:
-        return [row.synset for row in imagenet_classes()], [row.names for row in imagenet_classes()]
+    imagenet = imagenet_classes()
+    # fast-DiT writes `imagenet256_features` whatever the data: labels must say it too.
+    if features.folder.name.lower().startswith("imagenet") and len(imagenet) // 2 < count <= len(imagenet):
+        return [row.synset for row in imagenet], [row.names for row in imagenet]
     return [str(label) for label in range(count)], [str(label) for label in range(count)]
 
 

@@ -4,13 +4,13 @@ The constants were read off steps traced storage by storage (`tests/fake_cuda`),
 5 % of the traced peak. Fragmentation, workspaces and the CUDA context come on top: about a GB on a real card.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-from pipeline.dit.config import DiTConfig
+from pipeline.dit.config import PRESETS, DiTConfig
 from pipeline.dit.macs import count_parameters
-
-Precision = Literal["no", "bf16", "fp16"]
+from pipeline.runtime.devices import Precision
 
 CONTEXT_BYTES: Final = 10**9
 """For the context, workspaces and what the allocator cannot use; an allowance, not a measurement."""
@@ -75,6 +75,18 @@ def step_memory(config: DiTConfig, settings: StepSettings) -> dict[str, int]:
     else:  # activations go as gradients come
         terms["activations, then gradients"] = max(kept, gradients + last)
     return terms
+
+
+def standing_bytes(config: DiTConfig) -> int:
+    """Weights, one average and AdamW's two moments, which stay from step to step on a GPU that holds them whole."""
+    terms = step_memory(config, StepSettings(images=1))
+    return terms["weights"] + terms["averages"] + terms["AdamW"]
+
+
+def tabled_networks() -> Iterator[tuple[str, DiTConfig]]:
+    """The networks that tables of memory are about: every preset at 256 pixels, and XL/2 at 512."""
+    for model, side in [*((model, 32) for model in PRESETS), ("DiT-XL/2", 64)]:
+        yield model, DiTConfig.from_preset(model, input_size=side)
 
 
 def activation_bytes(config: DiTConfig, *, precision: Precision, checkpointing: bool) -> int:

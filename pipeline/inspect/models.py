@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 
-from pipeline.dit import DiTConfig
-from pipeline.dit.config import PRESETS
 from pipeline.dit.macs import models_table
-from pipeline.dit.memory import StepSettings, activation_bytes, step_memory
+from pipeline.dit.memory import StepSettings, activation_bytes, standing_bytes, step_memory, tabled_networks
 from pipeline.inspect.tables import table
 
 
@@ -36,16 +34,18 @@ def describe_memory(batch_size: int, processes: int) -> list[str]:
 
 def _memory_rows(batch_size: int, processes: int) -> Iterator[tuple[str, ...]]:
     images = -(-batch_size // processes)
-    for model, side in [*((model, 32) for model in PRESETS), ("DiT-XL/2", 64)]:
-        config = DiTConfig.from_preset(model, input_size=side)
+    for model, config in tabled_networks():
         terms = step_memory(config, StepSettings(images=images, processes=processes))
         one = [activation_bytes(config, precision="bf16", checkpointing=kept) for kept in (False, True)]
         peaks = [
             step_memory(config, StepSettings(images=images, processes=processes, checkpointing=kept, sharded=sharded))
             for kept, sharded in ((False, False), (True, False), (False, True))
         ]
-        fixed = terms["weights"] + terms["averages"] + terms["AdamW"]
-        sizes = [fixed, terms["casts"], *one, *(sum(peak.values()) for peak in peaks)]
+        sizes = [standing_bytes(config), terms["casts"], *one, *(sum(peak.values()) for peak in peaks)]
         digits = [2, 2, 3, 3, 1, 1, 1]
         cells = [f"{value / 2**30:.{digit}f}" for value, digit in zip(sizes, digits, strict=True)]
-        yield model, f"{config.in_channels}×{side}×{side}", *(cells if processes > 1 else [*cells[:-1], "-"])
+        yield (
+            model,
+            f"{config.in_channels}×{config.height}×{config.width}",
+            *(cells if processes > 1 else [*cells[:-1], "-"]),
+        )

@@ -32,7 +32,7 @@ from pipeline.runtime.processes import (
     stop_signals,
 )
 
-__all__ = ["nearest", "printable", "progress", "run_command", "say", "show", "warn"]
+__all__ = ["nearest", "printable", "progress", "refuse_unless", "run_command", "say", "show", "warn"]
 
 Options = TypeVar("Options")
 # What a stream answers that leads nowhere any more.
@@ -238,6 +238,17 @@ def warn(message: str) -> None:
     """A line for people that begins with "warning:", from the main process only."""
     if launch().is_main:
         _log.warning("warning: %s", printable(message))
+
+
+def refuse_unless(anyway: bool, sentence: str, advice: str = "") -> None:
+    """What is more likely a mistake than a wish: a warning where the user says --anyway, else the end.
+
+    Raises:
+        UserError: the sentence and the advice, if the user does not say so.
+    """
+    if not anyway:
+        raise UserError(f"{sentence}{advice}")
+    warn(sentence)
 
 
 def show(lines: Iterable[str]) -> None:
