@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow crash-points crash-points-short mutants lint install clean-demo
+.PHONY: demo test slow crash-points crash-points-short crash-points-random mutants lint install docs clean-demo
 
 demo: $(VENV)/.installed
 	python examples/digits/make_images.py --out demo/images
@@ -25,6 +25,11 @@ crash-points: $(VENV)/.installed-test
 crash-points-short: $(VENV)/.installed-test
 	python -m tests.crash_points --jobs 2 --plan sites --modes kill --calls rename,renameat2,link,unlink,rmdir $(ARGS)
 
+RANDOMLY := dit-extract safetensors --overwrite,dit-train --overwrite,dit-sample FOLDER/ --overwrite,dit-convert diffusers --overwrite
+RANDOMLY := $(RANDOMLY),dit-evaluate --out --overwrite,dit-evaluate --make-reference
+crash-points-random: $(VENV)/.installed-test
+	python -m tests.crash_points --jobs 2 --plan random --kills 100 --exactly --writers "$(RANDOMLY)" $(ARGS)
+
 mutants: $(VENV)/.installed-test
 	$(PIP_INSTALL) -e '.[test,mutants]'
 	python tests/mutants.py $(ARGS)
@@ -33,6 +38,10 @@ lint: $(VENV)/.installed-test
 	ruff format --check .
 	ruff check .
 	mypy
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
+	@echo "open site/index.html, or with its search: python -m http.server --directory site"
 
 install: $(VENV)/.installed
 
@@ -46,6 +55,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) -e '.[test,lint]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[docs]'
+	touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

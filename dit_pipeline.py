@@ -1,7 +1,7 @@
 """Where the installed commands begin, under a name that nobody else has.
 
-The packages are called pipeline, extract, train and sample, and so may be a file of the user's: with PYTHONPATH=. or
-`python -m` in its folder, Python takes that one. It is named here before anything of ours is missed.
+The packages are called pipeline, extract, train, sample and view, and so may be a file of the user's: with PYTHONPATH=.
+or `python -m` in its folder, Python takes that one. It is named here before anything of ours is missed.
 """
 
 import importlib
@@ -10,7 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-_MARKS = {"pipeline": "runtime/console.py", "extract": "options.py", "train": "options.py", "sample": "options.py"}
+_MARKS = {
+    "pipeline": "runtime/console.py",
+    "extract": "options.py",
+    "train": "options.py",
+    "sample": "options.py",
+    "view": "options.py",
+}
 
 
 def refuse_namesake(package: str) -> None:
@@ -41,5 +47,7 @@ extract = _command("extract")
 train = _command("train")
 sample = _command("sample")
 evaluate = _command("sample.evaluate")
+tune = _command("sample.tune")
 inspect = _command("pipeline.inspect")
 convert = _command("pipeline.convert")
+view = _command("view")

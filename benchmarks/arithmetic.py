@@ -20,10 +20,15 @@ from pipeline.dit.memory import (
     CONTEXT_BYTES,
     StepSettings,
     activation_bytes,
+    forward_bytes,
+    image_px,
+    sampling_memory,
     standing_bytes,
     step_memory,
     tabled_networks,
 )
+from pipeline.features import Columns
+from pipeline.vae_lanes import DECODED_PX, PARAMETERS, at_once, decoder_bytes
 
 IMAGENET = 1_281_167
 
@@ -40,6 +45,11 @@ SLOW = 12e9
 """The same between machines that have one 100 Gbit/s link."""
 DISK = 2e9
 """Bytes/s of writing a checkpoint to a local NVMe disk or a good network file system."""
+CORES, LOADED = 16, 250
+"""Processor cores beside a GPU, and photographs of 500×375 that one reads, decodes and crops in a second."""
+ENCODERS = {"DINOv2-S/14": (384, 12, 6), "DINOv2-B/14": (768, 12, 12), "DINOv2-L/14": (1024, 24, 16)}
+"""Width, blocks and heads (Oquab et al. 2023, arXiv 2304.07193)."""
+ENCODER_PX, ENCODER_PATCH = 224, 14
 GPUS = (1, 8, 64, 512)
 CARDS_GB = (24, 80, 141)
 
@@ -71,6 +81,8 @@ def tables() -> dict[str, str]:
         return {
             "stages": table(stages(Path(folder))),
             "memory": table(memory()),
+            "sampling": table(sampling()),
+            "features": table(features(6e-9 * count_macs(DiTConfig.from_preset("DiT-XL/2")))),
             "gpus": table(gpus(DiTConfig.from_preset("DiT-XL/2"))),
             "checkpoints": table(checkpoints()),
         }
@@ -97,6 +109,42 @@ def stages(folder: Path) -> list[tuple[str, ...]]:
     return rows
 
 
+def features(step: float) -> list[tuple[str, ...]]:
+    """What an encoder's features of both views of ImageNet take, and what encoding at every training step would.
+
+    Args:
+        step: GFLOP of training XL/2 on one image.
+    """
+    heads = ("encoder", "parameters, M", "a view, GFLOP", "both views, GPU hours", "the same, loading too", "all, GB")
+    rows: list[tuple[str, ...]] = [(*heads, "64 numbers, GB", "class token, GB", "encoding while training")]
+    loading = IMAGENET / (CORES * LOADED) / 3600
+    for name, (width, depth, heads_) in ENCODERS.items():
+        parameters, flops = count_encoder(width, depth, heads_)
+        hours = 2 * IMAGENET * flops / (MATMUL * SHARE) / 3600
+        patches = (ENCODER_PX // ENCODER_PATCH) ** 2
+        kept = [Columns(views=2, tokens=patches, dim=dim, cls=0).sample_bytes for dim in (width, 64)]
+        sizes = [f"{IMAGENET * size / 1e9:,.1f}" for size in (*kept, 2 * 2 * width)]
+        times = [f"{hours:.2f}", f"{max(hours, loading):.2f}"]
+        more = f"+ {flops / 1e9 / step:.1%} of a step"
+        rows.append((name, f"{parameters / 1e6:.1f}", f"{flops / 1e9:.1f}", *times, *sizes, more))
+    return rows
+
+
+def count_encoder(width: int, depth: int, heads: int) -> tuple[int, int]:
+    """(parameters, operations of one image) of a DINOv2 of that size, as torch counts them without memory."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
+    with torch.device("meta"):
+        model = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=ENCODER_PATCH)).eval()
+        pixels = torch.empty(1, 3, ENCODER_PX, ENCODER_PX)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values=pixels)
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
+
+
 def stored_bytes(folder: Path, side: int, views: tuple[str, ...], shard_format: str, samples: int = 64) -> float:
     """Bytes on disk per sample, commit record included, of a shard as large as dit-extract makes them.
 
@@ -121,6 +169,20 @@ def memory() -> list[tuple[str, ...]]:
         cells = [f"{value / 2**30:.{digits}f}" for value, digits in zip(sizes, (2, 2, 3, 3, 2), strict=True)]
         most = [max(0, int((gb * 1e9 - CONTEXT_BYTES - stays - terms["casts"]) // one[0])) for gb in CARDS_GB]
         rows.append((model, str(8 * config.height), *cells, *(f"{images:,}" for images in most)))
+    return rows
+
+
+def sampling(batch: int = 128) -> list[tuple[str, ...]]:
+    """What guided sampling in bf16 holds on one GPU, with the VAE's decoder in float32 beside it."""
+    heads = ("model", "pixels", "weights, GiB", "an image, GiB", f"batch of {batch}, GiB", "with the decoder, GiB")
+    rows: list[tuple[str, ...]] = [heads]
+    for model, config in tabled_networks():
+        terms, pixels = sampling_memory(config, batch), image_px(config)
+        whole = sum(terms.values())
+        decoder = 4 * PARAMETERS + decoder_bytes(pixels * at_once(DECODED_PX, pixels))
+        sizes = (terms["weights"], forward_bytes(config, 1, precision="bf16"), whole, whole + decoder)
+        cells = [f"{value / 2**30:.{digits}f}" for value, digits in zip(sizes, (2, 3, 1, 1), strict=True)]
+        rows.append((model, str(8 * config.height), *cells))
     return rows
 
 

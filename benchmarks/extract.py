@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +20,16 @@ from benchmarks.machine import Setting
 from benchmarks.report import Pieces, Row
 from benchmarks.timing import release, seconds_of, spread
 from extract.encoder import Encoder, arithmetic, cores_of_this_process
-from extract.fill import ExtractJob, fill
+from extract.fill import ExtractJob, fill, write_latents
 from extract.inputs import Loader
 from extract.options import PixelOptions
 from extract.plan import Plan
-from extract.progress import Amount, ExtractProgress, duration
+from extract.progress import Amount, ExtractProgress
 from extract.sources.folders import FolderSource
 from extract.sources.listing import cached_listing
 from extract.store_folder import OutputFolder
 from pipeline.runtime.processes import StopRequest
+from pipeline.runtime.units import duration
 from pipeline.vae import Vae, load_vae
 
 IMAGENET = 1_281_167
@@ -265,12 +267,12 @@ def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int) -> flo
         output.begin({}, plan="")
         job = ExtractJob(
             output=output,
-            plan=plan,
-            plan_hash="",
             span=range(plan.shards),
-            loader=loader,
+            rows=plan.rows,
+            load=loader,
+            key=loader.key,
             encoder=encoder,
-            shard_format="safetensors",
+            write=partial(write_latents, output, loader, shard_format="safetensors", kind="moments", plan=""),
             store_dtype="float16",
             workers=cores_of_this_process(),
             fail_on_error=True,

@@ -14,13 +14,15 @@ from benchmarks.plain_dit import PlainDiT
 from benchmarks.report import Pieces, Row
 from benchmarks.timing import Spread, interleaved, ratios, spread
 from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint.release import default_info
 from pipeline.diffusion import GaussianDiffusion
 from pipeline.dit import DiT, compile_blocks
 from pipeline.dit.macs import count_macs
 from pipeline.randomness import normal
 from pipeline.runtime.devices import float32_products
 from pipeline.vae import Vae, load_vae
-from sample.generate import NOISE, Generator, ReversePlan
+from sample.edits import NOISE
+from sample.generate import Generator, ReversePlan
 
 GPU_BOUND, CPU_BOUND = 4.0, 0.95
 GUIDANCE, GUIDED_CHANNELS = 1.5, 3
@@ -124,7 +126,7 @@ def _rates(seconds: list[float], case: Case) -> Spread:
 def our_side(model: DiT, vae: Vae, race: Race) -> Generator:
     """What `dit-sample` builds on this device by default, and compiled if asked for."""
     process = GaussianDiffusion()
-    info = {"vae": vae.describe()}
+    info = default_info(model.config, vae=vae.describe())
     checkpoint = Checkpoint(model=model, config=model.config, info=info, process=process, weights="ema", folder=None)
     if race.compiled:
         compile_blocks(model)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline import randomness
 from pipeline.latents import LatentSpec
-from pipeline.latents.manifest import FORMAT, VERSION, Manifest, latent_json, write_manifest
+from pipeline.latents.manifest import FORMAT, VERSION, Manifest, latent_json, make_manifest, write_manifest
 from pipeline.latents.names import shard_name
 from pipeline.latents.safetensors_shards import pieces
 from pipeline.latents.shards import row_type
@@ -83,6 +83,6 @@ def simulate_store(folder: Path, *, samples: int, samples_per_shard: int = 4096,
         "seed": 0,
         "shards": entries,
     }
-    manifest = Manifest(values)
+    manifest = make_manifest(values)
     write_manifest(folder, manifest)
     return manifest

@@ -1,9 +1,10 @@
 """Encoding and decoding alone, with a VAE of Stable Diffusion's size and random weights; half precision's price.
 
-Ours is the VAE as the commands run it, on a GPU channels_last with the encoder compiled; the plain one is diffusers'
-model as it loads, in float32 (TF32 on a GPU). bfloat16 stands beside it on a GPU. How far half precision moves what the
-demo VAE gives is measured on drawings of the kind that `examples/demo_vae` makes: latents in units of the normalised
-latent (posterior mean, root mean square over all values), pictures in bytes; both against float32 on the same device.
+Ours is the VAE as the commands run it, on a GPU with the encoder compiled; the plain one is diffusers' model as it
+loads, in float32 (TF32 on a GPU). On a GPU bfloat16 stands beside it, and both ways with the weights in channels_last.
+How far half precision moves what the demo VAE gives is measured on drawings of the kind that `examples/demo_vae` makes:
+latents in units of the normalised latent (posterior mean, root mean square over all values), pictures in bytes; both
+against float32 on the same device.
 """
 
 import contextlib
@@ -31,23 +32,30 @@ CPU_BOUND = 0.95
 def pieces(setting: Setting) -> Pieces:
     """Encode and decode in float32, and on a GPU in bfloat16 too; how far half precision moves the results."""
     dtypes = (torch.float32, torch.bfloat16) if setting.on_gpu else (torch.float32,)
-    speed = {f"speed in {str(dtype)[6:]}": partial(_speed, dtype, setting) for dtype in dtypes}
+    orders = (False, True) if setting.on_gpu else (False,)
+    speed = {
+        f"speed in {str(dtype)[6:]}{', channels_last' if last else ''}": partial(_speed, dtype, last, setting)
+        for last in orders
+        for dtype in dtypes
+    }
     return {**speed, "precision": partial(precision_rows, setting)}
 
 
-def _speed(dtype: torch.dtype, setting: Setting) -> list[Row]:
+def _speed(dtype: torch.dtype, last: bool, setting: Setting) -> list[Row]:
     folder = make_vae(setting.folder / "vae", "small" if setting.quick else "sd")
     side, batch = (256, 32) if setting.on_gpu else (64, 2) if setting.quick else (96, 2)
     with float32_products(setting.device, tf32=True):
-        return _compare(str(folder), dtype, side, batch, setting)
+        return _compare(str(folder), dtype, last, side, batch, setting)
 
 
-def _compare(folder: str, dtype: torch.dtype, side: int, batch: int, setting: Setting) -> list[Row]:
+def _compare(folder: str, dtype: torch.dtype, last: bool, side: int, batch: int, setting: Setting) -> list[Row]:
     from diffusers import AutoencoderKL
 
     ours = load_vae(folder, device=setting.device, dtype=dtype)
     plain = AutoencoderKL.from_pretrained(folder).eval().to(setting.device)
-    if setting.on_gpu:
+    if last:
+        ours.model.to(memory_format=torch.channels_last)
+    elif setting.on_gpu:
         ours.model.encode = torch.compile(ours.model.encode)
     draws = torch.Generator().manual_seed(0)
     pixels = (torch.rand(batch, 3, side, side, generator=draws) * 2 - 1).to(setting.device)
@@ -55,8 +63,8 @@ def _compare(folder: str, dtype: torch.dtype, side: int, batch: int, setting: Se
     names = {torch.float32: "tf32" if setting.on_gpu else "fp32", torch.bfloat16: "bf16"}
     rows = []
     for name, work, plainly, given in (
-        ("encode", ours.encode, lambda x: plain.encode(x).latent_dist.parameters, pixels),
-        ("decode", ours.decode_values, lambda z: plain.decode(z).sample, latents),
+        ("encode", ours.encode, lambda x: plain.encode(x).latent_dist.parameters, pixels),  # noqa: F821 (deleted after the loop)
+        ("decode", ours.decode_values, lambda z: plain.decode(z).sample, latents),  # noqa: F821
     ):
         times = interleaved(
             {"plain": partial(without_gradients, plainly, given), "ours": partial(work, given)},
@@ -68,7 +76,7 @@ def _compare(folder: str, dtype: torch.dtype, side: int, batch: int, setting: Se
         )
         rows.append(
             Row(
-                what=f"{name} {side} px, batch {batch}, {names[dtype]}",
+                what=f"{name} {side} px, batch {batch}, {names[dtype]}{', channels_last' if last else ''}",
                 unit="images/s",
                 ours=rates(times["ours"], batch),
                 plain=rates(times["plain"], batch),

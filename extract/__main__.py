@@ -12,6 +12,10 @@ _BEGAN = time.time()
 
 def run(options: ExtractOptions) -> int:
     """Extract, and give the exit status."""
+    if options.url is not None:
+        from extract.url_store import extract_to_url
+
+        return extract_to_url(options, options.url)
     from extract.run import extract
 
     return extract(options, began=_BEGAN)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.classes import imagenet_classes, readable_names
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import read_regular
 
 
 def class_names(class_ids: Sequence[str], given: str | None) -> tuple[str, ...]:
@@ -46,7 +47,7 @@ def class_names(class_ids: Sequence[str], given: str | None) -> tuple[str, ...]:
 
 def _read(path: Path) -> list[str] | dict[str, str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class-names {path} cannot be read: {error}") from error
     if path.suffix.lower() == ".json":
@@ -60,7 +61,7 @@ def _read(path: Path) -> list[str] | dict[str, str]:
 def _from_json(text: str, path: Path) -> list[str] | dict[str, str]:
     try:
         content: Any = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--class-names {path} is not valid JSON: {error}") from error
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return content

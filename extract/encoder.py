@@ -1,8 +1,8 @@
-"""Batches of crops through the frozen VAE, in a way that gives equal bytes whatever else is in the batch.
+"""Batches of crops through a frozen network, in a way that gives equal bytes whatever else is in the batch.
 
 Every pass has the same number of images (the last one of a shard is padded), because kernels choose their order of
-summation by the batch size; padded so, a sample's latent does not depend on its neighbours. Another batch size, another
-device or another version of PyTorch may change the last bits.
+summation by the batch size; padded so, what a sample becomes does not depend on its neighbours. Another batch size,
+another device or another version of PyTorch may change the last bits.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property, partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,17 +22,17 @@ from pipeline.images import to_pixels
 from pipeline.runtime.console import say
 from pipeline.runtime.devices import float32_products, memory_explained
 from pipeline.runtime.threads import single_threaded
-from pipeline.vae import Vae
+from pipeline.vae_lanes import ENCODED_PX, at_once
 
 CPU_LANE = 4  # one thread computes a whole batch, so larger ones only take memory
-GPU_LANE, GPU_LANE_PX = 32, 256  # a lane's memory on a GPU; larger images come fewer at a time
+GPU_LANE = 32  # of smaller images a GPU takes no more at a time
 
 
 def lane_of(device: torch.device, image_px: int) -> int:
-    """Images in one pass through the VAE, if the user does not say: on a GPU, no more memory for larger images."""
+    """Images in one pass through the network, if the user does not say: on a GPU, no more memory for larger images."""
     if device.type == "cpu":
         return CPU_LANE
-    return max(1, min(GPU_LANE, GPU_LANE * GPU_LANE_PX**2 // image_px**2))
+    return min(GPU_LANE, at_once(ENCODED_PX, image_px**2))
 
 
 def cores_of_this_process() -> int:
@@ -55,12 +56,28 @@ def arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
+class Network(Protocol):
+    """What makes of pixels what is stored: a VAE's encoder, or one whose features are kept."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[n, …], float32, of RGB in [−1, 1]."""
+
+    def view_shape(self, image_px: int) -> tuple[int, ...]:
+        """The shape of what becomes of one view."""
+
+    def compile_encoder(self) -> None:
+        """Compile what `encode` runs."""
+
+
 class Encoder:
-    """Makes the stored latents of all views of a batch of images; use it in a `with` block."""
+    """Makes what is stored of all views of a batch of images; use it in a `with` block."""
 
     def __init__(
         self,
-        vae: Vae,
+        network: Network,
         *,
         batch_size: int | None,
         flip: bool,
@@ -69,10 +86,10 @@ class Encoder:
         image_px: int,
         compiled: bool = False,
     ) -> None:
-        """Ready to encode; with `compiled` the first batch, which runs alone, compiles the VAE's encoder."""
-        on_gpu = vae.device.type == "cuda"
-        self.vae = vae
-        self.batch_size = batch_size or lane_of(vae.device, image_px)
+        """Ready to encode; with `compiled` the first batch, which runs alone, compiles the network's encoder."""
+        on_gpu = network.device.type == "cuda"
+        self.network = network
+        self.batch_size = batch_size or lane_of(network.device, image_px)
         at_once = 2 if on_gpu else cores_of_this_process()  # on a GPU, one prepares a batch while the other's runs
         self.batches_ahead = at_once
         """Batches that may be under way while the next one is prepared."""
@@ -81,7 +98,7 @@ class Encoder:
         self._to_compile = compiled
         if compiled:
             say("compiling the encoder; the first batch takes a minute or so")
-            vae.model.encode = torch.compile(vae.model.encode)
+            network.compile_encoder()
 
     def __enter__(self) -> "Encoder":
         return self
@@ -90,22 +107,20 @@ class Encoder:
         self._pool.shutdown(cancel_futures=True)
 
     @property
-    def sample_shape(self) -> tuple[int, int, int, int]:
-        """[views, values, h, w] of a stored sample."""
-        values = self.vae.channels * (2 if self.vae.kind == "moments" else 1)
-        side = self._image_px // self.vae.downsample
-        return self._views, values, side, side
+    def sample_shape(self) -> tuple[int, ...]:
+        """[views, …] of a stored sample."""
+        return self._views, *self.network.view_shape(self._image_px)
 
     @property
     def sample_bytes(self) -> int:
         return math.prod(self.sample_shape) * self._store_dtype.itemsize
 
     def room_for(self, samples: int) -> Tensor:
-        """Uninitialised memory for a shard's latents."""
+        """Uninitialised memory for a shard."""
         return torch.empty(samples, *self.sample_shape, dtype=self._store_dtype)
 
     def start(self, crops: Sequence[NDArray[np.uint8]]) -> Future[Tensor]:
-        """Begin to encode up to a batch of [crops, size, size, 3] bytes; gives [n, views, values, h, w] later."""
+        """Begin to encode up to a batch of [crops, size, size, 3] bytes; gives [n, views, …] later."""
         running = self._pool.submit(self._encode, crops)
         if self._to_compile:  # PyTorch 2.11 raises where one thread calls what another is compiling
             wait([running])
@@ -119,9 +134,9 @@ class Encoder:
         with memory_explained(self._too_large):
             for number in range(padded.shape[1]):
                 pixels = self._pixels(np.ascontiguousarray(padded[:, number]))
-                views.append(self.vae.encode(pixels))
+                views.append(self.network.encode(pixels))
                 if self._flip:
-                    views.append(self.vae.encode(pixels.flip(-1)))
+                    views.append(self.network.encode(pixels.flip(-1)))
             return torch.stack(views, dim=1)[: len(crops)].to(self._store_dtype).cpu()
 
     def _too_large(self) -> str:
@@ -131,14 +146,14 @@ class Encoder:
         )
 
     def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
-        """[n, 3, size, size] in [−1, 1] on the VAE's device, the same values on every device."""
-        if self.vae.device.type == "cpu":
+        """[n, 3, size, size] in [−1, 1] on the network's device, the same values on every device."""
+        if self.network.device.type == "cpu":
             return torch.from_numpy(to_pixels(images))
-        sent = torch.from_numpy(images).to(self.vae.device)
+        sent = torch.from_numpy(images).to(self.network.device)
         return self._values[sent.permute(0, 3, 1, 2).int()]
 
     @cached_property
     def _values(self) -> Tensor:
         """The value of each of the 256 bytes: a quarter of the transfer, and no division on the device."""
         every_byte = np.arange(256, dtype=np.uint8).reshape(1, 1, 256, 1).repeat(3, axis=3)
-        return torch.from_numpy(to_pixels(every_byte)[0, 0, 0]).to(self.vae.device)
+        return torch.from_numpy(to_pixels(every_byte)[0, 0, 0]).to(self.network.device)

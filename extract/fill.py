@@ -5,19 +5,17 @@ it across the borders of shards, so that the encoder is the only thing that anyt
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from filelock import FileLock
+from numpy.typing import NDArray
 from torch import Tensor
 
 from extract.encoder import Encoder
 from extract.inputs import Loaded, Loader
-from extract.plan import Plan
-from extract.progress import ExtractProgress
-from extract.store_folder import OutputFolder
+from extract.progress import Claim, ExtractProgress, Output
 from pipeline.latents.writer import unstorable_rows, write_shard
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
@@ -31,19 +29,24 @@ NOT_FINITE = "the VAE's latent is not finite in the precision that is asked for"
 class ExtractJob:
     """All that filling a store needs."""
 
-    output: OutputFolder
-    plan: Plan
-    plan_hash: str
-    """Marks every shard of this store, so that shards of different settings never come together."""
+    output: Output
     span: range
     """The shards to make."""
-    loader: Loader
+    rows: "Callable[[int], NDArray[np.int64]]"
+    """The inputs of a shard, as positions in the listing."""
+    load: "Callable[[int], Loaded]"
+    """One of them; called from many threads."""
+    key: "Callable[[int], str]"
+    """Its name, for people."""
     encoder: Encoder
-    shard_format: str
+    write: "Callable[[Draft], None]"
+    """Publish a shard and its commit record."""
     store_dtype: str
     workers: int
     """Threads that load."""
     fail_on_error: bool
+    refusal: str | None = None
+    """What is said of a value that cannot be stored, where all must be; None leaves such inputs out."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +55,7 @@ class Draft:
 
     shard: int
     latents: Tensor
-    """[rows, views, values, h, w]; rows beyond those kept are unused."""
+    """[rows, views, …]; rows beyond those kept are unused."""
     kept: list[int] = field(default_factory=list)
     """Positions in the listing of the samples so far."""
     skipped: dict[int, str] = field(default_factory=dict)
@@ -64,9 +67,9 @@ class Draft:
 class Claims:
     """The shards that this process has claimed and not yet written."""
 
-    def __init__(self, output: OutputFolder) -> None:
+    def __init__(self, output: Output) -> None:
         self._output = output
-        self._locks: dict[int, FileLock] = {}
+        self._locks: dict[int, Claim] = {}
 
     def take(self, shard: int) -> bool:
         lock = self._output.claim(shard)
@@ -94,7 +97,7 @@ def fill(job: ExtractJob, stop: StopRequest, progress: ExtractProgress) -> None:
     try:
         with (
             ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-            read_ahead(tasks, lambda task: job.loader(task[1]), workers=job.workers, window=window) as loaded,
+            read_ahead(tasks, lambda task: job.load(task[1]), workers=job.workers, window=window) as loaded,
         ):
             filling = _Filling(job, claims, progress, writer)
             for (shard, index), result in loaded:
@@ -112,7 +115,7 @@ def _tasks(job: ExtractJob, claims: Claims, stop: StopRequest) -> Iterator[tuple
         if stop.signal:
             return
         if claims.take(shard):
-            yield from ((shard, int(index)) for index in job.plan.rows(shard))
+            yield from ((shard, int(index)) for index in job.rows(shard))
 
 
 class _Filling:
@@ -129,7 +132,7 @@ class _Filling:
         """The next input of a shard."""
         if self._draft is None or self._draft.shard != shard:
             self._seal()
-            self._draft = Draft(shard=shard, latents=self._job.encoder.room_for(len(self._job.plan.rows(shard))))
+            self._draft = Draft(shard=shard, latents=self._job.encoder.room_for(len(self._job.rows(shard))))
         self._progress.read(loaded.bytes_read)
         if loaded.crops is None:
             self._skip(self._draft, index, loaded.reason)
@@ -175,6 +178,8 @@ class _Filling:
             return
         values = latents.result()
         bad = set(unstorable_rows(values, self._job.store_dtype).tolist())
+        if bad and self._job.refusal is not None:
+            raise UserError(self._job.refusal)
         if len(bad) == len(indices) > 1:
             raise UserError(
                 f"every latent of a batch is infinite or not a number (the first is of {self._key(indices[0])}); use "
@@ -194,25 +199,34 @@ class _Filling:
         draft.skipped[index] = reason
 
     def _key(self, index: int) -> str:
-        return self._job.loader.key(index)
+        return self._job.key(index)
 
 
 def _write(job: ExtractJob, draft: Draft, claims: Claims) -> None:
-    """Publish a shard and its commit record, then let go of it."""
-    loader = job.loader
+    """Publish a shard, then let go of it."""
+    job.write(draft)
+    claims.release(draft.shard)
+
+
+def write_latents(output: Output, loader: Loader, draft: Draft, *, shard_format: str, kind: str, plan: str) -> None:
+    """Publish a shard of latents and its commit record.
+
+    Args:
+        plan: marks every shard of this store, so that shards of different settings never come together.
+    """
     kept = np.array(draft.kept, dtype=np.int64)
     write_shard(
-        job.output.place,
-        job.output.split,
+        output.place,
+        output.split,
         draft.shard,
-        job.shard_format,
+        shard_format,
         draft.latents[: len(kept)],
         loader.listing.labels[kept],
         kept,
         [loader.key(index) for index in draft.kept],
-        kind=job.encoder.vae.kind,
+        kind=kind,
         skipped=[(loader.key(index), draft.skipped[index]) for index in sorted(draft.skipped)],
-        plan=job.plan_hash,
+        plan=plan,
         input_crc32=[draft.checksums[index] for index in draft.kept],
     )
-    claims.release(draft.shard)
+    output.publish(draft.shard, shard_format)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from msgspec import Meta
 
 from extract.sources.selection import data_help
-from pipeline.latents.names import ShardFormat
+from pipeline.latents.names import FeatureDtype, ShardFormat
+from pipeline.runtime.bounds import Amount, Batch, Pixels, Seed, Share, Shown, Threads, check_bounds
 from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.remote_files import is_url
 
 Layout = Literal["auto", "class-folders", "split-folder", "flat", "webdataset", "class-tars", "dataset-json", "table"]
 
@@ -22,7 +25,7 @@ class SourceOptions:
     data: Annotated[str, tyro.conf.arg(help=data_help())]
     split: str = "train"
     """Sub-folder of DATA to read if there is one of that name, and the split of a Hugging Face data set; shard files are named after it."""
-    limit: int | None = None
+    limit: Amount | None = None
     """Take only N images: the first N of the order that --seed shuffles, so a random sample. Default: all."""
     class_names: str | None = None
     """Readable names of the classes: a text file with one name a line (or `id TAB name`), a JSON list or object, or the word imagenet. Default: ImageNet's names for its synsets, else the folder names."""
@@ -44,12 +47,11 @@ class SourceOptions:
     """Folder for copies of remote tars. Default: within STORE, removed when the store is finished."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.split):
             raise UserError(f"--split {self.split!r} becomes part of file names; use letters, digits, - and _ only")
         if not self.data:
             raise UserError("--data is empty; name a folder of images, tars, or hf:OWNER/NAME")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit {self.limit} must be at least 1; leave it out to take all images")
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -60,22 +62,19 @@ class SourceOptions:
 class PixelOptions:
     """How an image becomes a square of pixels, and which views of it are stored."""
 
-    image_size: int = 256
+    image_size: Pixels = 256
     """Side of the square in pixels; a multiple of the VAE's down-factor."""
     crop: Literal["adm-center", "random-resized"] = "adm-center"
     """adm-center: the centre crop of ADM and DiT. random-resized: random parts of the image, for small data sets."""
-    crops: int | None = None
+    crops: Shown | None = None
     """Random crops of each image (with --crop random-resized). Default 1."""
     flip: bool = True
     """Also store every view of the mirrored image; turn it off where left and right mean something, as in digits."""
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise UserError(f"--image-size {self.image_size} must be at least 1")
+        check_bounds(self)
         if self.crops is not None and self.crop != "random-resized":
             raise UserError(f"--crops {self.crops} needs --crop random-resized: there is only one centre crop")
-        if self.crops is not None and self.crops < 1:
-            raise UserError(f"--crops {self.crops} must be at least 1")
 
     @property
     def crop_count(self) -> int:
@@ -94,18 +93,17 @@ class ShardOptions:
 
     format: ShardFormat = "safetensors"
     """Format of the shards."""
-    samples_per_shard: int = 4096
+    samples_per_shard: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
     """Inputs in one shard, which is the unit of work: what an interruption loses, and what processes share out."""
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Number format of the stored latents."""
-    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    seed: Annotated[Seed, tyro.conf.arg(metavar="INT")] = 0
     """Shuffles the inputs before they are cut into shards, and places random crops."""
     shard_range: str | None = None
     """A:B, make only shards A to B-1 (0:40); for job arrays whose tasks share the output folder. Default: all."""
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise UserError(f"--samples-per-shard {self.samples_per_shard} must be at least 1")
+        check_bounds(self)
         self.span(0)
 
     def span(self, shards: int) -> range:
@@ -116,7 +114,7 @@ class ShardOptions:
         """
         if self.shard_range is None:
             return range(shards)
-        parts = re.fullmatch(r"(\d*):(\d*)", self.shard_range)
+        parts = re.fullmatch(r"(\d{0,12}):(\d{0,12})", self.shard_range)
         if not parts:
             raise UserError(f"--shard-range {self.shard_range} must be A:B, as in 0:40, which makes shards 0 to 39")
         first, end = int(parts[1] or 0), int(parts[2]) if parts[2] else None
@@ -129,9 +127,9 @@ class ShardOptions:
 class WorkOptions:
     """On what, how fast, and what to do about bad inputs."""
 
-    batch_size: int | None = None
+    batch_size: Batch | None = None
     """Images in one pass through the VAE; every pass is padded to it. Default: 32 on a GPU; 4 on a CPU, where as many passes run at a time as there are cores."""
-    workers: int | None = None
+    workers: Threads | None = None
     """Threads that read, decode and crop. Default: one for each core."""
     device: str = "auto"
     """auto (an accelerator if there is one), cpu, cuda, cuda:N, or another accelerator that torch names, such as mps."""
@@ -141,30 +139,34 @@ class WorkOptions:
     """Compile the encoder first: a minute or so once, then faster on a GPU."""
     on_error: Literal["skip", "fail"] = "skip"
     """A bad input is left out and listed in skipped.jsonl (skip), or stops the command (fail)."""
-    allow_skips: float = 0.01
+    allow_skips: Share = 0.01
     """Largest share of inputs that may be left out in a finished store."""
 
     def __post_init__(self) -> None:
-        for flag, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
-            if value is not None and value < 1:
-                raise UserError(f"{flag} {value} must be at least 1")
-        if not 0.0 <= self.allow_skips <= 1.0:
-            raise UserError(f"--allow-skips {self.allow_skips} is a share of the inputs and must lie in 0 … 1")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractOptions:
     """What `dit-extract` is asked to make."""
 
-    out: Path | None = None
-    """The latent store to write; the same command again continues it. Needed unless only --preview is asked for."""
+    out: str | None = None
+    """The latent store to write, a folder or a URL such as s3://bucket/store; the same command again continues it. Needed unless only --preview is asked for."""
     vae: str = "stabilityai/sd-vae-ft-ema"
     """A diffusers autoencoder: a Hub name, a local folder, or demo (a tiny one that ships with the project)."""
+    features: str | None = None
+    """Also store an encoder's features of every view, beside the latents: a Hub name such as facebook/dinov2-base, or a folder in transformers' layout."""
+    features_dim: Annotated[int, Meta(ge=1, le=1 << 16)] | None = None
+    """Keep K numbers of each patch's features, along their principal directions. Default: all."""
+    features_dtype: FeatureDtype = "float16"
+    """Precision of the patches' features; int8 takes half the room, in steps of a 127th of each number's largest in the shard."""
+    add_features: Path | None = None
+    """Add --features to this finished store, in place of --out; --data gives its images again."""
     overwrite: bool = False
     """Remove a store that is already in --out, and only that, before starting."""
     preview: Path | None = None
     """Draw some originals beside their reconstructions, with PSNR, as a PNG file before anything is extracted."""
-    preview_images: int = 8
+    preview_images: Shown = 8
     """How many images --preview draws."""
     source: SourceOptions
     pixels: PixelOptions = field(default_factory=PixelOptions)
@@ -172,9 +174,31 @@ class ExtractOptions:
     work: WorkOptions = field(default_factory=WorkOptions)
 
     def __post_init__(self) -> None:
-        if self.out is None and self.preview is None:
+        check_bounds(self)
+        given = (self.features_dim, self.add_features)
+        if self.features is None and (given != (None, None) or self.features_dtype != "float16"):
+            raise UserError(
+                "--features-dim, --features-dtype and --add-features need --features ENCODER, as in "
+                "facebook/dinov2-base"
+            )
+        if self.add_features is not None and (self.out is not None or self.preview is not None):
+            raise UserError("--add-features names the store itself; leave --out and --preview out")
+        if self.features is not None and self.out is None and self.add_features is None:
+            raise UserError("--features stand beside a store: give --out, or --add-features for one that is there")
+        if self.out is None and self.preview is None and self.add_features is None:
             raise UserError("--out is missing: name the folder for the latent store, or --preview FILE.png")
+        if self.url is not None and (self.features is not None or self.overwrite):
+            flag = "--overwrite removes nothing" if self.overwrite else "--features are not made"
+            raise UserError(f"{flag} behind a URL ({self.out}); name another --out")
         if self.preview is not None and self.preview.suffix.lower() != ".png":
             raise UserError(f"--preview {self.preview} must end in .png")
-        if self.preview_images < 1:
-            raise UserError(f"--preview-images {self.preview_images} must be at least 1")
+
+    @property
+    def url(self) -> str | None:
+        """--out, if it is a URL."""
+        return self.out if self.out is not None and is_url(self.out) else None
+
+    @property
+    def store(self) -> Path | None:
+        """--out, if it is a folder."""
+        return None if self.out is None or self.url is not None else Path(str(self.out).removeprefix("file://"))

@@ -1,6 +1,5 @@
 """Originals beside their reconstructions, to see whether a VAE suits the data before anything is extracted."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from extract.inputs import Loader
 from extract.plan import Plan
 from pipeline.image_grid import pairs, save_png
-from pipeline.images import to_pixels
+from pipeline.images import psnr, to_pixels
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes
@@ -35,9 +34,8 @@ class Reconstruction:
 
     @property
     def psnr(self) -> float:
-        """Peak signal-to-noise ratio 10 · log10(255² / mean squared error) in dB; infinite where nothing differs."""
-        error = np.mean((self.original.astype(np.float64) - self.decoded.astype(np.float64)) ** 2)
-        return 10 * math.log10(255.0**2 / error) if error else math.inf
+        """How far apart they are, in dB."""
+        return psnr(self.original, self.decoded)
 
 
 def draw_preview(path: Path, loader: Loader, plan: Plan, vae: Vae, *, count: int) -> float:

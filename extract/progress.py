@@ -1,17 +1,53 @@
-"""The progress bar of an extraction, and the estimate of time and disk given before it starts in earnest."""
+"""The progress bar of an extraction, the estimate of time and disk before it, and what both ask of a store's place."""
 
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from extract.plan import Plan
-from extract.store_folder import OutputFolder
 from pipeline.runtime.console import progress, refuse_unless, say
-from pipeline.runtime.units import size
+from pipeline.runtime.units import duration, size
 
 _LOOK_AROUND_S = 5.0
+
+
+class Claim(Protocol):
+    """The right to make a shard."""
+
+    def release(self) -> None:
+        """Let go of it."""
+
+
+class Output(Protocol):
+    """What filling a store asks of the place that its shards go to."""
+
+    @property
+    def path(self) -> Path:
+        """A folder on the disk that shards are written to."""
+
+    @property
+    def split(self) -> str:
+        """What the names of shards begin with."""
+
+    @property
+    def place(self) -> Path:
+        """Where a shard and its record are written."""
+
+    @property
+    def shards_on_disk(self) -> int | None:
+        """How many shards lie on this disk at a time; None for all."""
+
+    def done(self, shards: range) -> list[int]:
+        """Those of the shards that have their commit record."""
+
+    def claim(self, shard: int) -> Claim | None:
+        """The right to make a shard, or None if it is none of this process's business."""
+
+    def publish(self, shard: int, shard_format: str) -> None:
+        """Bring a shard that was written, with its record, to where the store is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,12 +58,13 @@ class Amount:
     span: range
     sample_bytes: int
     """Bytes of a stored sample."""
+    what: str = "the store"
 
 
 class ExtractProgress:
     """Counts images, bytes and skips; shows the whole job's progress, other processes' shards included."""
 
-    def __init__(self, output: OutputFolder, amount: Amount, *, batches_ahead: int, anyway: bool = False) -> None:
+    def __init__(self, output: Output, amount: Amount, *, batches_ahead: int, anyway: bool = False) -> None:
         """Begin to count, and say how much disk the store will take.
 
         Args:
@@ -45,6 +82,8 @@ class ExtractProgress:
         self._warm = (0, self._started)
         self._before = self._inputs_in(output.done(amount.span))
         missing = amount.plan.samples - self._inputs_in(output.done(range(amount.plan.shards)))
+        if output.shards_on_disk is not None:
+            missing = min(missing, output.shards_on_disk * amount.plan.samples_per_shard)
         say(disk_estimate(amount, output.path, missing=missing, anyway=anyway))
         total = self._inputs_in(amount.span)
         self._bar = progress(total, unit="images", description="encoding", initial=self._before)
@@ -125,22 +164,10 @@ def disk_estimate(amount: Amount, path: Path, *, missing: int, anyway: bool = Fa
     if missing * amount.sample_bytes > free:
         refuse_unless(
             anyway,
-            f"the store needs {size(missing * amount.sample_bytes)} more, but only {size(free)} are free at {path}",
+            f"{amount.what} needs {size(missing * amount.sample_bytes)} more, but only {size(free)} are free at {path}",
             "; free some, name another --out, or go on until it is full by --anyway",
         )
     return (
-        f"the store will take {size(needed)} of disk ({size(free)} free): {amount.plan.samples:,} images of "
+        f"{amount.what} will take {size(needed)} of disk ({size(free)} free): {amount.plan.samples:,} images of "
         f"{size(amount.sample_bytes)}, in shards of {amount.plan.samples_per_shard:,}"
     )
-
-
-def duration(seconds: float) -> str:
-    """A time for people, in its two largest units."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,57 +1,40 @@
 """One extraction from its options to its exit status: list, plan, check, preview, fill, finish."""
 
+import dataclasses
 import hashlib
 import json
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from extract import understood
-from extract.class_names import class_names
 from extract.encoder import Encoder, arithmetic, cores_of_this_process, lane_of
-from extract.fill import ExtractJob, fill
-from extract.inputs import Loader
+from extract.features import add_features
+from extract.fill import ExtractJob, fill, write_latents
+from extract.inputs import Inputs, list_inputs
 from extract.options import ExtractOptions
 from extract.plan import Plan
 from extract.preview import draw_preview
-from extract.progress import Amount, ExtractProgress, duration
-from extract.sources.listing import Listing, Source, UnreadableInputError, cached_listing
+from extract.progress import Amount, ExtractProgress, Output
+from extract.same_data import check_same_data
+from extract.sources.listing import Source
 from extract.sources.selection import open_source
 from extract.store_folder import AS_SERVED, BEGINNING, LANE, OutputFolder
 from pipeline.latents.manifest import LatentSpec, read_manifest
 from pipeline.latents.records import ShardRecord, read_record
 from pipeline.latents.writer import DTYPES, StoreDescription, finish_store
-from pipeline.randomness import Permutation
 from pipeline.runtime.console import say
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.launchers import say_unfollowed
 from pipeline.runtime.processes import Launch, StopRequest, launch
+from pipeline.runtime.units import duration
 from pipeline.vae import Vae, load_vae
 from pipeline.vae_folder import find_folder, fingerprint
-
-_CHECKED_SHARDS, _CHECKED_INPUTS = 8, 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What there is to encode, and in which order."""
-
-    loader: Loader
-    plan: Plan
-    classes: tuple[str, ...]
-    """Readable names, index = label."""
-
-    @property
-    def listing(self) -> Listing:
-        return self.loader.listing
 
 
 def extract(options: ExtractOptions, *, began: float) -> int:
@@ -65,18 +48,32 @@ def extract(options: ExtractOptions, *, began: float) -> int:
         UserError: something the user can mend.
     """
     place = launch()
-    if options.out is None:
+    if options.add_features is not None:
+        return add_features(options, options.add_features, place, began=began)
+    if options.store is None:
         with tempfile.TemporaryDirectory(prefix="dit-extract-") as folder:
             source = open_source(options.source, Path(folder))
-            return _preview(options, _inputs(options, source, None), place)
+            return preview(options, list_inputs(options, source, None), place)
 
+    output = OutputFolder(path=options.store, split=options.source.split)
+    status = _make_store(options, output, place, began)
+    while options.features is not None and status == 0 and not output.is_finished:
+        if options.shards.shard_range is not None:
+            say("--features come when all latents are there: run the same command again then")
+            return 0
+        output.wait_for_others()
+        status = _make_store(dataclasses.replace(options, overwrite=False), output, place, began)
+    return status if status or options.features is None else add_features(options, options.store, place, began=began)
+
+
+def _make_store(options: ExtractOptions, output: OutputFolder, place: Launch, began: float) -> int:
+    """Make or continue the store of latents; gives the exit status."""
     # Which store it is, and what others have done about it
-    output = OutputFolder(path=options.out, split=options.source.split)
     if options.overwrite and not place.is_main:
         output.wait_for_main(began)
     output.check()
     output.put_in_place()
-    source = open_source(options.source, output.remote_copies, left_out=options.out)
+    source = open_source(options.source, output.remote_copies, left_out=options.store)
     is_anew = options.overwrite and place.is_main and output.holds_store
     if not is_anew and output.has_manifest and not output.lost_shards() and _is_done(options, output, source, place):
         return 0
@@ -90,7 +87,7 @@ def extract(options: ExtractOptions, *, began: float) -> int:
         else:
             inputs = _shared_inputs(options, output, source)
         if options.preview is not None and place.is_main:
-            _preview(options, inputs, place)
+            preview(options, inputs, place)
         return _make(options, output, inputs, place)
 
 
@@ -100,32 +97,32 @@ def _is_done(options: ExtractOptions, output: OutputFolder, source: Source, plac
     Raises:
         UserError: it is another one.
     """
-    inputs = None if source.is_remote else _inputs(options, source, None)
-    settings = _settings(options, source, inputs)
+    inputs = None if source.is_remote else list_inputs(options, source, None)
+    settings = settings_of(options, source, inputs)
     if output.replaces_by(settings):
         return False
     output.clean_up()
-    output.check_settings(settings, read_manifest(output.path).get("extraction", {}))
+    output.check_settings(settings, read_manifest(output.path).extraction)
     if inputs is not None and output.is_finished:
         check_same_data(output, inputs.plan, inputs.loader)
     say(f"{output.path} is already finished; nothing to do")
     if inputs is not None and options.preview is not None and place.is_main:
-        _preview(options, inputs, place)
+        preview(options, inputs, place)
     return True
 
 
 def _check(options: ExtractOptions, inputs: Inputs, place: Launch) -> dict[str, Any]:
     """Find everything that is asked for right before a store is begun anew; gives the settings."""
-    settings = _settings(options, inputs.loader.source, inputs)
+    settings = settings_of(options, inputs.loader.source, inputs)
     device, _ = choose_device(options.work.device, place)
     with arithmetic(device):
-        _vae(options, device)
-    return settings | _lane(options, device) | _as_served(inputs.loader.source)
+        vae_of(options, device)
+    return settings | lane(options, device) | as_served(inputs.loader.source)
 
 
 def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: Launch) -> int:
     """Fill the store and finish it."""
-    settings = _settings(options, inputs.loader.source, inputs)
+    settings = settings_of(options, inputs.loader.source, inputs)
     plan_hash = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     output.check_settings(settings, output.recorded())
     check_same_data(output, inputs.plan, inputs.loader)
@@ -138,13 +135,13 @@ def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: 
     # The shards that are missing
     say_unfollowed({"precision": "--encode-dtype", "dynamo": "--compile"})
     device, reason = choose_device(options.work.device, place)
-    settings |= _lane(options, device)
+    settings |= lane(options, device)
     with arithmetic(device):
-        vae = _vae(options, device)
+        vae = vae_of(options, device)
         say(f"encoding on {device} ({reason}) in {options.work.encode_dtype}")
-        output.begin(settings | _as_served(inputs.loader.source), plan_hash)
+        output.begin(settings | as_served(inputs.loader.source), plan_hash)
         with StopRequest() as stop:
-            _fill(options, output, inputs, plan_hash, vae, stop)
+            fill_missing(options, output, inputs, plan_hash, vae, stop)
     if stop.signal:
         done = len(output.done(range(inputs.plan.shards)))
         again = "run the same command again" + (", without --overwrite," if options.overwrite else "")
@@ -158,8 +155,8 @@ def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: 
     return finish(output, inputs.plan, description, allow_skips=options.work.allow_skips)
 
 
-def _fill(
-    options: ExtractOptions, output: OutputFolder, inputs: Inputs, plan_hash: str, vae: Vae, stop: StopRequest
+def fill_missing(
+    options: ExtractOptions, output: Output, inputs: Inputs, plan_hash: str, vae: Vae, stop: StopRequest
 ) -> None:
     """Make the shards that are missing."""
     span = options.shards.span(inputs.plan.shards)
@@ -176,12 +173,19 @@ def _fill(
     ) as encoder:
         job = ExtractJob(
             output=output,
-            plan=inputs.plan,
-            plan_hash=plan_hash,
             span=span,
-            loader=inputs.loader,
+            rows=inputs.plan.rows,
+            load=inputs.loader,
+            key=inputs.loader.key,
             encoder=encoder,
-            shard_format=options.shards.format,
+            write=partial(
+                write_latents,
+                output,
+                inputs.loader,
+                shard_format=options.shards.format,
+                kind=vae.kind,
+                plan=plan_hash,
+            ),
             store_dtype=options.shards.store_dtype,
             workers=options.work.workers or cores_of_this_process(),
             fail_on_error=options.work.on_error == "fail",
@@ -200,19 +204,14 @@ def finish(output: OutputFolder, plan: Plan, description: StoreDescription, *, a
     Raises:
         UserError: more inputs were left out than --allow-skips permits, or a shard is damaged.
     """
-    missing = plan.shards - len(output.done(range(plan.shards)))
-    if missing:
-        say(
-            f"{missing} of {plan.shards} shards are not in place yet: other processes are at them, or they are outside "
-            "--shard-range; whichever process makes the last one finishes the store"
-        )
+    if output.lacks_shards(plan.shards):
         return 0
     with output.exclusive("finish"):
         output.put_in_place()  # by a process that was killed meanwhile
         records = [_record(output, shard, description.plan) for shard in range(plan.shards)]
         skipped = [entry for record in records for entry in record.skipped]
         if len(skipped) > allow_skips * plan.samples:
-            raise UserError(_too_many(output, plan, records, allow_skips))
+            raise UserError(too_many(plan, records, allow_skips, listed_in=output.write_skipped(records)))
         manifest = finish_store(output.place, description, shards=plan.shards)
         output.put_in_place()
     assert manifest is not None
@@ -222,11 +221,12 @@ def finish(output: OutputFolder, plan: Plan, description: StoreDescription, *, a
     return 0
 
 
-def _preview(options: ExtractOptions, inputs: Inputs, place: Launch) -> int:
+def preview(options: ExtractOptions, inputs: Inputs, place: Launch) -> int:
+    """Draw what --preview asks for; the exit status."""
     assert options.preview is not None
     device, _ = choose_device(options.work.device, place)
     with arithmetic(device):
-        draw_preview(options.preview, inputs.loader, inputs.plan, _vae(options, device), count=options.preview_images)
+        draw_preview(options.preview, inputs.loader, inputs.plan, vae_of(options, device), count=options.preview_images)
     return 0
 
 
@@ -236,25 +236,10 @@ def _preview(options: ExtractOptions, inputs: Inputs, place: Launch) -> int:
 def _shared_inputs(options: ExtractOptions, output: OutputFolder, source: Source) -> Inputs:
     """The inputs, listed by one process and read from its cache by the others."""
     with output.exclusive("listing"):
-        return _inputs(options, source, output.listing_cache)
+        return list_inputs(options, source, output.listing_cache)
 
 
-def _inputs(options: ExtractOptions, source: Source, cache: Path | None) -> Inputs:
-    listing = cached_listing(source, cache)
-    classes = class_names(listing.class_ids, options.source.class_names)
-    plan = Plan(
-        inputs=len(listing),
-        seed=options.shards.seed,
-        samples_per_shard=options.shards.samples_per_shard,
-        limit=options.source.limit,
-    )
-    for line in understood.lines(source.description, listing, classes):
-        say(line)
-    loader = Loader(source=source, listing=listing, options=options.pixels, seed=options.shards.seed)
-    return Inputs(loader=loader, plan=plan, classes=classes)
-
-
-def _settings(options: ExtractOptions, source: Source, inputs: Inputs | None) -> dict[str, Any]:
+def settings_of(options: ExtractOptions, source: Source, inputs: Inputs | None) -> dict[str, Any]:
     """All that decides about a store's bytes, by flag; without what the data decides where it is not listed."""
     pixels, shards = options.pixels, options.shards
     settings: dict[str, Any] = {
@@ -281,18 +266,23 @@ def _settings(options: ExtractOptions, source: Source, inputs: Inputs | None) ->
     return settings
 
 
-def _lane(options: ExtractOptions, device: torch.device) -> dict[str, Any]:
+def lane(options: ExtractOptions, device: torch.device) -> dict[str, Any]:
     """The setting that keeps batches of two sizes out of one store, where the default depends on the image's size."""
     return {} if device.type == "cpu" else {LANE: options.work.batch_size or lane_of(device, options.pixels.image_size)}
 
 
-def _as_served(source: Source) -> dict[str, Any]:
+def as_served(source: Source) -> dict[str, Any]:
     """The setting that keeps tars of before and after they were replaced on a server out of one store."""
     served = source.as_served
     return {} if served is None else {AS_SERVED: hashlib.sha256(served.encode()).hexdigest()}
 
 
-def _vae(options: ExtractOptions, device: torch.device) -> Vae:
+def vae_of(options: ExtractOptions, device: torch.device) -> Vae:
+    """The encoder, on its device.
+
+    Raises:
+        UserError: it is not to be found, or the image size does not suit it.
+    """
     vae = load_vae(options.vae, device=device, dtype=DTYPES[options.work.encode_dtype])
     vae.check_size(options.pixels.image_size, options.pixels.image_size)
     return vae
@@ -354,55 +344,19 @@ def _record(output: OutputFolder, shard: int, plan_hash: str) -> ShardRecord:
     return record
 
 
-def _too_many(output: OutputFolder, plan: Plan, records: Sequence[ShardRecord], allowed: float) -> str:
+def too_many(plan: Plan, records: Sequence[ShardRecord], allowed: float, *, listed_in: object) -> str:
     """The sentence for too many bad inputs; they are listed in skipped.jsonl all the same."""
-    path = output.write_skipped(records)
     skipped = [reason for record in records for _, reason in record.skipped]
     share = len(skipped) / plan.samples
     reasons = Counter(skipped).most_common(3)
     return (
         f"{len(skipped)} of {plan.samples} inputs ({share:.1%}) were left out, more than --allow-skips {allowed:g} "
-        f"permits ({'; '.join(f'{count}× {reason}' for reason, count in reasons)}); {path} lists them. Every shard is "
-        f"in place, but the store has no manifest: run the same command with --allow-skips {_above(share)} to finish "
-        "it as it is, or mend the inputs and start anew with --overwrite"
+        f"permits ({'; '.join(f'{count}× {reason}' for reason, count in reasons)}); {listed_in} lists them. Every "
+        f"shard is in place, but the store has no manifest: run the same command with --allow-skips {_above(share)} to "
+        "finish it as it is, or mend the inputs and start anew with --overwrite"
     )
 
 
 def _above(share: float) -> str:
     """The share, rounded up to a number that is easy to type."""
     return f"{min(1.0, (int(share * 1000) + 1) / 1000):g}"
-
-
-def check_same_data(output: OutputFolder, plan: Plan, loader: Loader) -> None:
-    """Raise UserError unless a few inputs, of a few of the shards that are there, still have the bytes they had."""
-    done = output.done(range(plan.shards))
-    for shard in _few(done, _CHECKED_SHARDS):
-        record = read_record(output.place, output.split, shard)
-        if record is None or not record.input_crc32:
-            continue
-        left_out = {key for key, _ in record.skipped}
-        kept = [int(index) for index in plan.rows(shard) if loader.key(int(index)) not in left_out]
-        known = dict(zip(kept, record.input_crc32, strict=False))
-        for index in _few(kept, _CHECKED_INPUTS):
-            if _checksum(loader, index) != known.get(index):
-                raise UserError(_changed(output.path, loader.key(index)))
-
-
-def _few(numbers: list[int], count: int) -> list[int]:
-    """Some of the numbers, always the same ones."""
-    chosen = Permutation(len(numbers), 0, "check of inputs")[np.arange(min(count, len(numbers)), dtype=np.int64)]
-    return [numbers[k] for k in chosen.tolist()]
-
-
-def _checksum(loader: Loader, index: int) -> int | None:
-    try:
-        return zlib.crc32(loader.source.read(loader.listing, index))
-    except UnreadableInputError:
-        return None
-
-
-def _changed(out: Path, key: str) -> str:
-    return (
-        f"{out} was begun with other data: {key} is not the image that its latent was made from; give the data that it "
-        f"was begun with, name another --out, or start anew with --overwrite"
-    )

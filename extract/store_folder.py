@@ -13,7 +13,7 @@
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,28 +21,43 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipeline.latents.manifest import read_manifest
+from pipeline.latents.manifest import ShardEntry, read_manifest
 from pipeline.latents.names import MANIFEST_FILE, SKIPPED_FILE, WORK_FOLDER, record_name, recorded_shards
 from pipeline.latents.records import ShardRecord, read_record, skipped_lines
-from pipeline.latents.writer import remove_files, replace_store, store_files
-from pipeline.runtime.console import warn
+from pipeline.latents.store_files import READY, REPLACEMENT_LOCK, remove_files, replace_store, store_files
+from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import flush_folder, make_folder, read_json, remove_folder, write_bytes, write_json
 from pipeline.runtime.work_queue import Presence, exclusive, try_claim
 
 _WAIT_FOR_MAIN_S = 60.0
+_LOOK_EVERY_S = 0.5
 LANE, AS_SERVED = "batch-size", "data (by size, ETag and time on the server)"
 """Settings that are compared only where both the store and this command have them."""
 BEGINNING = "removal"
 """The lock of the process that looks whether all is right and then begins anew (`--overwrite`)."""
 
 
+def _read_latents(folder: Path) -> tuple[Mapping[str, Any], Sequence[ShardEntry]]:
+    manifest = read_manifest(folder)
+    return manifest.extraction, manifest.shards
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputFolder:
-    """A latent store that is being made, or is finished."""
+    """A latent store, or features beside one, that is being made, or is finished."""
 
     path: Path
     split: str
+    read: Callable[[Path], tuple[Mapping[str, Any], Sequence[ShardEntry]]] = _read_latents
+    """(settings, shards) of what is finished here, from its manifest."""
+    elsewhere: str = "name another --out, or "
+    """What to do about other settings than those that are there, besides beginning anew."""
+
+    @property
+    def shards_on_disk(self) -> None:
+        """All of them."""
+        return
 
     @property
     def work(self) -> Path:
@@ -66,7 +81,7 @@ class OutputFolder:
 
     @property
     def _ready(self) -> Path:
-        return self.work / "ready"
+        return self.work / READY
 
     @property
     def place(self) -> Path:
@@ -114,8 +129,8 @@ class OutputFolder:
             try:
                 yield here
             finally:
-                with here.gate():
-                    if (self.is_finished or not self._settings.exists()) and here.is_alone():
+                with here.last() as alone:
+                    if alone and (self.is_finished or not self._settings.exists()):
                         here.remove_folder()
                         if is_new and not any(self.path.iterdir()):
                             self.path.rmdir()
@@ -141,7 +156,7 @@ class OutputFolder:
     def recorded(self) -> Mapping[str, Any] | None:
         """The settings that the store was begun with, or None before its first shard."""
         if self.is_finished:
-            return dict(read_manifest(self.path).get("extraction", {}))
+            return dict(self.read(self.path)[0])
         return self._recorded_settings()
 
     def _recorded_settings(self) -> dict[str, Any] | None:
@@ -150,20 +165,20 @@ class OutputFolder:
     def replaces_by(self, wanted: Mapping[str, Any]) -> bool:
         """Whether a store of these settings is being made that is to replace the finished one here."""
         recorded = self._recorded_settings() if self._replacement.is_dir() else None
-        if recorded is not None and _differences(recorded, wanted):
+        if recorded is not None and differences(recorded, wanted):
             warn(
                 f"an unfinished store of other settings, which is to replace this one, waits in {self._replacement}; "
                 "the command that began it goes on with it, --overwrite drops it"
             )
-        return recorded is not None and not _differences(recorded, wanted)
+        return recorded is not None and not differences(recorded, wanted)
 
     def check_settings(self, wanted: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> None:
         """Raise UserError unless a store was begun with the wanted settings, or not begun; names each difference."""
-        differences = [] if recorded is None else _differences(recorded, wanted)
-        if differences:
+        found = [] if recorded is None else differences(recorded, wanted)
+        if found:
             raise UserError(
-                f"{self.path} was begun with other settings ({'; '.join(differences)}); "
-                "use the same to continue it, name another --out, or start anew with --overwrite"
+                f"{self.path} was begun with other settings ({'; '.join(found)}); "
+                f"use the same to continue it, {self.elsewhere}start anew with --overwrite"
             )
 
     def begin(self, settings: Mapping[str, Any], plan: str) -> None:
@@ -198,6 +213,16 @@ class OutputFolder:
             return self.done(shards)  # another process has put the new store in its place meanwhile
         return sorted(shard for shard in found if shard in shards)
 
+    def lacks_shards(self, shards: int, *, what: str = "shards", whole: str = "the store") -> bool:
+        """Whether some of so many shards are not in place; if so, says whose business they are."""
+        missing = shards - len(self.done(range(shards)))
+        if missing:
+            say(
+                f"{missing} of {shards} {what} are not in place yet: other processes are at them, or they are outside "
+                f"--shard-range; whichever process makes the last one finishes {whole}"
+            )
+        return missing > 0
+
     def claim(self, shard: int) -> FileLock | None:
         """The right to make a shard, or None if it is made or another process makes it."""
         if self.is_done(shard):
@@ -212,6 +237,9 @@ class OutputFolder:
                 left.unlink(missing_ok=True)  # what a killed process left half-written
         return lock
 
+    def publish(self, shard: int, shard_format: str) -> None:
+        """It is where it belongs."""
+
     def forget(self, shard: int) -> None:
         """Remove the commit record of a shard that turned out not to be whole."""
         (self.place / record_name(self.split, shard)).unlink(missing_ok=True)
@@ -220,7 +248,7 @@ class OutputFolder:
         """The shards that the manifest lists and that are not there any more, or not of their size."""
         return [
             number
-            for number, shard in enumerate(read_manifest(self.path).shards)
+            for number, shard in enumerate(self.read(self.path)[1])
             if not _has_size(self.path / shard.file, shard.bytes)
             or not _has_size(self.path / record_name(self.split, number))
         ]
@@ -270,14 +298,23 @@ class OutputFolder:
 
     def put_in_place(self) -> None:
         """Let the new store take the place of the old one, if it is whole; goes on where a killed process stopped."""
-        if not self._ready.is_dir() and not (self._replacement / MANIFEST_FILE).exists():
+        if self._ready.is_dir() or (self._replacement / MANIFEST_FILE).exists():
+            with self.unmoved():
+                pass
+
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """While here, all shards and records are of one store: none takes the place of another meanwhile."""
+        if not self._replacement.is_dir() and not self._ready.is_dir():
+            yield
             return
-        with self.exclusive("replace"):
+        with exclusive(self.work / REPLACEMENT_LOCK):
             if (self._replacement / MANIFEST_FILE).exists():
                 self._replacement.rename(self._ready)
                 flush_folder(self.work)
             if self._ready.is_dir():
                 replace_store(self.path, self._ready)
+            yield
 
     def wait_for_main(self, since: float) -> None:
         """Return when the main process of this launch, which was started about then, has begun the store anew.
@@ -293,6 +330,14 @@ class OutputFolder:
                 warn(f"the main process has not removed the old store in {self.path}; going on with what is there")
                 return
             time.sleep(0.1)
+
+    def wait_for_others(self) -> None:
+        """Return when the store is finished, or when nobody is at work on it any more."""
+        while not self.is_finished:
+            with self.occupied() as here, here.gate():
+                if here.is_alone():
+                    return
+            time.sleep(_LOOK_EVERY_S)
 
     def _is_from_before(self, since: float) -> bool:
         """Whether what tells that a store is here, finished or not, is older."""
@@ -311,7 +356,8 @@ class OutputFolder:
         return lock is None and self.work.is_dir()
 
 
-def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """A sentence for each setting that was another one."""
     return [
         f"--{key} {_short(recorded.get(key))} there, {_short(wanted[key])} now"
         for key in wanted

@@ -233,6 +233,12 @@ def random_resized_crop(image: Image.Image, size: int, box: Box) -> Pixels:
     return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
 
 
+def psnr(picture: UInt8[np.ndarray, "*shape"], other: UInt8[np.ndarray, "*shape"]) -> float:
+    """Peak signal-to-noise ratio 10 · log10(255² / mean squared error) in dB; infinite where nothing differs."""
+    error = np.mean((picture.astype(np.float64) - other.astype(np.float64)) ** 2)
+    return 10 * math.log10(255.0**2 / error) if error else math.inf
+
+
 def to_pixels(images: UInt8[np.ndarray, "batch height width 3"]) -> Float32[np.ndarray, "batch 3 height width"]:
     """Bytes as the VAE takes them: byte / 127.5 − 1, channels first, float32."""
     pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32)

@@ -6,7 +6,7 @@ in `pipeline.images.to_pixels`; pixels become bytes again here, in `to_bytes`, r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,10 @@ from pipeline.vae_folder import KINDS, find_folder, fingerprint, load_model, rea
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+
+    from pipeline.recorded import RecordedVae
+else:
+    RecordedVae = Any
 
 Factor = float | Sequence[float] | Tensor
 
@@ -58,6 +62,9 @@ class Vae:
     """Precision of the weights and of the computation; what comes out is float32 or bytes in any case."""
     model: "ModelMixin" = field(repr=False)
     """The diffusers model."""
+    pixels: Sequence[int] | None = None
+    """Between what its encoder was given pixels, where another project made the latents; None is [−1, 1]. EDM2 gave
+    [0, 1]."""
 
     def describe(self) -> dict[str, Any]:
         """What a store's manifest and a checkpoint remember, to find this VAE again and to know it is this one."""
@@ -67,7 +74,17 @@ class Vae:
             "sha256": self.sha256,
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
+            **({} if self.pixels is None else {"pixels": list(self.pixels)}),
         }
+
+    def view_shape(self, image_px: int) -> tuple[int, int, int]:
+        """[values, h, w] of what `encode` gives for a square image."""
+        side = image_px // self.downsample
+        return self.channels * (2 if self.kind == "moments" else 1), side, side
+
+    def compile_encoder(self) -> None:
+        """Compile what `encode` runs; the first image then takes a minute or so."""
+        self.model.encode = torch.compile(self.model.encode)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError unless the VAE can encode images of this many pixels; the sentence says which it can."""
@@ -95,7 +112,7 @@ class Vae:
             UserError: images of a size that this VAE cannot encode.
         """
         self.check_size(*pixels.shape[-2:])
-        x = self._to_model(pixels)
+        x = self._to_model((pixels + 1) / 2 if self.is_from_zero else pixels)
         if self.class_name == "AutoencoderKL":
             return self.model.encode(x).latent_dist.parameters.float()
         if self.class_name == "AutoencoderRAE":  # pixels in [0, 1]; normalises and scales inside
@@ -106,7 +123,7 @@ class Vae:
         self, latents: Float[Tensor, "batch channel latent_height latent_width"]
     ) -> UInt8[Tensor, "batch height width 3"]:
         """Images as bytes on the CPU, from unscaled latents (see `to_bytes`)."""
-        return to_bytes(self.decode_values(latents))
+        return to_bytes(self.decode_values(latents)).cpu()
 
     @torch.no_grad()
     def decode_values(
@@ -116,11 +133,16 @@ class Vae:
         if self.class_name == "AutoencoderRAE":
             z = self._to_model(latents * self.model.config.scaling_factor)
             return self.model.decode(z, return_dict=False)[0].float() * 2 - 1
-        return self.model.decode(self._to_model(latents), return_dict=False)[0].float()
+        values = self.model.decode(self._to_model(latents), return_dict=False)[0].float()
+        return values * 2 - 1 if self.is_from_zero else values
+
+    @property
+    def is_from_zero(self) -> bool:
+        """Whether the model itself takes and gives pixels in [0, 1]."""
+        return self.pixels is not None and list(self.pixels) == [0, 1]
 
     def _to_model(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, self.dtype)
-        return x.contiguous(memory_format=torch.channels_last) if self.device.type == "cuda" else x
+        return x.to(self.device, self.dtype)
 
 
 def load_vae(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
@@ -142,7 +164,7 @@ def load_vae(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtyp
     device = torch.device(device)
     model.to(device)
     if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
+        keep_layout(model)
     scale, shift = _factors(model.config, class_name)
     rae = class_name == "AutoencoderRAE"
     return Vae(
@@ -161,8 +183,20 @@ def load_vae(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtyp
     )
 
 
+def keep_layout(model: "ModelMixin") -> None:
+    """Let a decoder's values lie channel by channel from end to end, as its norms take them on a GPU.
+
+    In the middle diffusers' attention gives them cell by cell, and every norm after it would copy them into order. With
+    all weights in channels_last each convolution copies its input back, too: more than three times as many bytes
+    (docs/vae.md).
+    """
+    middle = getattr(getattr(model, "decoder", None), "mid_block", None)
+    if middle is not None:
+        middle.register_forward_hook(lambda _module, _given, made: made.contiguous())
+
+
 def find_vae(
-    recorded: Mapping[str, Any],
+    recorded: RecordedVae,
     override: str | None = None,
     *,
     device: str | torch.device = "cpu",
@@ -170,6 +204,9 @@ def find_vae(
     allow_other: bool = False,
 ) -> Vae:
     """The VAE that a store or a checkpoint was made with, checked by its fingerprint.
+
+    Scale and shift stay what is recorded of this very VAE, or of another project's latents (`pixels` is recorded):
+    those need not be its own configuration's.
 
     Args:
         recorded: what `Vae.describe` gave then.
@@ -179,19 +216,22 @@ def find_vae(
     Raises:
         UserError: it cannot be found by its recorded name, or it is another VAE.
     """
-    name = recorded.get("name")
+    name = recorded.name
     if override is None and (not name or (name != "demo" and "/" not in name)):
         what = f"a VAE in a local folder named {name!r}" if name else "a VAE whose name was not recorded"
         raise UserError(f"the latents were made with {what}; say where it is with --vae FOLDER (or a Hub name)")
     vae = load_vae(override or str(name), device=device, dtype=dtype)
-    expected = recorded.get("sha256")
+    expected = recorded.sha256
     if expected and vae.sha256 != expected and not allow_other:
         fix = "give the right one with --vae" if override is None else "leave --vae out or give the right one"
         raise UserError(
             f"the latents were made with the VAE {name} of fingerprint {expected[:12]}…, but {override or name} has "
             f"{vae.sha256[:12]}…: its weights or settings differ, and decoding would give wrong pictures; {fix}"
         )
-    return vae
+    if recorded.pixels is None and (not expected or vae.sha256 != expected):
+        return vae
+    own: dict[str, Any] = {name: recorded.get(name) for name in ("scaling_factor", "shift_factor", "pixels")}
+    return replace(vae, **own)
 
 
 def check_latents(vae: Vae, *, channels: int, downsample: int | None = None) -> None:
@@ -205,9 +245,9 @@ def check_latents(vae: Vae, *, channels: int, downsample: int | None = None) -> 
 
 
 def to_bytes(values: Float[Tensor, "batch 3 height width"]) -> UInt8[Tensor, "batch height width 3"]:
-    """Images as bytes on the CPU: 127.5 · (x + 1), clipped and rounded to nearest."""
+    """Images as bytes: 127.5 · (x + 1), clipped and rounded to nearest."""
     levels = ((values.clamp(-1, 1) + 1) * 127.5).round()
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def draw_posterior(

@@ -6,7 +6,8 @@ Only safetensors are read, whatever else lies in the folder, and no code that ca
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from pipeline.hub import POINTER_ADVICE, fetch, is_pointer, weight_patterns
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
+from pipeline.runtime.gate import shortened
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo-vae"
 KINDS = {
@@ -160,7 +162,7 @@ def check_weights(folder: Path, name: str, *, or_else: str = "fetch it again, or
 def _named_weights(folder: Path) -> list[Path]:
     """One whole file, or what the index of shards names."""
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
-        return [folder / shard for shard in _shard_names(folder / INDEX)]
+        return [folder / shard for shard in shard_names(folder / INDEX)]
     return [folder / WEIGHTS]
 
 
@@ -168,7 +170,12 @@ def _missing_weights(folder: Path) -> list[Path]:
     return [path for path in _named_weights(folder) if not path.exists()]
 
 
-def _shard_names(index: Path) -> list[str]:
+def shard_names(index: Path) -> list[str]:
+    """The safetensors files that an index of weights names.
+
+    Raises:
+        UserError: it is damaged, or names files elsewhere.
+    """
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(
@@ -230,13 +237,44 @@ def fingerprint(folder: Path) -> str:
     newline, followed by its values, row-major and little-endian. How tensors are spread over files, the files'
     metadata and the version of diffusers that wrote them do not count.
     """
+    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    files = weight_files(folder, str(folder))
+    with _explained(folder):
+        check_sizes(config, files, str(folder))
+        return fingerprint_of(config, files)
+
+
+def check_sizes(config: Mapping[str, Any], files: Sequence[Path], name: str) -> None:
+    """Raise UserError for settings of a network larger than its weights, before a module is made by them.
+
+    No network has more layers than tensors, nor more of anything than its weights have bytes.
+    """
     from safetensors import safe_open
 
-    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    tensors, held = 0, sum(path.stat().st_size for path in files)
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            tensors += len(file.keys())
+    found: list[tuple[str, Any]] = list(config.items())
+    for key, value in found:
+        if isinstance(value, dict | list):
+            found += value.items() if isinstance(value, dict) else [(key, inner) for inner in value]
+        most = tensors if re.search("layer|depth|blocks", str(key)) else held
+        if isinstance(value, int) and abs(value) > most:
+            raise UserError(
+                f"{name} has {key} {shortened(value)} in its config.json, but its weights are {tensors:,} tensors of "
+                f"{held:,} bytes; restore the files"
+            )
+
+
+def fingerprint_of(config: Mapping[str, Any], files: Sequence[Path]) -> str:
+    """The `fingerprint` of these settings and of the tensors in these safetensors files."""
+    from safetensors import safe_open
+
     digest = hashlib.sha256(_canonical(config))
     places = {}
-    for path in weight_files(folder, str(folder)):
-        with _explained(path), safe_open(path, framework="pt") as file:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
             places.update(dict.fromkeys(file.keys(), path))
     for name in sorted(places):
         with safe_open(places[name], framework="pt") as file:

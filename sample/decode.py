@@ -11,14 +11,12 @@ from torch import Tensor
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.threads import CPU_MICRO_BATCH, ParallelMap, finite_rows
 from pipeline.vae import Vae, to_bytes
-
-GPU_LANE_PIXELS = 16 * 256 * 256
-"""Of all images of a lane together, so that the decoder's memory does not depend on their size."""
+from pipeline.vae_lanes import DECODED_PX, at_once
 
 
 def decode_lane(device: torch.device, *, pixels: int) -> int:
     """How many images of so many pixels are decoded at once: eight on a CPU, elsewhere what fills the same memory."""
-    return CPU_MICRO_BATCH if device.type == "cpu" else max(1, GPU_LANE_PIXELS // pixels)
+    return CPU_MICRO_BATCH if device.type == "cpu" else at_once(DECODED_PX, pixels)
 
 
 def decode_in_lanes(vae: Vae, latents: Tensor, *, size: int, in_lanes: ParallelMap) -> tuple[Tensor, Tensor]:
@@ -30,7 +28,10 @@ def decode_in_lanes(vae: Vae, latents: Tensor, *, size: int, in_lanes: ParallelM
     def lane(part: Tensor) -> tuple[Tensor, Tensor]:
         padding = part[-1:].expand(size - len(part), *part.shape[1:])
         values = vae.decode_values(torch.cat([part, padding]))[: len(part)]
-        return finite_rows(values).cpu(), to_bytes(values)
+        images = to_bytes(values)
+        # Both in one copy, as a GPU's host waits for each.
+        sent = torch.cat([images.flatten(1), finite_rows(values)[:, None]], dim=1).cpu()
+        return sent[:, -1].bool(), sent[:, :-1].view(images.shape)
 
     finite, images = zip(*in_lanes(lane, latents.split(size)), strict=True)
     return torch.cat(finite), torch.cat(images)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.diffusion import SAMPLERS, NetworkFn, classifier_free_guidance
+from pipeline.diffusion.guidance import MiddleHead, OtherNetwork, guided
+from pipeline.dit import DiT
 from pipeline.randomness import normal
+from pipeline.runtime.devices import float32_products
 from pipeline.runtime.processes import keep_freed_memory
 from pipeline.runtime.threads import CPU_MICRO_BATCH, ParallelMap, finite_rows, one_thread_each
 from pipeline.vae import Vae, denormalize
 from sample.decode import check_finite, decode_in_lanes, decode_lane
-from sample.trajectory import Watch
+from sample.edits import NOISE, Edit
+from sample.trajectory import Watcher
 
-NOISE = "sample-noise"
 OnStep = Callable[[int, int], None]
 """Told (steps done, steps in all), counted over the lanes of a batch."""
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,27 +51,45 @@ class ReversePlan:
     batch_size: int
     precision: str
     """no (float32), bf16 or fp16."""
+    source: str = "class"
+    """What guides where no other network does: the class, the middle head, or both."""
+    middle_guidance: float = 1.0
+    """Scale of the middle head's guidance beside the class's."""
+    timesteps: tuple[float, ...] | None = None
+    """Where the steps begin; None is where the sampler has them begin."""
 
 
 class Generator:
     """Batches of latents, and of pixels where it is given a VAE."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: ReversePlan, *, device: str, vae: Vae | None) -> None:
-        """Take a checkpoint to the device; `plan` is complete and fits it."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: ReversePlan,
+        *,
+        device: str,
+        vae: Vae | None,
+        guide: DiT | None = None,
+        edit: Edit | None = None,
+    ) -> None:
+        """Take a checkpoint to the device; `plan` is complete and fits it, and so does a network that guides."""
         self.checkpoint = checkpoint
         self.plan = plan
         self.device = torch.device(device)
         self.vae = vae
+        self.edit = edit or Edit()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # or pinned memory would open a second context on the first GPU
         self._dtype = PRECISIONS[plan.precision]
         self.model = checkpoint.model.to(self.device).eval()
-        if self._dtype is not None:
-            _cast_products(self.model, self._dtype)
+        self.guide = None if guide is None else guide.to(self.device).eval()
+        for network in (self.model, self.guide):
+            if self._dtype is not None and network is not None:
+                _cast_products(network, self._dtype)
         config = checkpoint.config
         self.shape = (config.in_channels, config.height, config.width)
-        recorded = checkpoint.info["vae"]
-        self._scale, self._shift = recorded["scaling_factor"], recorded.get("shift_factor")
+        recorded = checkpoint.info.vae
+        self._scale, self._shift = recorded.scaling_factor, recorded.shift_factor
 
         # a batch in lanes: as one on a GPU, in at least four, where it can be, on a CPU
         self._on_cpu = self.device.type == "cpu"
@@ -79,8 +101,12 @@ class Generator:
         pixels = config.height * config.width * (1 if vae is None else vae.downsample**2)
         self.decode_lane = min(self._lane, decode_lane(self.device, pixels=pixels))
 
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """Around all use, in whatever thread: TF32 for what is float32, or none of it where no precision is spared."""
+        return float32_products(self.device, tf32=self._dtype is not None)
+
     def latents(
-        self, first: int, labels: NDArray[np.int64], *, on_step: OnStep | None = None, watch: Watch | None = None
+        self, first: int, labels: NDArray[np.int64], *, on_step: OnStep | None = None, watch: Watcher | None = None
     ) -> Tensor:
         """Raw latents [B, C, h, w] float32 on the device: images first … first + B − 1 with the given labels.
 
@@ -94,7 +120,8 @@ class Generator:
         def lane(start: int) -> Tensor:
             """Latents in the network's scale of the rows from `start` on, past the end the last one again."""
             rows = np.minimum(np.arange(start, start + size), len(labels) - 1)
-            denoise = self._guided(labels[rows])
+            images = np.arange(first + start, first + start + size)
+            denoise = self.edit.within(process, self.edit.of_classes(self._guided, labels[rows], images), images)
             look = watch.lane(start, size) if watch is not None else None
 
             def each_step(k: int, total: int, x_start: Tensor) -> None:
@@ -106,10 +133,11 @@ class Generator:
                 x = SAMPLERS[plan.sampler](
                     process,
                     denoise if look is None else look.watched(denoise),
-                    noise(),
+                    self.edit.start(process, noise(), images),
                     noise,
                     steps=plan.steps,
                     eta=plan.eta,
+                    timesteps=plan.timesteps,
                     on_step=each_step,
                 )
             if look is not None:
@@ -139,17 +167,27 @@ class Generator:
 
     def _guided(self, labels: NDArray[np.int64]) -> NetworkFn:
         """The network for images of these classes, guided as the plan says."""
-        plan, config = self.plan, self.checkpoint.config
-        return classifier_free_guidance(
-            self.model,
-            torch.from_numpy(labels).to(self.device) if config.num_classes else None,
-            scale=plan.guidance,
-            null_class=config.null_class if config.has_null_class else None,
-            channels=plan.channels,
-            interval=plan.interval,
-            time_scale=self.checkpoint.process.time_scale,
-            noise_first=self.checkpoint.process.noise_first,
-        )
+        plan, config, process = self.plan, self.checkpoint.config, self.checkpoint.process
+        y = torch.from_numpy(labels).to(self.device) if config.num_classes else None
+        how: dict[str, Any] = {
+            "scale": plan.guidance,
+            "channels": plan.channels,
+            "interval": plan.interval,
+            "time_scale": process.time_scale,
+            "noise_first": process.noise_first,
+        }
+        if self.guide is not None:
+            return guided(OtherNetwork(self.model, y, self.guide), **how)
+        if plan.source == "middle":
+            return guided(MiddleHead(self.model, y), **how)
+
+        # By the class; with both, each of its two halves is first guided by the middle head.
+        def halves(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            return guided(MiddleHead(self.model, labels), **{**how, "scale": plan.middle_guidance})(x_t, t)
+
+        null_class = config.null_class if config.has_null_class else None
+        network = self.model if plan.source == "class" else halves
+        return classifier_free_guidance(network, y, null_class=null_class, **how)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
@@ -179,7 +217,8 @@ class Generator:
 
     def _noise(self, first: int, count: int, *step: int) -> Tensor:
         """Standard normals [count, C, h, w] of images first … first + count − 1, on the CPU."""
-        return torch.stack([normal(self.shape, self.plan.seed, NOISE, k, *step) for k in range(first, first + count)])
+        images = map(self.edit.takes_noise_of, range(first, first + count))
+        return torch.stack([normal(self.shape, self.plan.seed, NOISE, k, *step) for k in images])
 
     def _lanes(self) -> contextlib.AbstractContextManager[ParallelMap]:
         return one_thread_each(self.device, workers=self._workers)

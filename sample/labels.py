@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from pipeline.classes import find_class, find_classes
 from pipeline.randomness import Permutation, derive_seed
+from pipeline.runtime.arrays import load_member, load_npy
+from pipeline.runtime.bounds import MOST_IMAGES
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import check_regular, read_regular
 from sample.options import ImageOptions
 
 UNLABELLED = -1
@@ -69,6 +72,11 @@ def choose_labels(options: ImageOptions, known: KnownClasses, *, seed: int) -> C
     if options.num_samples is None:
         classes = _classes_to_show(known, seed) if named is None else named
         count = options.samples_per_class or SAMPLES_PER_CLASS
+        if len(classes) * count > MOST_IMAGES:
+            raise UserError(
+                f"{count} images of each of {len(classes)} classes are {len(classes) * count}, more than "
+                f"the {MOST_IMAGES} of one job; ask for fewer, or make several jobs with other seeds"
+            )
         values = np.repeat(np.asarray(classes, dtype=np.int64), count)
         return _chosen(values, {"rule": "by-class", "classes": classes, "samples_per_class": count})
     rule = options.labels or "random"
@@ -78,6 +86,22 @@ def choose_labels(options: ImageOptions, known: KnownClasses, *, seed: int) -> C
         positions = np.array([derive_seed(seed, "sample-label", int(k)) for k in positions], dtype=np.int64)
     values = np.asarray(classes, dtype=np.int64)[positions % len(classes)]
     return _chosen(values, {"rule": rule, "classes": "all" if named is None else classes})
+
+
+def labels_of(values: NDArray[np.int64], known: KnownClasses) -> ChosenLabels:
+    """Labels that stand in a file beside what they are of.
+
+    Raises:
+        UserError: the checkpoint has no such classes.
+    """
+    if known.count == 0:
+        return _chosen(np.full(len(values), UNLABELLED, dtype=np.int64), {"rule": "unconditional"})
+    if values.min() < 0 or values.max() >= known.count:
+        raise UserError(
+            f"the latents' labels reach from {values.min()} to {values.max()}, but the checkpoint's are 0 to "
+            f"{known.count - 1}; say which with --classes or --labels"
+        )
+    return _chosen(values, {"rule": "file"})
 
 
 def _named(text: str, known: KnownClasses) -> list[int]:
@@ -126,12 +150,10 @@ def _from_file(path: Path, num_samples: int | None, known: KnownClasses) -> Chos
 
 def _read_labels(path: Path, known: KnownClasses) -> NDArray[np.int64]:
     try:
+        check_regular(path)
         if path.suffix not in {".npy", ".npz"}:
-            return _labels_of_lines(path, path.read_text().splitlines(), known)
-        with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            if isinstance(content, np.lib.npyio.NpzFile):
-                content = content["arr_1"]
+            return _labels_of_lines(path, read_regular(path).decode("utf-8-sig").splitlines(), known)
+        content = load_member(path, "arr_1") if zipfile.is_zipfile(path) else load_npy(path)
     except FileNotFoundError as error:
         raise UserError(f"--labels {path} is neither random nor balanced nor a file; check the path") from error
     except (OSError, ValueError, KeyError, UnicodeDecodeError, EOFError, zipfile.BadZipFile, zlib.error) as error:

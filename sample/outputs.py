@@ -113,18 +113,21 @@ def is_intact(path: Path, description: dict[str, Any]) -> bool:
 def write_grid(
     path: Path, images: Parts, labels: Labels, *, class_name: ClassName, columns: int | None
 ) -> dict[str, Any]:
+    """The picture that `draw_grid` makes."""
+    save_png(path, draw_grid(images, labels, class_name=class_name, columns=columns))
+    return _describe_file(path, path)
+
+
+def draw_grid(images: Parts, labels: Labels, *, class_name: ClassName, columns: int | None) -> Image.Image:
     """One picture: rows by class with `columns` images each; without `columns` a square, sorted by class."""
     cells = np.concatenate(list(images))
-    if columns is None:
-        order = np.argsort(labels, kind="stable")
-        captions = [class_name(int(label)) for label in labels[order]] if labels.min() >= 0 else None
-        side = int(np.ceil(np.sqrt(len(cells))))
-        picture = grid(cells[order], columns=side, captions=captions)
-    else:
+    if columns is not None:
         row_labels = [class_name(int(label)) for label in labels[::columns]]
-        picture = grid(cells, columns=columns, row_labels=row_labels)
-    save_png(path, picture)
-    return _describe_file(path, path)
+        return grid(cells, columns=columns, row_labels=row_labels)
+    order = np.argsort(labels, kind="stable")
+    captions = [class_name(int(label)) for label in labels[order]] if labels.min() >= 0 else None
+    side = int(np.ceil(np.sqrt(len(cells))))
+    return grid(cells[order], columns=side, captions=captions)
 
 
 def write_strip(path: Path, frames: NDArray[np.uint8], *, row_labels: list[str], captions: list[str]) -> dict[str, Any]:

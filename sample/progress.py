@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from pipeline.runtime.console import say
 from pipeline.runtime.processes import StopRequest, launch
+from pipeline.runtime.units import duration
 from sample.resolve import SamplingJob
 from sample.work_folder import WorkFolder
 
@@ -68,7 +69,7 @@ class SamplingProgress:
         processes = launch().world_size
         rounds = -(-len(self._work.missing()) // processes)
         rate = self._job.batch_size * processes / max(seconds_per_batch, 1e-9)
-        say(f"estimate: {_duration(seconds_per_batch * rounds)} to go, {rate:.3g} images/s before decoding")
+        say(f"estimate: {duration(seconds_per_batch * rounds)} to go, {rate:.3g} images/s before decoding")
 
 
 def finished_images(work: WorkFolder, job: SamplingJob) -> int:
@@ -77,10 +78,3 @@ def finished_images(work: WorkFolder, job: SamplingJob) -> int:
     images = (job.chunks - len(missing)) * job.batch_size
     padding = job.chunks * job.batch_size - len(job.labels)
     return images - padding * (job.chunks - 1 not in missing)
-
-
-def _duration(seconds: float) -> str:
-    """Time for people: 40 s, 12 min, 3.4 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
 """One `dit-sample` from its options to its output: resolve, check, make the missing chunks, put them together."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.runtime.publish import Stage, finish, publish, work_folder_of
 from sample import outputs, sidecar
 from sample.decode import NotFiniteError, overlapping
 from sample.options import SampleOptions
+from sample.outputs import Parts
 from sample.progress import SamplingProgress, Stopped, finished_images
 from sample.resolve import SamplingJob, resolve
 from sample.sidecar import is_finished, strip_of, sweep
@@ -97,6 +98,7 @@ def _make_chunks(work: WorkFolder, job: SamplingJob, options: SampleOptions, sto
     with (
         progress(len(job.labels), unit="images", description="sampling", initial=done) as bar,
         memory_explained(lambda: too_large(job.batch_size)),
+        job.generator.arithmetic(),
     ):
         pace = SamplingProgress(work, job, bar, stop)
         share = partial(work.unclaimed, rank=place.rank, world_size=place.world_size, idle=pace.check_stop)
@@ -120,7 +122,7 @@ def _latents(
     if options.trajectory is not None and chunk == 0:
         distinct = np.unique(labels[: len(job.labels)], return_index=True)[1]
         watch = Watch(options.trajectory, sorted(int(row) for row in distinct)[:STRIP_IMAGES])
-    with _named(chunk, job):
+    with named_images(chunk, job):
         latents = job.generator.latents(first, labels, on_step=pace.step, watch=watch)
     if watch is not None:
         work.write_part(STRIP, _strip_arrays(watch, job))
@@ -150,13 +152,13 @@ def _write_chunk(work: WorkFolder, chunk: int, latents: torch.Tensor, job: Sampl
     if job.generator.vae is None:
         data: NDArray[Any] = latents.cpu().numpy()
     else:
-        with _named(chunk, job):
+        with named_images(chunk, job):
             data = job.generator.pixels(latents)
     work.write(chunk, {"data": data[:count]})
 
 
 @contextmanager
-def _named(chunk: int, job: SamplingJob) -> Iterator[None]:
+def named_images(chunk: int, job: SamplingJob) -> Iterator[None]:
     """Turn rows that are not finite into a `UserError` with the seed, the images' numbers and their classes."""
     try:
         yield
@@ -186,26 +188,28 @@ def _finish(work: WorkFolder, job: SamplingJob, options: SampleOptions) -> None:
         arrays = work.read_part(STRIP)
         assert arrays is not None, "looked at by drop_damaged"
         strip = _write_strip(stage.place(strip_of(out)), arrays, job)
-    output = _write_output(stage.place(out), work, job, options)
+    output = write_output(stage.place(out), work.parts, job, kind=options.kind)
     sidecar.write(stage.place(sidecar.sidecar_of(out)), job.recipe, output, strip)
     publish(work.path, stage, overwrite=options.overwrite)
     work.remove()
     say(f"wrote {options.out} ({len(labels)} samples) and {sidecar.sidecar_of(out)}")
 
 
-def _write_output(out: Path, work: WorkFolder, job: SamplingJob, options: SampleOptions) -> dict[str, Any]:
-    """Make the output at its place in the stage; what the sidecar says of it."""
+def write_output(out: Path, parts: Callable[[], Parts], job: SamplingJob, *, kind: str) -> dict[str, Any]:
+    """Make the output at its place in the stage; what the sidecar says of it.
+
+    Args:
+        parts: gives the finished chunks, in order, from the first one every time.
+        kind: `SampleOptions.kind`.
+    """
     labels = job.labels.values
-    if options.kind == "folder":
-        return outputs.fill_folder(out, work.parts(), labels, folder_name=job.folder_name)
-    if options.kind == "latents":
-        return outputs.write_latents(out, work.parts(), labels, shape=job.generator.shape)
-    if options.kind == "npz":
-        return outputs.write_npz(out, work.parts(), labels, pixels=next(work.parts()).shape[1:3])
-    columns = job.labels.rule.get("samples_per_class", 1)
-    return outputs.write_grid(
-        out, work.parts(), labels, class_name=job.class_name, columns=columns if columns > 1 else None
-    )
+    if kind == "folder":
+        return outputs.fill_folder(out, parts(), labels, folder_name=job.folder_name)
+    if kind == "latents":
+        return outputs.write_latents(out, parts(), labels, shape=job.generator.shape)
+    if kind == "npz":
+        return outputs.write_npz(out, parts(), labels, pixels=next(iter(parts())).shape[1:3])
+    return outputs.write_grid(out, parts(), labels, class_name=job.class_name, columns=job.columns)
 
 
 def _write_strip(path: Path, arrays: dict[str, NDArray[Any]], job: SamplingJob) -> dict[str, Any]:
@@ -221,9 +225,13 @@ def _write_strip(path: Path, arrays: dict[str, NDArray[Any]], job: SamplingJob) 
 def _say_plan(job: SamplingJob, done: int) -> None:
     recipe = job.recipe
     held = f", {done} of them there already" if done else ""
+    guide = recipe.get("guide")
+    by = f" by the {guide['weights']} weights of step {guide['step']}" if guide else ""
+    if "guidance_source" in recipe:
+        by = " by the middle head" if recipe["guidance_source"] == "middle" else " by the class and the middle head"
     say(
         f"{len(job.labels)} samples{held}: {recipe['sampler']}, {recipe['steps']} steps, "
-        f"guidance {recipe['guidance']:g}, seed {recipe['seed']}, batches of {job.batch_size} on "
+        f"guidance {recipe['guidance']:g}{by}, seed {recipe['seed']}, batches of {job.batch_size} on "
         f"{recipe['device']} (mixed precision: {recipe['mixed_precision']}), {recipe['checkpoint']['weights']} "
         f"weights of step {recipe['checkpoint']['step']}"
     )

@@ -9,11 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json, write_json
+from pipeline.runtime.gate import shortened, typed
 from pipeline.runtime.publish import finish, work_folder_of
 from pipeline.runtime.work_queue import Presence
 from sample.options import SampleOptions
@@ -72,7 +74,7 @@ def read_sidecar(out: Path) -> dict[str, Any] | None:
     """The JSON beside an output of ours; None where there is none or it is not ours.
 
     Raises:
-        UserError: it was written by a newer version.
+        UserError: it was written by a newer version, or its values are of other types.
     """
     with contextlib.suppress(OSError):  # a folder that may not be written to
         finish(out)
@@ -85,11 +87,18 @@ def read_sidecar(out: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
-    if content.get("version") != VERSION:
+    if (version := content.get("version")) != VERSION:
         raise UserError(
-            f"{path} is of version {content.get('version')}, but this program knows version {VERSION}; upgrade it"
+            f"{path} is of version {shortened(version)}, but this program knows version {VERSION}; upgrade it"
         )
+    typed(content, _Sidecar, f"{path} is damaged", advice="restore it, or remove it together with what it describes")
     return content
+
+
+class _Sidecar(msgspec.Struct, frozen=True):
+    recipe: dict[str, Any]
+    output: dict[str, Any]
+    strip: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 _IMAGE = re.compile(r"\d{6,}\.png")
@@ -143,8 +152,8 @@ def sweep(out: Path, recipe: dict[str, Any], *, of_others: bool) -> None:
     folder = work_folder_of(out)
     if not folder.exists():
         return
-    with Presence(folder) as here, here.gate():
-        if here.is_alone() and (of_others or is_plan(folder, recipe) or not (folder / PLAN).exists()):
+    with Presence(folder) as here, here.last() as alone:
+        if alone and (of_others or is_plan(folder, recipe) or not (folder / PLAN).exists()):
             here.remove_folder()
 
 

@@ -3,11 +3,32 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.denoiser import on_host
+
+
+class LaneWatcher(Protocol):
+    """Looks at one run of a sampler, in the thread that it runs in."""
+
+    def watched(self, denoise: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The same function; its input may be remembered."""
+
+    def on_step(self, k: int, total: int, x_start: Tensor) -> None:
+        """Step k of `total` is made; x_start [rows, C, h, w] is where the network expects it to end."""
+
+    def end(self, x: Tensor) -> None:
+        """The result [rows, C, h, w]; all latents are in the network's scale."""
+
+
+class Watcher(Protocol):
+    """Looks at a batch on its way."""
+
+    def lane(self, start: int, count: int) -> LaneWatcher | None:
+        """What looks at rows start … start + count − 1, past the end of the batch its last one again; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

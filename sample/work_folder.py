@@ -43,9 +43,13 @@ class WorkFolder:
         self._found: set[int] = set()
 
     def close(self) -> None:
+        """Leave; what came into the folder while another took it away with its finished output goes too."""
         for chunk in list(self._held):
             self.release(chunk)
-        self._here.leave()
+        if self.path.exists() and not self.is_open():
+            leave_nothing(self._here)
+        else:
+            self._here.leave()
 
     def chunk_path(self, chunk: int) -> Path:
         return self.path / f"chunk-{chunk:06d}.safetensors"
@@ -64,10 +68,10 @@ class WorkFolder:
         """Remove the folder, its plan first: who still looks for work sees at once that none is left.
 
         Args:
-            unless_shared: leave it to the others, where some are at work here.
+            unless_shared: leave, and leave it to the others, where some are at work here.
         """
-        with self._here.gate():
-            if not unless_shared or self._here.is_alone():
+        with self._here.last() if unless_shared else self._here.gate() as alone:
+            if alone or not unless_shared:
                 (self.path / PLAN).unlink(missing_ok=True)
                 self._here.remove_folder()
 
@@ -261,8 +265,8 @@ def join(path: Path, plan: dict[str, Any], *, chunks: int, finished: Callable[[]
 
 def leave_nothing(here: Presence) -> None:
     """Leave a work folder, and take it away where nobody is left and nothing was begun."""
-    with here.gate():
-        if here.is_alone() and not (here.folder / PLAN).exists():
+    with here.last() as alone:
+        if alone and not (here.folder / PLAN).exists():
             here.remove_folder()
     here.leave()
 

@@ -6,11 +6,38 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from jaxtyping import install_import_hook
 
 from pipeline.runtime.processes import bound_spinning
 
 bound_spinning()  # before torch is loaded
 # Not pipeline.dit: torch.compile cannot trace functions that the checker wraps.
-CHECKED = ("pipeline.diffusion", "pipeline.latents", "pipeline.vae", "pipeline.images")
+CHECKED = ("pipeline.diffusion", "pipeline.features", "pipeline.latents", "pipeline.vae", "pipeline.images")
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def object_store():
+    """One S3 server for all tests of this process."""
+    from tests.object_store import ObjectStore
+
+    server = ObjectStore()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def quick_urls(monkeypatch, tmp_path):
+    """What lies behind a URL is asked for again after short waits, and copied into a cache of this test's own."""
+    monkeypatch.setattr("pipeline.runtime.remote_files._FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("DIT_LATENTS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def s3(object_store, monkeypatch):
+    """The server with a bucket of this test's own and no faults (`tests/object_store.py`)."""
+    from tests.object_store import clear_instances, use
+
+    yield use(object_store, monkeypatch)
+    clear_instances()

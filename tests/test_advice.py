@@ -16,8 +16,10 @@ from pipeline.runtime.cli import _flags, nearest
 from pipeline.runtime.other_names import OTHER_NAMES
 from sample.evaluate.options import EvaluateOptions
 from sample.options import SampleOptions
+from sample.tune.options import TuneOptions
 from tests.test_house import MODULES, SOURCES, module_of, taken_from
 from train.options import TrainOptions
+from view.options import ViewOptions
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
@@ -25,34 +27,60 @@ COMMANDS = {
     "dit-train": ("train.__main__", TrainOptions),
     "dit-sample": ("sample.__main__", SampleOptions),
     "dit-evaluate": ("sample.evaluate.__main__", EvaluateOptions),
+    "dit-tune": ("sample.tune.__main__", TuneOptions),
     "dit-inspect": ("pipeline.inspect.__main__", InspectOptions),
     "dit-convert": ("pipeline.convert.__main__", ConvertOptions),
+    "dit-view": ("view.__main__", ViewOptions),
 }
 # A launcher's, git's and tar's own, and what this project's own flags begin with.
 OTHERS = re.compile(r"--(multi_gpu|num_processes|module|hard-dereference|help|config|no-)")
 # Messages of shared files that only some of the commands can come to say.
-ENCODES, SAMPLES, TRAINS = {"dit-extract"}, {"dit-sample", "dit-evaluate"}, {"dit-train"}
-WRITES = {"dit-extract", "dit-sample", "dit-train", "dit-evaluate", "dit-convert"}
+ENCODES, SAMPLES, TRAINS = {"dit-extract"}, {"dit-sample", "dit-evaluate", "dit-tune"}, {"dit-train"}
+WRITES = {"dit-extract", "dit-sample", "dit-train", "dit-evaluate", "dit-tune", "dit-convert"}
 COMPUTES = WRITES - {"dit-convert"}
 ONLY_SAMPLES = {"dit-sample"}  # what dit-evaluate fills in by itself
-NAMES_HEADS = {"dit-sample", "dit-evaluate", "dit-inspect", "dit-convert"}  # dit-train is told what to do instead
+NAMES_HEADS = {*SAMPLES, "dit-inspect", "dit-convert"}  # dit-train is told what to do instead
+TAKES_LISTS = {"dit-sample", "dit-evaluate"}
+EVALUATES = {"dit-evaluate"}  # what dit-tune fills in by itself
 SAID_IN = {
     "pipeline/checkpoint/forms.py": {"--num-heads": NAMES_HEADS, "--weights": NAMES_HEADS - {"dit-inspect"}},
     "pipeline/checkpoint/release.py": {"--num-heads": NAMES_HEADS},
     "pipeline/checkpoint/tensor_files.py": {"--weights": NAMES_HEADS - {"dit-inspect"}},
-    "pipeline/diffusion/samplers.py": {"--steps": SAMPLES, "--sampler": SAMPLES, "--eta": SAMPLES},
+    "pipeline/diffusion/flow.py": {"--timesteps": TAKES_LISTS},
+    "pipeline/diffusion/gaussian.py": {"--timesteps": TAKES_LISTS},
+    "pipeline/diffusion/samplers.py": {
+        **dict.fromkeys(("--steps", "--sampler", "--eta"), SAMPLES),
+        "--timesteps": TAKES_LISTS,
+    },
     "pipeline/dit/config.py": {"--model": TRAINS},
     "pipeline/inspect/machine.py": {"--overwrite": WRITES},
     "pipeline/latents/records.py": {"--overwrite": {"dit-extract", "dit-convert"}},
-    "pipeline/latents/writer.py": {"--split": ENCODES},
+    "pipeline/latents/writer.py": {"--split": ENCODES, "--overwrite": {"dit-extract", "dit-convert"}},
     "pipeline/runtime/devices.py": {"--device": COMPUTES},
     "pipeline/runtime/files.py": {"--out": ONLY_SAMPLES},
     "pipeline/runtime/launchers.py": {"--sharding": TRAINS},
     "pipeline/runtime/publish.py": {"--overwrite": WRITES},
     "pipeline/vae.py": {"--image-size": ENCODES},
+    "sample/evaluate/inputs.py": {"--samples": EVALUATES},
+    "sample/evaluate/job.py": dict.fromkeys(("--samples", "--make-reference"), EVALUATES),
+    "sample/evaluate/metrics.py": {"--reference-features": EVALUATES},
+    "sample/evaluate/options.py": dict.fromkeys(
+        ("--samples", "--metrics", "--make-reference", "--reference-features"), EVALUATES
+    ),
+    "sample/evaluate/reference.py": {"--make-reference": {"dit-evaluate"}},
+    "sample/evaluate/scoring.py": {"--metrics": EVALUATES},
+    "sample/tune/judge.py": {"--samples": EVALUATES},
     "sample/labels.py": {"--classes": ONLY_SAMPLES},
-    "sample/options.py": dict.fromkeys(("--classes", "--samples-per-class", "--trajectory"), ONLY_SAMPLES),
-    "sample/resolve.py": {"--trajectory": ONLY_SAMPLES},
+    "sample/options.py": {
+        **dict.fromkeys(("--classes", "--samples-per-class", "--trajectory", "--vary", "--inpaint"), ONLY_SAMPLES),
+        **dict.fromkeys(("--interpolate", "--interpolate-class"), ONLY_SAMPLES),
+        "--timesteps": TAKES_LISTS,
+    },
+    "sample/resolve.py": {
+        **dict.fromkeys(("--trajectory", "--interpolate", "--interpolate-class", "--samples-per-class"), ONLY_SAMPLES),
+        "--quality": TAKES_LISTS,
+    },
+    "sample/edits.py": dict.fromkeys(("--vary", "--inpaint", "--interpolate-class"), ONLY_SAMPLES),
 }
 
 
@@ -111,6 +139,8 @@ def test_every_flag_that_a_message_names_exists_in_the_command_that_says_it():
         if name.endswith("runtime/other_names.py"):
             continue
         speakers = {command for command, files in reached().items() if module_of(path) in files}
+        if not name.startswith("view/"):  # the page shows such a sentence beside the command whose flags it names
+            speakers -= {"dit-view"}
         for line, text in texts_in(path):
             for found in re.finditer(r"(?<![\w-])--[a-z][a-z0-9_-]+", text):
                 flag = found[0].rstrip("-")
@@ -168,10 +198,13 @@ def refused(command, *words, capsys):
         ("dit-sample", "--num-sampling-steps", "here it is --steps"),
         ("dit-sample", "--ckpt", "here it is --checkpoint"),
         ("dit-evaluate", "--cfg-scale", "here it is --guidance"),
+        ("dit-tune", "--ema-std", "here it is --sigma"),
         ("dit-extract", "--data-path", "here it is --data"),
         ("dit-extract", "--features-path", "here it is --out"),
         ("dit-convert", "--output", "here it is --to"),
         ("dit-inspect", "--checkpoint", "the path itself, without a flag"),
+        ("dit-view", "--server-port", "here it is --port"),
+        ("dit-view", "--share", "the page is shared with nobody"),
     ],
 )
 def test_the_usual_flags_of_other_programs_lead_to_ours(command, flag, said, capsys):
@@ -213,7 +246,7 @@ def test_help_states_one_default_in_plain_types(command, capsys, monkeypatch):
     assert "default: None" not in text
     plain = re.sub(r"[│╭╮╰╯─]", "", text)
     entries = [" ".join(entry.split()) for entry in re.split(r"\n *(?=--[a-z])", plain)]
-    assert len(entries) > 8
+    assert len(entries) > 7
     for entry in entries:
         stated = re.findall(r"Default\b|the default\b|\(default:", entry)
         assert len(stated) <= 1, entry

@@ -160,6 +160,32 @@ ROWS = [
         leaves="store/manifest.json",
     ),
     Row(
+        thing="another project's latents",
+        edits={
+            "pipeline/convert/layouts.py": (
+                "LAYOUTS: dict[str, LayoutSpec] = {\n",
+                (
+                    "LAYOUTS: dict[str, LayoutSpec] = {\n"
+                    '    "dummy": LayoutSpec(help="a dummy", suits=lambda path: path.name == "images", module="dummy"),\n'
+                ),
+            )
+        },
+        files={
+            "pipeline/convert/dummy.py": '"""A dummy."""\nimport numpy as np\n'
+            "from pipeline.convert.source import Source\n\n\n"
+            "def listed(path):\n"
+            "    return Source(\n"
+            '        origin="a", names=["b"], labels=np.zeros(1, np.int64), kind="point", shape=(4, 2, 2), unknown=(),\n'
+            "        rows=lambda indices: [np.ones((1, 4, 2, 2))] * len(indices), unscaled=lambda rows, vae: rows,\n"
+            '        vae={"name": "demo", "class": "", "scaling_factor": 1.0, "shift_factor": None}, overrides={},\n'
+            "        channels=4,\n"
+            "    )\n"
+        },
+        help=("pipeline.convert", "dummy (a dummy)"),
+        runs=("pipeline.convert --from {images} --to {work}/store --format store",),
+        leaves="store/manifest.json",
+    ),
+    Row(
         thing="another metric",
         edits={
             "sample/evaluate/metrics.py": (
@@ -186,8 +212,8 @@ ROWS = [
         thing="a flag",
         edits={
             "train/options.py": (
-                "    save_every: Free[int] = 10_000\n",
-                '    dummy: int = 3\n    """A dummy."""\n    save_every: Free[int] = 10_000\n',
+                "    save_every: Free[Amount] = 10_000\n",
+                '    dummy: int = 3\n    """A dummy."""\n    save_every: Free[Amount] = 10_000\n',
             )
         },
         help=("train", "--dummy INT"),

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         prog="dit-train",
         description="Train a Diffusion Transformer on a latent store; running the same command again continues. "
-        "--config also takes the names paper-256, paper-512 and small-data.",
+        "--config also takes the names modern-256, modern-512, modern-small, paper-256, paper-512 and small-data.",
         argv=argv,
         presets=PRESETS,
         seen_config=_in_its_own_run,

@@ -1,22 +1,25 @@
 """Everything a run is at one step: taken in memory, written as plain safetensors and JSON, and put back exactly.
 
-A checkpoint's state/ folder holds optimizer.safetensors (NAME.exp_avg, NAME.exp_avg_sq), trainer.json (counters) and
-files.json (size and SHA-256 of every other file, checked before resuming). Tensors are whole, so a run goes on
-with any number of processes, sharded or not. There are no random-number states: draws depend on the step alone.
+A checkpoint's state/ folder holds optimizer.safetensors (NAME.exp_avg and NAME.exp_avg_sq, or Muon's NAME.momentum),
+trainer.json (counters) and files.json (size and SHA-256 of every other file, checked before resuming). Tensors are
+whole, so a run goes on with any number of processes, sharded or not. There are no random-number states: draws depend
+on the step alone.
 """
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.averages import MovingAverage
+from pipeline.checkpoint.averages import MovingAverage, PowerAverage
 from pipeline.checkpoint.folder import STATE_FILES, describe_files, write_model_files
+from pipeline.checkpoint.snapshots import snapshot_path, write_average
 from pipeline.checkpoint.tensor_files import save_safetensors
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
@@ -28,11 +31,15 @@ from pipeline.runtime.files import (
     remove_folder,
     write_json,
 )
+from pipeline.runtime.gate import Count, NotNegative, Whole, shortened, typed
 from train.distributed import Hardware
 from train.kept_checkpoints import checkpoint_path, clean_up, discard
-from train.optimizer import Optimizer
+from train.optimizer import COUNTERS, Optimizer
 from train.options import RunOptions
-from train.parallel import Placement, Replicated
+from train.parallel import Holes, Placement, Replicated
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint.mirror import Mirror
 
 FORMAT, VERSION = "dit-train-state", 1
 Tensors = dict[str, Tensor]
@@ -111,12 +118,27 @@ def take_snapshot(state: TrainState, *, keep: bool, staging: PinnedStaging) -> S
     if keep or not isinstance(state.placement, Replicated):
         for stem, tensors in _tensor_lists(state):
             file, suffix = _place_in_files(stem)
-            for name, tensor in zip(state.placement.names, state.placement.whole(tensors), strict=True):
-                if keep:
+            for name, tensor in zip(state.placement.shapes, state.placement.whole(tensors), strict=True):
+                if keep and tensor is not None:
                     files.setdefault(file, {})[name + suffix] = _copy_to_host(tensor.detach(), staging)
     if state.placement.weights[0].is_cuda:
         torch.cuda.synchronize()
     return Snapshot(step=state.step, files=files if keep else {}, counters=_counters(state))
+
+
+def take_averages(state: TrainState, *, keep: bool, staging: PinnedStaging) -> dict[float, Tensors]:
+    """Copies in half precision of the power-function averages, by their width; as `take_snapshot`."""
+    taken: dict[float, Tensors] = {}
+    staging.rewind()
+    for average in state.averages.values():
+        if isinstance(average, PowerAverage) and (keep or not isinstance(state.placement, Replicated)):
+            whole = zip(state.placement.shapes, state.placement.whole(average.tensors), strict=True)
+            taken[average.sigma] = {
+                name: _copy_to_host(tensor.half(), staging) for name, tensor in whole if keep and tensor is not None
+            }
+    if state.placement.weights[0].is_cuda:
+        torch.cuda.synchronize()
+    return taken
 
 
 def _copy_to_host(source: Tensor, staging: PinnedStaging) -> Tensor:
@@ -125,17 +147,17 @@ def _copy_to_host(source: Tensor, staging: PinnedStaging) -> Tensor:
     return staging.take(source).copy_(source, non_blocking=True)
 
 
-def _tensor_lists(state: TrainState) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, this process's tensors in the order of the network's) of the weights, each average, and AdamW's state."""
+def _tensor_lists(state: TrainState) -> Iterator[tuple[str, Holes]]:
+    """(name, this process's tensors in the order of the network's) of weights, averages, the optimizer's state."""
     yield "model", state.placement.weights
     for name, average in state.averages.items():
         yield name, average.tensors
-    yield from state.optimizer.adam_state().items()
+    yield from state.optimizer.state_tensors().items()
 
 
 def _place_in_files(stem: str) -> tuple[str, str]:
     """(stem of the file, what follows a tensor's name in it) of a list of tensors."""
-    return ("optimizer", f".{stem}") if stem.startswith("exp_avg") else (stem, "")
+    return ("optimizer", f".{stem}") if stem in {"exp_avg", "exp_avg_sq", "momentum"} else (stem, "")
 
 
 def _counters(state: TrainState) -> dict[str, Any]:
@@ -146,10 +168,25 @@ def _counters(state: TrainState) -> dict[str, Any]:
         "jump": state.batch_offset,
         "rollbacks": state.rollbacks,
         "seconds": state.seconds,
-        "optimizer": f"AdamW ({state.optimizer.kernel})",
-        "averages": {name: average.decay for name, average in state.averages.items()},
+        "optimizer": state.optimizer.description,
+        "averages": {name: average.setting for name, average in state.averages.items()},
         **state.optimizer.counters(),
     }
+
+
+class _Counters(msgspec.Struct, frozen=True, kw_only=True):
+    """`_counters` as it is read again."""
+
+    step: Count
+    jump: Whole
+    rollbacks: Count
+    seconds: NotNegative
+    optimizer: str
+    adamw_steps: NotNegative
+    scale: NotNegative
+    finite_in_a_row: NotNegative
+    skipped_in_a_row: NotNegative
+    skipped: NotNegative
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, info: Mapping[str, Any]) -> None:
@@ -170,22 +207,36 @@ def restore(folder: Path, state: TrainState) -> None:
     Raises:
         UserError: the checkpoint's state is of another version, or lacks tensors of this network.
     """
-    counters = read_json(folder / "state" / "trainer.json")
-    if counters.get("format") != FORMAT or counters.get("version") != VERSION:
+    record = folder / "state" / "trainer.json"
+    advice = "restore the checkpoint, or remove it to go on from an older one"
+    content = read_json(record)
+    if not isinstance(content, dict):
+        raise UserError(f"{record} is no JSON object; {advice}")
+    kind, version = content.get("format"), content.get("version")
+    if kind != FORMAT or version != VERSION:
         raise UserError(
-            f"{folder}/state has format {counters.get('format')!r} version {counters.get('version')!r}, but this "
+            f"{folder}/state has format {shortened(kind)} version {shortened(version)}, but this "
             f"program resumes {FORMAT!r} version {VERSION}; sample from it, or start anew with --init-from {folder}"
         )
-    before, now = counters["optimizer"], f"AdamW ({state.optimizer.kernel})"
+    counters = typed(content, _Counters, f"{record} is damaged", advice=advice)
+    before, now = counters.optimizer, state.optimizer.description
+    if before.startswith("Muon") != now.startswith("Muon"):
+        raise UserError(
+            f"{folder} was made with {before} and cannot go on with {now}, whose state is another; give the "
+            f"--optimizer of before, or start anew with --init-from {folder}"
+        )
     if before != now:
         warn(f"the checkpoint was made with {before}, this is {now}: the run goes on, but not to the last bit")
     for stem, tensors in _tensor_lists(state):
         file, suffix = _place_in_files(stem)
         path = folder / ("state" if file == "optimizer" else "") / f"{file}.safetensors"
-        state.placement.put(_read(path, [name + suffix for name in state.placement.names]), tensors)
-    state.optimizer.restore_counters(counters)
-    state.step, state.batch_offset = int(counters["step"]), int(counters["jump"])
-    state.rollbacks, state.seconds = int(counters["rollbacks"]), float(counters["seconds"])
+        held = [
+            name + suffix for name, tensor in zip(state.placement.shapes, tensors, strict=True) if tensor is not None
+        ]
+        state.placement.put(_read(path, held), tensors)
+    state.optimizer.restore_counters({name: getattr(counters, name) for name in COUNTERS})
+    state.step, state.batch_offset = counters.step, counters.jump
+    state.rollbacks, state.seconds = counters.rollbacks, counters.seconds
 
 
 def _read(file: Path, names: list[str]) -> Iterator[Tensor]:
@@ -206,10 +257,14 @@ class Saver:
     One checkpoint is written at a time; the next one waits for it. An error while writing is raised at the next call.
     """
 
-    def __init__(self, options: RunOptions, hardware: Hardware, info: Mapping[str, Any]) -> None:
+    def __init__(
+        self, options: RunOptions, hardware: Hardware, info: Mapping[str, Any], mirror: "Mirror | None" = None
+    ) -> None:
+        """Save into the run's folder; a mirror, on the main process, is told of every checkpoint."""
         self._paused_seconds = 0.0
         self.saved_step: int | None = None
         self._options, self._hardware, self._info = options, hardware, info
+        self.mirror = mirror
         self._staging = PinnedStaging()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -227,12 +282,37 @@ class Saver:
             paused = time.perf_counter() - started
             self._paused_seconds += paused
             self.saved_step = state.step
-            if self._hardware.is_main:
-                self._thread = threading.Thread(target=self._write, args=(snapshot, paused), name="checkpoint writer")
-                self._thread.start()
+            self._in_background(lambda: self._write(snapshot, paused))
         if wait:
             self.finish()
             self._hardware.barrier()
+
+    def save_averages(self, state: TrainState) -> None:
+        """Take snapshots of the power-function averages at this step; every process calls it."""
+        started = time.perf_counter()
+        self.finish()
+        taken = take_averages(state, keep=self._hardware.is_main, staging=self._staging)
+        self._paused_seconds += time.perf_counter() - started
+        step = state.step  # training goes on meanwhile
+        self._in_background(lambda: self._write_averages(step, taken))
+
+    def _in_background(self, write: Callable[[], None]) -> None:
+        """Let the main process write while training goes on; `finish` waits for it."""
+        if not self._hardware.is_main:
+            return
+
+        def work() -> None:
+            try:
+                write()
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that trains
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint writer")
+        self._thread.start()
+
+    def _write_averages(self, step: int, taken: dict[float, Tensors]) -> None:
+        for sigma, tensors in taken.items():
+            write_average(snapshot_path(self._options.out, step, sigma), tensors, step=step, sigma=sigma)
 
     def take_pause(self) -> float:
         """How long training stood still for checkpoints since this was last asked, in seconds."""
@@ -268,10 +348,11 @@ class Saver:
             if final.exists():  # only a checkpoint that this run has rolled back behind can be there
                 discard(final)
             publish_folder(temporary, final)
-            clean_up(self._options)
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that trains
+            clean_up(self._options, spared=None if self.mirror is None else self.mirror.at_work)
+        except BaseException:
             remove_folder(temporary)
-            self._error = error
-            return
+            raise
+        if self.mirror is not None:
+            self.mirror.wake()
         written = time.perf_counter() - started
         say(f"checkpoint {final.name}: training paused {paused:.2f} s, written in {written:.1f} s")

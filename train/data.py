@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float16, Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from pipeline.runtime.threads import read_ahead
 from train.options import Order
 
 if TYPE_CHECKING:  # the reader is handed an open store
+    from pipeline.features import FeatureStore
     from pipeline.latents import LatentStore
 
 Indices = NDArray[np.int64]
@@ -153,6 +154,8 @@ class Batch:
     latents: Shaped[Tensor, "batch values height width"]
     """As stored, of the view that was drawn: moments [N, 2C, H, W] or points [N, C, H, W], in the store's dtype."""
     labels: Int64[Tensor, " batch"]
+    features: Float16[Tensor, "batch patch stored"] | None = None
+    """An encoder's, of the same views, as stored; where they are asked for."""
 
 
 @dataclass(slots=True)
@@ -161,6 +164,8 @@ class _Slot:
 
     latents: Tensor
     labels: Tensor
+    features: Tensor | None = None
+    has_features: bool = False
     copied: torch.cuda.Event | None = None
 
 
@@ -181,10 +186,19 @@ class BatchReader:
         first: int,
         prefetch: int,
         device: torch.device,
+        features: "FeatureStore | None" = None,
+        features_until: int | None = None,
     ) -> None:
+        """Begin to read.
+
+        Args:
+            features: what stands beside the store, to be read of the same samples and views.
+            features_until: the first batch without them.
+        """
         self.waited_seconds = 0.0
         self._store, self._order, self._shard = store, order, shard
         self._views, self._seed, self._device = views, seed, device
+        self._features, self._features_until = features, features_until
         self._pinned = device.type == "cuda"  # from other memory a copy that is not waited for may read too late
 
         # Buffers that are filled in turn: one more than are read ahead, for the batch in use.
@@ -195,6 +209,7 @@ class BatchReader:
             _Slot(
                 torch.empty(shape, dtype=getattr(torch, latent.dtype), pin_memory=self._pinned),
                 torch.empty(shard.local_size, dtype=torch.int64, pin_memory=self._pinned),
+                None if features is None else features.room_for(shard.local_size, pin_memory=self._pinned)["features"],
             )
             for _ in range(prefetch + 1)
         ]
@@ -215,14 +230,17 @@ class BatchReader:
             yield self._on_device(number, slot)
 
     def _on_device(self, number: int, slot: _Slot) -> Batch:
+        features = slot.features if slot.has_features else None
         if self._device.type == "cpu":
-            return Batch(number=number, latents=slot.latents, labels=slot.labels)
+            return Batch(number=number, latents=slot.latents, labels=slot.labels, features=features)
+        if features is not None:
+            features = features.to(self._device, non_blocking=self._pinned)
         latents = slot.latents.to(self._device, non_blocking=self._pinned)
         labels = slot.labels.to(self._device, non_blocking=self._pinned)
         if self._pinned:
             slot.copied = torch.cuda.Event(blocking=True)
             slot.copied.record()
-        return Batch(number=number, latents=latents, labels=labels)
+        return Batch(number=number, latents=latents, labels=labels, features=features)
 
     def _read(self, number: int) -> _Slot:
         """A batch in its buffer, whose last contents the device has read."""
@@ -233,8 +251,11 @@ class BatchReader:
         indices = self._order.batch(number, self._shard)
         views = draw_views(self._views, number, self._shard, self._seed)
         _, labels = self._store.gather(indices, views, out=slot.latents)
-        check_labels(labels.numpy(), len(self._store.manifest["classes"]), self._store.path)
+        check_labels(labels.numpy(), len(self._store.manifest.classes), self._store.path)
         slot.labels.copy_(labels)
+        slot.has_features = self._features_until is None or number < self._features_until
+        if self._features is not None and slot.features is not None and slot.has_features:
+            self._features.gather(indices, views, out={"features": slot.features})
         return slot
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,14 @@ class Hardware:
             dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, in the order of their ranks, on every process."""
+        if self.processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        dist.all_gather_object(values, value, group=self.hosts)
+        return values
+
     def on_main(self, action: Callable[[], Value]) -> Value:
         """Do something on the main process alone and give its result to all; an error ends all of them."""
         result: Value | UserError | None = None
@@ -125,6 +133,7 @@ def start(
     if wanted.type != "cpu":
         _take(wanted, options.device)
     precision, why = _precision(options, wanted, environment)
+    patience = timedelta(minutes=options.process_timeout)
     accelerator = Accelerator(
         cpu=wanted.type == "cpu",
         mixed_precision=precision,
@@ -134,7 +143,7 @@ def start(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            InitProcessGroupKwargs(timeout=patience),
         ],
     )
     refuse_lonely_ranks(environment, accelerator.num_processes)
@@ -152,17 +161,18 @@ def start(
         reason=f"{name} ({found}), precision {precision} ({why})",
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
-        hosts=dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None,
+        hosts=dist.new_group(backend="gloo", timeout=patience) if accelerator.num_processes > 1 else None,
     )
 
 
-def explain_lost_peer(error: BaseException) -> str | None:
+def explain_lost_peer(error: BaseException, timeout_minutes: float) -> str | None:
     """A sentence, if the error says that another process went away or stood still in what all do together."""
     text = str(error)
     if any(words in text for words in _TIMEOUTS):
         return (
-            "the processes of this run waited in vain for one of them, which stands still or was cut off; look for "
-            "what it said, then run the same command again"
+            f"the processes of this run waited {timeout_minutes:g} minutes in vain for one of them "
+            "(--process-timeout), which stands still or was cut off; look for what it said, then run the same command "
+            "again"
         )
     if any(words in text for words in _LOST):
         return "another process of this run has ended, and has said why; this one ends too"

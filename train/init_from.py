@@ -80,13 +80,18 @@ def fit_weights(
     report = TransferReport()
     with torch.no_grad():
         for name, parameter in target.state_dict().items():
-            if name not in source:
+            if name not in source and name.endswith("value_lambda"):
+                parameter.zero_()
+                report.adapted[name] = f"0, as {origin} mixes no values"
+            elif name not in source:
                 report.new[name] = f"{origin} has none"
             elif name == _LABELS:
                 count = len(source[name])
                 known = _source_classes(count, source_config, source_names)
                 rows = _matched_rows(known, count, config, source_names, target_names, class_mapping, labels)
                 _fit_labels(parameter, source[name], known, config, rows, labels, report)
+            elif "mlp" in name and source_config is not None and source_config.mlp != config.mlp:
+                report.new[name] = f"the MLP is {config.mlp} here, {source_config.mlp} in {origin}"
             elif parameter.shape == source[name].shape and not _regrouped(name, config, source):
                 parameter.copy_(source[name])
                 report.copied.append(name)
@@ -96,6 +101,9 @@ def fit_weights(
                 _fit_output(name, parameter, source, config, report)
             else:
                 report.new[name] = f"{list(parameter.shape)} there, {list(source[name].shape)} in {origin}"
+    for name in ("norm", "rotary") if source_config is not None else ():  # they leave no tensor that would tell
+        if getattr(source_config, name) != getattr(config, name):
+            report.adapted[name] = f"{getattr(config, name)} instead of {getattr(source_config, name)}"
     report.left_out = [name for name in source if name not in target.state_dict() and name != "pos_embed"]
     if source_config is not None and source_config.grid != config.grid:
         before, after = ("×".join(map(str, each.grid)) for each in (source_config, config))
@@ -226,6 +234,9 @@ def _fit_output(
     """Rows are ordered (patch row, patch column, prediction or variance, channel); shared ones are copied."""
     channels, side = source[_PATCHES].shape[1:3]
     cells = config.patch_size**2
+    if parameter.shape[1:] != source[name].shape[1:]:
+        report.new[name] = f"of width {parameter.shape[-1]} instead of {source[name].shape[-1]}"
+        return
     if side != config.patch_size or len(source[name]) % (cells * channels):
         report.new[name] = f"patches of {config.patch_size}×{config.patch_size} instead of {side}×{side}"
         return

@@ -1,45 +1,63 @@
 """Which checkpoints a run holds: where they lie, which are whole, which one to go on from, and which go."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.checkpoint.folder import STATE_FILES, checkpoint_folders, find_damage
+from pipeline.checkpoint.folder import STATE_FILES, checkpoint_folders, checkpoint_name, find_damage
+from pipeline.checkpoint.snapshots import discard_snapshots_after
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import read_json, remove_folder
+from pipeline.runtime.files import remove_folder
+from pipeline.runtime.gate import parse_json
 from train.options import RunOptions
 from train.run_folder import drop_replaced
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step:07d}"
+    return run / checkpoint_name(step)
 
 
-def clean_up(options: RunOptions) -> None:
-    """Remove what the newest checkpoint makes superfluous; what cannot go stays until the next time, with a warning."""
+def clean_up(options: RunOptions, *, spared: int | None = None) -> None:
+    """Remove what the newest checkpoint makes superfluous; what cannot go stays until the next time, with a warning.
+
+    Args:
+        spared: the step of one that is being copied.
+    """
     try:
         if checkpoint_folders(options.out):
             drop_replaced(options.out)
-        prune(options)
+        prune(options, spared=spared)
     except OSError as error:
         warn(f"an old checkpoint stays for now: {error.filename} cannot be removed ({error.strerror})")
 
 
-def prune(options: RunOptions) -> None:
-    """Remove checkpoints beyond the newest `keep_last`, but none at a multiple of `keep_every`.
+def prune(options: RunOptions, *, spared: int | None = None) -> None:
+    """Remove the checkpoints that nothing keeps, but for one that is spared."""
+    folders = dict(checkpoint_folders(options.out))
+    for step in superfluous(options, list(folders), lambda step: is_amid_skips(folders[step])):
+        if step != spared:
+            discard(folders[step])
+
+
+def superfluous(options: RunOptions, steps: Sequence[int], is_amid: Callable[[int], bool]) -> list[int]:
+    """Those of a run's checkpoints beyond the newest `keep_last`, but none at a multiple of `keep_every`.
 
     While steps are being skipped, the newest one from before that stays too: it is what the run goes back to.
+
+    Args:
+        options: what is kept.
+        steps: the steps of all checkpoints, rising.
+        is_amid: whether steps had just been skipped when one was taken.
     """
-    folders = checkpoint_folders(options.out)
-    if not options.keep_last or len(folders) <= options.keep_last:
-        return
-    older = folders[: -options.keep_last]
-    to_delete = [folder for step, folder in older if not (options.keep_every and step % options.keep_every == 0)]
-    if all(is_amid_skips(folder) for _, folder in folders if folder not in to_delete):
-        kept = next((folder for folder in reversed(to_delete) if not is_amid_skips(folder)), None)
-        to_delete = [folder for folder in to_delete if folder != kept]
-    for folder in to_delete:
-        discard(folder)
+    if not options.keep_last or len(steps) <= options.keep_last:
+        return []
+    older = steps[: -options.keep_last]
+    to_delete = [step for step in older if not (options.keep_every and step % options.keep_every == 0)]
+    if all(is_amid(step) for step in steps if step not in to_delete):
+        kept = next((step for step in reversed(to_delete) if not is_amid(step)), None)
+        to_delete = [step for step in to_delete if step != kept]
+    return to_delete
 
 
 def discard(folder: Path) -> None:
@@ -51,7 +69,8 @@ def discard(folder: Path) -> None:
 
 
 def discard_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of what was rolled back behind."""
+    """Remove the checkpoints, and the snapshots of averages, of what was rolled back behind."""
+    discard_snapshots_after(run, step)
     for number, folder in checkpoint_folders(run, whole=False):
         if number > step:
             discard(folder)
@@ -59,8 +78,14 @@ def discard_after(run: Path, step: int) -> None:
 
 def is_amid_skips(folder: Path) -> bool:
     """Whether steps had just been skipped when the checkpoint was taken, or it does not tell."""
+    path = folder / "state" / "trainer.json"
+    return tells_skips(path.read_bytes() if path.is_file() else None)
+
+
+def tells_skips(trainer: bytes | None) -> bool:
+    """Whether a checkpoint's trainer.json says that steps had just been skipped, or does not tell."""
     try:
-        return float(read_json(folder / "state" / "trainer.json")["skipped_in_a_row"]) > 0
+        return float(parse_json(trainer or b"", Path("trainer.json"))["skipped_in_a_row"]) > 0
     except (UserError, KeyError, TypeError, ValueError):
         return True
 

@@ -27,7 +27,7 @@ from train.checkpointing import Saver, TrainState, restore
 from train.data import Batch, BatchReader, BatchShard, DataOrder, view_candidates
 from train.distributed import Hardware
 from train.kept_checkpoints import checkpoint_path, discard_after, newest_good
-from train.losses import LatentNormalization, LossSums, draw, sample_losses
+from train.losses import Draws, LatentNormalization, LossSums, draw, name_what_went_bad, sample_losses, trained_loss
 from train.metrics import ESTIMATE_AFTER, Log, Numbers, StepTimer, beside_bar, say_estimate
 from train.optimizer import COUNTERS, learning_rate
 from train.options import TrainOptions
@@ -35,6 +35,7 @@ from train.options import TrainOptions
 if TYPE_CHECKING:  # the loop is handed an open store and finished pictures; it opens and draws none
     from PIL import Image
 
+    from pipeline.features.targets import FeatureTargets
     from pipeline.latents import LatentStore
 
 TIME_IS_UP = int(signal.SIGALRM)  # a time limit ends like an alarm clock: status 128 + 14
@@ -51,6 +52,8 @@ class Trainer:
     shard: BatchShard
     process: Process
     normalization: LatentNormalization
+    features: "FeatureTargets | None"
+    """What --align-features wants."""
     state: TrainState
     saver: Saver
     timer: StepTimer
@@ -64,6 +67,14 @@ class Trainer:
     """Floating-point operations of training on one image."""
     deadline: float | None
     """When the time limit is up, on `time.monotonic`'s clock."""
+
+    def draws_of(self, batch: Batch) -> Draws:
+        """Everything random about a batch's step, for this process's rows."""
+        return _draws_of(self, batch)
+
+    def features_of(self, batch: Batch, rows: slice) -> Tensor | None:
+        """What the tokens of some rows are to be aligned with, if they are."""
+        return None if self.features is None or batch.features is None else self.features.of(batch.features[rows])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,11 +154,12 @@ def train_until(trainer: Trainer, vote: StopVote) -> Outcome:
             if vote.agreed():
                 return Outcome.STOPPED
             logged = logs_at(state.step + 1, options) or state.step + 1 == options.optimizer.steps
-            result = train_step(trainer, next(batches), with_losses=logged)
+            batch = next(batches)
+            result = train_step(trainer, batch, with_losses=logged)
             state.step += 1
             trainer.timer.step()
             # The last step of a command is logged too, but decides nothing: a longer run would not have stopped there.
-            if logged and _log_step(trainer, result, reader.waited_seconds) and logs_at(state.step, options):
+            if logged and _log_step(trainer, batch, result, reader.waited_seconds) and logs_at(state.step, options):
                 return Outcome.ROLL_BACK
             _between_steps(trainer)
     return Outcome.DONE
@@ -163,18 +175,25 @@ def _validates_at(step: int, options: TrainOptions) -> bool:
     return wanted and step % options.data.validate_every == 0
 
 
+def _keeps_averages_at(step: int, options: TrainOptions) -> bool:
+    every = options.run.save_every if options.average.ema_snapshot_every is None else options.average.ema_snapshot_every
+    return bool(options.average.sigmas and every) and step % every == 0
+
+
 def reader_of(trainer: Trainer) -> BatchReader:
     """The batches from the state's own on."""
-    options = trainer.options.data
+    options, until = trainer.options.data, trainer.options.model.features_until
     return BatchReader(
         trainer.store,
         trainer.order,
         trainer.shard,
-        views=view_candidates(list(trainer.store.manifest["views"]), flip=options.flip),
+        views=view_candidates(list(trainer.store.manifest.views), flip=options.flip),
         seed=options.seed,
         first=trainer.state.batch_number,
         prefetch=options.prefetch,
         device=trainer.hardware.device,
+        features=None if trainer.features is None else trainer.features.store,
+        features_until=None if until is None else until + trainer.state.batch_offset,
     )
 
 
@@ -182,18 +201,11 @@ def train_step(trainer: Trainer, batch: Batch, *, with_losses: bool) -> StepResu
     """One optimizer step on one global batch; nothing waits for the device."""
     state, shard, device = trainer.state, trainer.shard, trainer.hardware.device
     config = state.placement.network.config
-    draws = draw(
-        trainer.process,
-        batch.number,
-        shard,
-        (config.in_channels, config.height, config.width),
-        seed=trainer.options.data.seed,
-        dropout=config.class_dropout_prob,
-        device=str(device),
-    )
+    draws = _draws_of(trainer, batch)
 
     # Forward and backward, one micro-batch after the other.
-    sums = LossSums(device) if with_losses else None
+    middle_weights = trainer.options.model.middle_weights
+    sums = LossSums(device, list(middle_weights)) if with_losses else None
     for part in range(shard.accumulation):
         rows = shard.micro_rows(part)
         some = draws.rows(rows)
@@ -206,8 +218,10 @@ def train_step(trainer: Trainer, batch: Batch, *, with_losses: bool) -> StepResu
                 batch.labels[rows],
                 some,
                 null_class=config.null_class,
+                middle_weights=middle_weights,
+                features=trainer.features_of(batch, rows),
             )
-            state.optimizer.backward(losses["loss"].mean(), shard.accumulation)
+            state.optimizer.backward(trained_loss(losses, middle_weights), shard.accumulation)
         if sums is not None:
             sums.add(losses, noise_share(trainer.process, trainer.process.network_timesteps(some.t)))
 
@@ -220,7 +234,20 @@ def train_step(trainer: Trainer, batch: Batch, *, with_losses: bool) -> StepResu
     return StepResult(norm=norm, sums=sums, rate=rate)
 
 
-def _log_step(trainer: Trainer, result: StepResult, waited_seconds: float) -> bool:
+def _draws_of(trainer: Trainer, batch: Batch) -> Draws:
+    config = trainer.state.placement.network.config
+    return draw(
+        trainer.process,
+        batch.number,
+        trainer.shard,
+        (config.in_channels, config.height, config.width),
+        seed=trainer.options.data.seed,
+        dropout=config.class_dropout_prob,
+        device=str(trainer.hardware.device),
+    )
+
+
+def _log_step(trainer: Trainer, batch: Batch, result: StepResult, waited_seconds: float) -> bool:
     """Read this step's numbers, which waits for the device, and write them; whether to roll back to a checkpoint."""
     state, options = trainer.state, trainer.options
     means, norm, counters = _read(trainer, result)
@@ -251,7 +278,17 @@ def _log_step(trainer: Trainer, result: StepResult, waited_seconds: float) -> bo
     if trainer.log is not None:
         trainer.log.write(state.step, values)
         trainer.log.show(beside_bar(values))
+    if 0 < counters["skipped_in_a_row"] <= options.run.log_every:  # once in a row of them
+        _say_what_went_bad(trainer, batch)
     return counters["skipped_in_a_row"] >= options.optimizer.max_skipped_in_a_row
+
+
+def _say_what_went_bad(trainer: Trainer, batch: Batch) -> None:
+    """A word about a step that was skipped; every process must call it."""
+    with trainer.timer.paused():
+        said = name_what_went_bad(trainer, batch)
+    if said is not None:
+        warn(f"step {trainer.state.step:,} was skipped; {said}")
 
 
 def _read(trainer: Trainer, result: StepResult) -> tuple[Numbers, float, dict[str, float]]:
@@ -260,7 +297,8 @@ def _read(trainer: Trainer, result: StepResult) -> tuple[Numbers, float, dict[st
     sums = trainer.hardware.all_reduce_sum(result.sums.values)
     counters = trainer.state.optimizer.counter_values()
     values = torch.cat([sums, result.norm.reshape(1).to(sums.dtype), counters.to(sums.dtype)]).tolist()
-    means, (norm, *counts) = LossSums.means(values[: LossSums.LENGTH]), values[LossSums.LENGTH :]
+    count = len(sums)
+    means, (norm, *counts) = result.sums.means(values[:count]), values[count:]
     return means, norm, dict(zip(COUNTERS, counts, strict=True))
 
 
@@ -277,6 +315,8 @@ def _between_steps(trainer: Trainer) -> None:
             picture = trainer.preview(state)
             if log is not None and picture is not None:
                 log.picture(state.step, "previews", picture)
+        if _keeps_averages_at(state.step, options):
+            trainer.saver.save_averages(state)  # before the checkpoint: a run that goes on from it has them
         if state.step % options.run.save_every == 0 and state.step < options.optimizer.steps:
             if log is not None:
                 log.flush()
@@ -323,6 +363,8 @@ def _finish(trainer: Trainer) -> int:
     if streak:
         warn(f"the last {streak:.0f} steps were skipped, because their loss or gradient was not finite")
     say(f"done: step {state.step:,}, {checkpoint_path(trainer.options.run.out, state.step)}")
+    if trainer.log is not None:
+        say(*trainer.log.last_words(state.step, state.seconds))
     return 0
 
 

@@ -1,19 +1,36 @@
-"""From stored latents to a loss per sample: every draw of a step, keyed so that it depends on the step alone."""
+"""From stored latents to a loss per sample: every draw of a step, keyed so that it depends on the step alone.
 
-from collections.abc import Callable, Sequence
+And where a step's numbers stopped being finite: `name_what_went_bad` computes its batch once more, looked at from the
+inside. Only for a step that was skipped, and only at a logged one: nothing watches a step that goes well. The weights
+are those of the skipped step, as it left them alone, and its draws are keyed: so the same numbers come again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.diffusion import Process
+from pipeline.dit.inside import Findings, look_at_gradients, watched
 from pipeline.randomness import generator
+from pipeline.runtime.devices import widest_float
 from pipeline.vae import Factor, draw_posterior, normalize
-from train.data import BatchShard
+from train.data import Batch, BatchShard
+from train.distributed import AUTOCAST
+from train.parallel import Replicated
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [N, C, H, W], timesteps [N], labels [N]) → the network's output."""
+if TYPE_CHECKING:
+    from train.loop import Trainer
+
+Model = Callable[..., Any]
+"""(x_t [N, C, H, W], timesteps [N], labels [N]) → the network's output; with `middle=True` its `Outputs`."""
+ALIGN_BETA = 0.05
+"""Error up to which alignment is squared (SRA 2)."""
 QUARTERS = 4
 
 
@@ -91,11 +108,53 @@ def sample_losses(
     draws: Draws,
     *,
     null_class: int,
+    middle_weights: Mapping[str, float] = MappingProxyType({}),
+    features: Float[Tensor, "batch token feature"] | None = None,
 ) -> dict[str, Float[Tensor, " batch"]]:
-    """{"loss", "mse", "vb"}, each [batch], of stored latents under the given draws."""
+    """{"loss", "mse", "vb"}, each [batch], of stored latents under the given draws.
+
+    Args:
+        middle_weights: what is trained besides "loss", in one forward pass and with the same draws: "middle", the
+            same loss of the middle head's output, and "align", the smooth L1 distance of its tokens' latent from the
+            clean one, and "features", the mean of −cos between its projected tokens and `features`. Each is one more
+            entry of the result; `trained_loss` adds them up.
+        features: of an encoder, one for each token; without them "features" is 0, and so are its gradients.
+    """
     x_start = clean_latents(stored, normalization, draws.posterior)
     y = torch.where(draws.dropped | (labels < 0), null_class, labels)
-    return process.training_losses(lambda x_t, t: model(x_t, t, y), x_start, draws.t, draws.noise)
+    if not middle_weights:
+        return process.training_losses(lambda x_t, t: model(x_t, t, y), x_start, draws.t, draws.noise)
+
+    # One pass gives all outputs; the process asks for the final one.
+    made: list[Any] = []
+
+    def final(x_t: Tensor, t: Tensor) -> Tensor:
+        made.append(model(x_t, t, y, middle=True))
+        return made[0].final
+
+    losses = process.training_losses(final, x_start, draws.t, draws.noise)
+    if "middle" in middle_weights:
+        middle = process.training_losses(lambda _x, _t: made[0].middle, x_start, draws.t, draws.noise)
+        losses["middle"] = middle["loss"]
+    if "align" in middle_weights:
+        aligned = made[0].aligned.float()
+        distance = functional.smooth_l1_loss(aligned, x_start, reduction="none", beta=ALIGN_BETA)
+        losses["align"] = distance.flatten(1).mean(1)
+    if "features" in middle_weights:
+        projected = made[0].features.float()
+        if features is None:  # every weight takes part in every step
+            losses["features"] = projected[:, :0].flatten(1).sum(1)
+        else:
+            losses["features"] = -functional.cosine_similarity(projected, features, dim=-1).mean(1)
+    return losses
+
+
+def trained_loss(losses: Mapping[str, Tensor], middle_weights: Mapping[str, float]) -> Tensor:
+    """The scalar that gradients are of: the mean of "loss", plus that of what the middle is trained for, weighted."""
+    whole = losses["loss"]
+    for name, weight in middle_weights.items():
+        whole = whole + weight * losses[name]
+    return whole.mean()
 
 
 class LossSums:
@@ -103,10 +162,12 @@ class LossSums:
 
     LENGTH = 4 + 2 * QUARTERS
 
-    def __init__(self, device: torch.device) -> None:
-        precision = torch.float32 if device.type == "mps" else torch.float64
-        self.values = torch.zeros(self.LENGTH, device=device, dtype=precision)
-        """[loss, mse, vb, samples, loss of each quarter, samples of each quarter], to be added over processes."""
+    def __init__(self, device: torch.device, further: Sequence[str] = ()) -> None:
+        self.further = tuple(further)
+        """Names of losses beside these, as "middle"."""
+        self.values = torch.zeros(self.LENGTH + len(self.further), device=device, dtype=widest_float(device))
+        """[loss, mse, vb, samples, loss of each quarter, samples of each quarter, further losses], to be added over
+        processes."""
 
     @torch.no_grad()
     def add(self, losses: dict[str, Float[Tensor, " batch"]], time: Float[Tensor, " batch"]) -> None:
@@ -116,14 +177,87 @@ class LossSums:
         quarter = (time * QUARTERS).long().clamp_(0, QUARTERS - 1)
         parts = torch.zeros(2, QUARTERS, device=values.device, dtype=values.dtype)
         parts.index_add_(1, quarter, values[::3])  # loss and samples; a list of rows would be uploaded as an index
-        self.values += torch.cat([values.sum(1), parts.flatten()])
+        others = [losses[name].to(self.values.dtype).sum().reshape(1) for name in self.further]
+        self.values += torch.cat([values.sum(1), parts.flatten(), *others])
 
-    @staticmethod
-    def means(values: Sequence[float]) -> dict[str, float | None]:
+    def means(self, values: Sequence[float]) -> dict[str, float | None]:
         """Means over the global batch, of `values` as read; a quarter that no sample fell into is None."""
         loss, mse, vb, count = values[:4]
         result: dict[str, float | None] = {"loss": loss / count, "mse": mse / count, "vb": vb / count}
         for quarter in range(QUARTERS):
             total, samples = values[4 + quarter], values[4 + QUARTERS + quarter]
             result[f"loss_q{quarter}"] = total / samples if samples else None
+        for name, total in zip(self.further, values[self.LENGTH :], strict=True):
+            result[f"loss_{name}"] = total / count
         return result
+
+
+PIECE = 8
+"""Samples looked at together, so that looking never needs more memory than the step did."""
+_ADVICE = {
+    "data": "these are the store's: dit-inspect STORE --verify looks for damage",
+    "weights": "go back to an earlier checkpoint",
+    "logits": "--qk-norm keeps them small; else lower --lr or set --clip-norm",
+    "activations": "lower --lr, set --clip-norm, or train with --qk-norm or --mixed-precision no",
+    "gradient": "set --clip-norm, lower --lr, or train with --mixed-precision no",
+}
+
+
+def name_what_went_bad(trainer: "Trainer", batch: Batch) -> str | None:
+    """What of the skipped step was not finite first, what was largest and what would help; None if all is finite now.
+
+    Every process must call it; each looks at its own rows, and the first that found something is believed.
+    """
+    mine = _look(trainer, batch)
+    found = [each for each in trainer.hardware.gather(mine) if each.first is not None]
+    if not found:
+        return None
+    kind, what = found[0].first or ("", "")
+    largest = [
+        f"the largest {name} was {value:.3g} in {where}"
+        for name, (value, where) in (("activation", found[0].activation), ("attention logit", found[0].logit))
+        if where
+    ]
+    return f"{'; '.join([f'first not finite: {what}', *largest])}; {_ADVICE[kind]}"
+
+
+def _look(trainer: "Trainer", batch: Batch) -> Findings:
+    network, found = trainer.state.placement.network, Findings()
+    alone = isinstance(trainer.state.placement, Replicated)
+    draws = trainer.draws_of(batch)
+    if alone:
+        for name, weight in network.named_parameters():
+            found.see("weights", f"the weights {name}", weight)
+    precision = AUTOCAST[trainer.hardware.precision]
+    options = trainer.options.model
+    for start in range(0, len(batch.labels), PIECE):
+        rows = slice(start, start + PIECE)
+        latents = clean_latents(batch.latents[rows], trainer.normalization, draws.posterior[rows])
+        found.see("data", "the latents of the batch", latents)
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.set_grad_enabled(alone),
+            torch.autocast(trainer.hardware.device.type, precision, enabled=precision is not torch.float32),
+            watched(network, found),
+        ):
+            losses = _losses(trainer, batch, draws, rows)
+        loss = trained_loss(losses, options.middle_weights)
+        found.see("activations", "the loss", loss)
+        if alone and loss.isfinite():
+            look_at_gradients(network, loss, found)
+    found.heads.clear()
+    return found
+
+
+def _losses(trainer: "Trainer", batch: Batch, draws: Draws, rows: slice) -> dict[str, Tensor]:
+    return sample_losses(
+        trainer.state.placement.network,
+        trainer.process,
+        trainer.normalization,
+        batch.latents[rows],
+        batch.labels[rows],
+        draws.rows(rows),
+        null_class=trainer.state.placement.network.config.null_class,
+        middle_weights=trainer.options.model.middle_weights,
+        features=trainer.features_of(batch, rows),
+    )

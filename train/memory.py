@@ -10,7 +10,8 @@ from pipeline.dit.memory import CONTEXT_BYTES, StepSettings, step_memory
 from pipeline.runtime.console import refuse_unless
 from pipeline.runtime.units import size
 from train.distributed import Hardware
-from train.options import TrainOptions
+from train.options import PreviewOptions, TrainOptions
+from train.parallel import shard_processes
 
 CARDS_GB = (16, 24, 48, 80, 141)
 """Memory of GPUs that people have, in 10⁹ bytes."""
@@ -27,10 +28,16 @@ def settings_of(options: TrainOptions, machine: Hardware) -> StepSettings:
         precision=machine.precision if on_gpu else options.hardware.mixed_precision or "bf16",
         accumulation=options.hardware.grad_accumulation,
         checkpointing=options.model.gradient_checkpointing,
-        averages=len(options.average.decays),
+        averages=options.average.count,
+        muon=options.optimizer.optimizer == "muon",
         processes=machine.processes,
-        sharded=options.hardware.sharding == "fsdp" and machine.processes > 1,
+        shards=shard_processes(options.hardware, machine.processes),
+        previews=_previews(options.preview, machine.processes),
     )
+
+
+def _previews(options: PreviewOptions, processes: int) -> int:
+    return -(-options.preview_classes * options.preview_rows // processes) if options.sample_every else 0
 
 
 def needed_bytes(config: DiTConfig, settings: StepSettings) -> int:
@@ -88,8 +95,10 @@ def _ways(settings: StepSettings) -> Iterator[tuple[str, StepSettings]]:
     kinds = [("", settings)]
     if not settings.checkpointing:
         kinds.append((" --gradient-checkpointing", dataclasses.replace(settings, checkpointing=True)))
-    if settings.processes > 1 and not settings.sharded:
-        kinds += [(f" --sharding fsdp{words}", dataclasses.replace(kind, sharded=True)) for words, kind in kinds]
+    if settings.processes > settings.shards:
+        kinds += [
+            (f" --sharding fsdp{words}", dataclasses.replace(kind, shards=kind.processes)) for words, kind in kinds
+        ]
     share = settings.images * settings.accumulation
     for words, kind in kinds:
         if words:

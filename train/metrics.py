@@ -3,15 +3,17 @@
 import contextlib
 import importlib.util
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.runtime.console import progress, say, warn
 from pipeline.runtime.errors import UserError
-from train.options import TrainOptions, plain_values
+from pipeline.runtime.units import duration
+from train.options import RunOptions, TrainOptions, plain_values
 from train.run_folder import MetricsFile
 
 if TYPE_CHECKING:
@@ -69,12 +71,15 @@ class Log:
         run = options.run
         self._file = MetricsFile(run.out, after_step=keep_until)
         self._board = _tensorboard(options, after_step) if run.tensorboard else None
-        self._tracking = accelerator if run.wandb_project else None
+        self._tracking = accelerator if tracker_names(run) else None
+        if self._board is not None:
+            self._board.add_text("config", _as_table(plain_values(options)), after_step)
         if self._tracking is not None:
-            self._tracking.init_trackers(run.wandb_project, config=plain_values(options))
+            project = run.wandb_project or run.tracker_project
+            self._tracking.init_trackers(project, config=plain_values(options))
         self._options = options
         self.bar = progress(
-            options.optimizer.steps, unit="steps", description=f"training {options.model.model}", initial=after_step
+            options.optimizer.steps, unit="steps", description=f"training {options.model.title}", initial=after_step
         )
 
     def write(self, step: int, values: Numbers) -> None:
@@ -93,9 +98,13 @@ class Log:
         self.bar.set_postfix(dict(values), refresh=False)
 
     def picture(self, step: int, name: str, image: "Image.Image") -> None:
-        """A picture for TensorBoard."""
+        """A picture for TensorBoard, and for every tracker that takes pictures."""
+        pixels = np.asarray(image)
         if self._board is not None:
-            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+        for tracker in self._tracking.trackers if self._tracking is not None else ():
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({name: [pixels]}, step=step)
 
     def roll_back(self, step: int) -> None:
         """Forget what was logged past a step."""
@@ -112,13 +121,25 @@ class Log:
         if self._board is not None:
             self._board.flush()
 
+    def last_words(self, step: int, seconds: float) -> list[str]:
+        """What a finished run came to, and the command that shows it."""
+        self.flush()
+        images, out = step * self._options.optimizer.batch_size, self._options.run.out
+        came_to = f"{images:,} images seen in {duration(seconds)} of training"
+        for name, whose in (("validation_loss_ema", "average"), ("validation_loss", "raw weights")):
+            if (best := self._file.smallest(name)) is not None:
+                came_to += f"; best validation loss, of the {whose}, {best[0]:.4f} at step {best[1]:,}"
+                break
+        return [came_to, f"next: dit-sample --checkpoint {shlex.quote(str(out))} --out samples.png"]
+
     def close(self) -> None:
         """Close everything."""
         self.bar.close()
         if self._board is not None:
             self._board.close()
         if self._tracking is not None:
-            self._tracking.trackers[0].finish()
+            for tracker in self._tracking.trackers:
+                tracker.finish()
 
 
 def _finite(value: float | None) -> float | None:
@@ -135,10 +156,33 @@ def _tensorboard(options: TrainOptions, after_step: int) -> "SummaryWriter | Non
     return SummaryWriter(folder, purge_step=after_step + 1)
 
 
-def refuse_missing_wandb(options: TrainOptions) -> None:
-    """Raise UserError where Weights & Biases is asked for and not installed."""
-    if options.run.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError("--wandb-project needs Weights & Biases; pip install wandb, or leave the flag out")
+def tracker_names(run: RunOptions) -> tuple[str, ...]:
+    """The trackers to log to by Accelerate's names, each once."""
+    named = [name.strip() for name in run.trackers.split(",") if name.strip()]
+    return tuple(dict.fromkeys(named + ["wandb"] * (run.wandb_project is not None)))
+
+
+def refuse_missing_trackers(options: TrainOptions) -> None:
+    """Raise UserError where a tracker is asked for that Accelerate does not know, or that is not installed."""
+    names = tracker_names(options.run)
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    known = sorted(set(LOGGER_TYPE_TO_CLASS) - {"tensorboard"})
+    for name in names:
+        if name == "tensorboard":
+            raise UserError("--trackers tensorboard: TensorBoard is logged to anyway, unless --no-tensorboard is given")
+        if name not in known:
+            raise UserError(f"--trackers {name}: Accelerate has no tracker of that name; it has {', '.join(known)}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--trackers {name} needs the package {name}; pip install {name}, or leave it out")
+
+
+def _as_table(values: Mapping[str, Any]) -> str:
+    """Settings as a table in Markdown, which TensorBoard shows."""
+    rows = (f"| {name} | `{value}` |" for name, value in values.items())
+    return "\n".join(["| flag | value |", "|---|---|", *rows])
 
 
 def beside_bar(values: Numbers) -> dict[str, str]:
@@ -155,11 +199,3 @@ def beside_bar(values: Numbers) -> dict[str, str]:
 def say_estimate(timer: StepTimer, steps_left: int) -> None:
     """A line with the time the rest will take."""
     say(f"at this pace the remaining {steps_left:,} steps take about {duration(timer.estimate(steps_left))}")
-
-
-def duration(seconds: float) -> str:
-    """A time for people: seconds, minutes, hours or days."""
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

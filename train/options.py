@@ -1,13 +1,12 @@
 """The options of `dit-train`, in the groups that the parts of the stage read. No torch: `--help` must be quick."""
 
-import math
 import re
-import typing
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import tyro
+from msgspec import Meta
 
 from pipeline.diffusion.process import (
     OBJECTIVES_HELP,
@@ -19,37 +18,37 @@ from pipeline.diffusion.process import (
     TimestepLaw,
     Variance,
 )
-from pipeline.dit.config import BlockOptions
-from pipeline.runtime.cli import flag_values
+from pipeline.dit.config import BLOCKS, BlockOptions, Blocks
+from pipeline.runtime.bounds import (
+    Amount,
+    AmountOrNone,
+    Batch,
+    Decay,
+    ReverseSteps,
+    Scale,
+    Seed,
+    Share,
+    Shown,
+    Sigma,
+    Threads,
+    are_within,
+    check_bounds,
+)
+from pipeline.runtime.cli import StandsFor, flag_values
+from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
 
 EMA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Order = Literal["scattered", "runs"]
-Sharding = Literal["none", "fsdp"]
+ALIGN = {to: {f"align_{name}": name == to for name in ("latent", "features")} for to in ("none", "latent", "features")}
 
 T = TypeVar("T")
-_FREE: Final = "may change when a run goes on"
-_START: Final = "may change once there is a checkpoint"
-Free = Annotated[T, _FREE]
-"""Of a flag that changes what a run writes or how fast it goes, not what it learns: it may change on resuming. Of the
-store the contents are compared, not the path."""
-Start = Annotated[T, _START]
+FREE: Final = "may change when a run goes on"
+START: Final = "may change once there is a checkpoint"
+Free = Annotated[T, FREE]
+"""Of a flag that changes what a run writes or how fast it goes, not what it learns: it may change on resuming. Of the store the contents are compared, not the path."""
+Start = Annotated[T, START]
 """Of a flag that decides where the weights start: it may change once there is a checkpoint."""
-
-
-def _at_least(low: float, **values: float | None) -> None:
-    """Refuse every value below `low`; None stands for "not given"."""
-    for name, value in values.items():
-        if value is not None and not value >= low:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {low}")
-        if value == math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number")
-
-
-def _within(low: float, high: float, **values: float) -> None:
-    for name, value in values.items():
-        if not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} must lie between {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,27 +61,27 @@ class DataOptions:
     """Folder that keeps local copies of a remote store's shards."""
     order: Order = "scattered"
     """scattered permutes all samples; runs reads 16 neighbours at a time, for large stores on slow disks."""
+    latent_normalization: Literal["vae", "channel"] = "vae"
+    """vae feeds latents by the VAE's own shift and scale; channel brings each channel of the store to mean 0 and deviation 1, for latents that no VAE scales, such as an encoder's features."""
     flip: bool = True
     """Use the store's mirrored views too, one view drawn per sample and step."""
     validation: Free[str | None] = None
     """Store of held-out images; its loss on fixed noise is logged."""
-    validation_share: float = 0.0
+    validation_share: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     """Share of the training store to hold out for the validation loss, 0 to 0.5; none with --validation."""
-    validate_every: Free[int] = 1000
+    validate_every: Free[Amount] = 1000
     """Steps between two validation losses."""
-    validation_samples: Free[int] = 1024
+    validation_samples: Free[Amount] = 1024
     """Held-out samples to use at most."""
     verify_data: Free[bool] = False
     """Compare every shard with its checksum before training."""
-    prefetch: Free[int] = 4
+    prefetch: Free[Threads] = 4
     """Batches that a background thread reads ahead."""
-    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    seed: Annotated[Seed, tyro.conf.arg(metavar="INT")] = 0
     """Data order, noise and starting weights all depend on this alone."""
 
     def __post_init__(self) -> None:
-        _at_least(1, validate_every=self.validate_every, validation_samples=self.validation_samples)
-        _at_least(1, prefetch=self.prefetch)
-        _within(0, 0.5, validation_share=self.validation_share)
+        check_bounds(self)
         if self.validation is not None:  # a store of its own makes the share of a preset superfluous
             object.__setattr__(self, "validation_share", 0.0)
 
@@ -93,7 +92,37 @@ class ModelOptions(BlockOptions):
 
     model: str = "DiT-XL/2"
     """Network: DiT-{S,B,L,XL}/{2,4,8}, or DiT-Ti/2, a tiny one for trying things out."""
-    class_dropout: float = 0.1
+    hidden_size: Annotated[int, Meta(ge=1, le=1 << 14)] | None = None
+    """Width of a token, where it is not to be --model's; a multiple of 4 and of --num-heads."""
+    depth: Threads | None = None
+    """Transformer blocks, where they are not to be --model's."""
+    num_heads: Threads | None = None
+    """Attention heads, where they are not to be --model's."""
+    patch_size: Annotated[int, Meta(ge=1, le=1 << 14)] | None = None
+    """Latent cells per token along one side, where they are not to be --model's."""
+    head_width: Annotated[int, Meta(ge=1, le=1 << 14)] | None = None
+    """Width of a few blocks behind the network that read the noisy latent once more, for latents of more numbers to a token than the network is wide; a multiple of 4 and of the heads. Default: none."""
+    head_depth: Threads | None = None
+    """How many blocks those are. Default: 2."""
+    blocks: Free[Annotated[Blocks, StandsFor(BLOCKS)]] = "release"
+    """modern stands for --qk-norm --mlp swiglu --norm rms --rotary --value-residual; one given beside it wins."""
+    middle_head: bool = False
+    """Train a second final layer on the tokens after 0.3 of the blocks; dit-sample can guide from it in one pass."""
+    middle_weight: Scale = 0.5
+    """Weight of --middle-head's loss beside the network's own."""
+    align: Free[Annotated[Literal["none", "latent", "features"], StandsFor(ALIGN)]] = "none"
+    """latent stands for --align-latent, features for --align-features; those two can be given together."""
+    align_latent: bool = False
+    """Train the tokens there to hold the clean latent as well, by a small MLP that sampling does without."""
+    align_weight: Scale = 1.0
+    """Weight of --align-latent's loss beside the network's own."""
+    align_features: bool = False
+    """Train the tokens there to point where an encoder's features of the image do (REPA), by an MLP that sampling does without; the store has them by dit-extract --features."""
+    features_weight: Scale = 0.5
+    """Weight of --align-features' loss beside the network's own."""
+    features_until: AmountOrNone | None = None
+    """Step after which --align-features is not trained any more. Default: it is to the end."""
+    class_dropout: Share = 0.1
     """Share of labels replaced by the null class; guidance needs some. 0 for none."""
     init_from: Start[str | None] = None
     """Start from this checkpoint's weights: a run, a checkpoint folder, or any file dit-convert knows."""
@@ -109,7 +138,34 @@ class ModelOptions(BlockOptions):
     """Compile each block with torch.compile."""
 
     def __post_init__(self) -> None:
-        _within(0, 1, class_dropout=self.class_dropout)
+        check_bounds(self)
+        if self.head_depth is not None and self.head_width is None:
+            raise UserError("--head-depth is for --head-width; give that too")
+        if self.features_until is not None and not self.align_features:
+            raise UserError("--features-until is for --align-features; give that too")
+        switches = {name: getattr(self, name) for name in BLOCKS["release"]}
+        if self.blocks != "release" and switches == BLOCKS["release"]:
+            raise UserError(
+                f"--blocks {self.blocks} with each of its switches turned off is --blocks release: say that"
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{field of the network's configuration: size} of those that are not --model's."""
+        names = ("hidden_size", "depth", "num_heads", "patch_size", "head_width", "head_depth")
+        return {name: size for name in names if (size := getattr(self, name)) is not None}
+
+    @property
+    def title(self) -> str:
+        """The network for people: --model, and what is not its size."""
+        return " ".join([self.model, *(f"--{name.replace('_', '-')} {size}" for name, size in self.sizes.items())])
+
+    @property
+    def middle_weights(self) -> dict[str, float]:
+        """{loss: weight} of what the middle of the network is trained for; mostly nothing."""
+        wanted = {"middle": self.middle_head, "align": self.align_latent, "features": self.align_features}
+        weights = {"middle": self.middle_weight, "align": self.align_weight, "features": self.features_weight}
+        return {name: weights[name] for name, is_on in wanted.items() if is_on}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,74 +176,126 @@ class ObjectiveOptions:
     noise_schedule: Schedule = "linear"
     """Noise schedule of ddpm over 1000 timesteps."""
     prediction: Prediction = "epsilon"
-    """What ddpm predicts: the noise, the clean latent, or their velocity."""
+    """What ddpm predicts: the noise, the clean latent, or their velocity; flow: x0, or else the velocity."""
     variance: Variance = "learned-range"
     """Reverse variance of ddpm; the learned one doubles the output channels."""
     loss: Loss = "mse"
     """Loss of ddpm. mse with a learned variance is the paper's hybrid loss."""
     timestep_law: TimestepLaw = "logit-normal"
     """How flow draws its times; sit and repa draw them uniformly."""
+    time_mean: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    """Mean of the normal number behind flow's logit-normal times; above 0 leads to more noise."""
+    time_std: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Its standard deviation."""
+    time_shift: Annotated[float, Meta(gt=0, le=10_000)] | Literal["auto"] = 1.0
+    """Shift of flow's times to the noise, in training and sampling: t' = X t / (1 + (X - 1) t). auto: √(C·H·W / 4096) of the latent, at least 1."""
     flow_path: FlowPath = "linear"
     """How sit and repa mix data and noise; cosine is SiT's GVP."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        given = {"time-mean": self.time_mean != 0, "time-std": self.time_std != 1, "time-shift": self.time_shift != 1}
+        given["prediction x0"] = self.prediction == "x0" and self.objective != "ddpm"
+        for name in (name for name, is_given in given.items() if is_given and self.objective != "flow"):
+            raise UserError(f"--{name} is for --objective flow, not {self.objective}; drop one of the two")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerOptions:
-    """AdamW and its learning rate as a function of the step."""
+    """What moves the weights, and its learning rate as a function of the step."""
 
-    steps: Free[int] = 400_000
+    steps: Free[Amount] = 400_000
     """Optimizer steps in all, counted from the beginning of the run."""
-    batch_size: int = 256
+    batch_size: Batch = 256
     """Samples per step over all processes and accumulation."""
-    lr: float = 1e-4
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; muon moves the matrices of attention and MLP along orthogonal matrices, and all else by AdamW."""
+    muon_lr: Scale | None = None
+    """Learning rate of muon's matrices, on the same schedule. Default: --lr, which suits both."""
+    muon_momentum: Decay = 0.95
+    """Decay of muon's mean of the gradients."""
+    lr: Scale = 1e-4
     """Learning rate after the warm-up."""
-    lr_schedule: Literal["constant", "cosine", "inverse-sqrt"] = "constant"
-    """constant; cosine from --lr to --lr-end over --decay-steps; inverse-sqrt: --lr / sqrt(step / --decay-steps) from there on."""
-    decay_steps: int | None = None
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"] = "constant"
+    """constant; linear, cosine and wsd fall from --lr at --decay-start to --lr-end at --decay-steps, wsd late and as 1 - sqrt; inverse-sqrt: --lr / sqrt(step / --decay-steps) from there on."""
+    decay_steps: Amount | None = None
     """Length of the schedule in steps. It is not --steps, so that training longer does not change the past."""
-    lr_end: float = 0.0
-    """Learning rate at the end of a cosine."""
-    lr_warmup_steps: int = 0
+    decay_start: AmountOrNone | None = None
+    """Step from which linear, cosine and wsd fall. Default: 0, and four fifths of --decay-steps for wsd."""
+    lr_end: Scale = 0.0
+    """Learning rate at the end of linear, cosine and wsd."""
+    lr_warmup_steps: AmountOrNone = 0
     """Steps over which the learning rate rises from 0."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay of the gradient's first and second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: Share = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    clip_norm: float | None = None
+    weight_decay: Scale = 0.0
+    """AdamW's weight decay; muon's matrices have none."""
+    clip_norm: Annotated[float, Meta(gt=0, le=1e12)] | None = None
     """Largest gradient norm; a longer gradient is shortened to it. Default: not clipped."""
-    max_skipped_in_a_row: Free[int] = 20
+    max_skipped_in_a_row: Free[Amount] = 20
     """Steps in a row whose loss or gradient is not finite (each is skipped) before going back to a checkpoint."""
-    max_rollbacks: Free[int] = 3
+    max_rollbacks: Free[AmountOrNone] = 3
     """How often to go back before giving up."""
 
     def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps, batch_size=self.batch_size, decay_steps=self.decay_steps)
-        _at_least(1, max_skipped_in_a_row=self.max_skipped_in_a_row)
-        _at_least(0, lr=self.lr, lr_end=self.lr_end, lr_warmup_steps=self.lr_warmup_steps)
-        _at_least(0, weight_decay=self.weight_decay, adam_eps=self.adam_eps, max_rollbacks=self.max_rollbacks)
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError(f"--clip-norm {self.clip_norm} must be above 0; leave the flag out for no clipping")
+        check_bounds(self)
+        if self.muon_lr is not None and (self.optimizer != "muon" or self.lr == 0):
+            raise UserError(f"--muon-lr {self.muon_lr} is for --optimizer muon, with an --lr above 0")
         if self.lr_schedule != "constant" and self.decay_steps is None:
             raise UserError(f"--lr-schedule {self.lr_schedule} needs --decay-steps, the schedule's length in steps")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"--betas {self.betas[0]} {self.betas[1]} must both lie in 0 … 1, without 1")
+        if self.decay_start is not None and self.lr_schedule in ("constant", "inverse-sqrt"):
+            raise UserError(f"--decay-start is for --lr-schedule linear, cosine or wsd, not {self.lr_schedule}")
+        if self.decay_start is not None and self.decay_steps is not None and self.decay_start >= self.decay_steps:
+            raise UserError(f"--decay-start {self.decay_start} must be below --decay-steps {self.decay_steps}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AverageOptions:
     """Exponential moving averages of the weights, in float32."""
 
-    ema_decay: float = 0.9999
+    ema_decay: Decay = 0.9999
     """Decay per step of the average that sampling uses."""
     ema_warmup: bool = False
     """Begin with a smaller decay, (1 + step) / (10 + step), for short runs."""
     extra_ema: tuple[str, ...] = ()
     """Further averages, each NAME=DECAY, written as ema-NAME.safetensors."""
+    ema_sigma: Annotated[str | None, BY_COMMAS] = None
+    """Also keep power-function averages of these relative widths, as in 0.05,0.10, from which dit-convert --average and dit-sample --weights sigma=… make one of any width after training."""
+    ema_snapshot_every: Free[AmountOrNone | None] = None
+    """Steps between two snapshots of them in RUN/averages, in half precision; 0 takes none. Default: as --save-every."""
 
     def __post_init__(self) -> None:
-        _ = self.decays
+        check_bounds(self)
+        taken = self.decays.keys() & {f"ema-sigma-{sigma:g}" for sigma in self.sigmas}
+        if taken:
+            raise UserError(
+                f"--extra-ema and --ema-sigma both name {min(taken)}; give the further average another name"
+            )
+        if self.ema_snapshot_every and not self.sigmas:
+            raise UserError("--ema-snapshot-every is for the averages of --ema-sigma; give that too, as in 0.05,0.10")
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The relative widths of the power-function averages, rising.
+
+        Raises:
+            UserError: one is no number, or none that a power function has, or is there twice.
+        """
+        written = [] if self.ema_sigma is None else self.ema_sigma.split(",")
+        try:
+            sigmas = sorted(float(f"{float(sigma):g}") for sigma in written)
+        except ValueError as error:
+            raise UserError(f"--ema-sigma {self.ema_sigma} must be numbers between commas, as in 0.05,0.10") from error
+        if not are_within(sigmas, Sigma) or len(set(sigmas)) < len(sigmas):
+            raise UserError(f"--ema-sigma {self.ema_sigma}: the widths must differ, lie above 0 and below 0.289")
+        return tuple(sigmas)
+
+    @property
+    def count(self) -> int:
+        """How many averages are kept."""
+        return len(self.decays) + len(self.sigmas)
 
     @property
     def decays(self) -> dict[str, float]:
@@ -201,10 +309,9 @@ class AverageOptions:
                 raise UserError(f"--extra-ema {written} must be NAME=DECAY, as in slow=0.99995") from error
             if not EMA_NAME.fullmatch(name) or name in {"raw", "ema"} or f"ema-{name}" in decays:
                 raise UserError(f"--extra-ema {written}: the name {name!r} is taken or is no plain file name")
+            if not are_within([decay], Decay):
+                raise UserError(f"--extra-ema {written}: the decay {decay} must lie in 0 … 1, without 1")
             decays[f"ema-{name}"] = decay
-        for name, decay in decays.items():
-            if not 0 <= decay < 1:
-                raise UserError(f"the decay {decay} of {name} must lie in 0 … 1, without 1; see --ema-decay")
         return decays
 
 
@@ -218,13 +325,19 @@ class HardwareOptions:
     """Precision of the forward and backward pass; weights stay float32. Default bf16 on a GPU that has it, else no."""
     tf32: Free[bool] = True
     """Let float32 products on a GPU use TF32."""
-    grad_accumulation: Free[int] = 1
+    grad_accumulation: Free[Batch] = 1
     """Parts that each process cuts its share of a batch into, to need less memory; the batch stays the same."""
-    sharding: Free[Sharding] = "none"
-    """none copies the network to every process (DDP); fsdp divides weights, optimizer and averages among them (FSDP2)."""
+    sharding: Free[Literal["none", "fsdp", "hsdp"]] = "none"
+    """none copies the network to every process (DDP); fsdp divides weights, optimizer and averages among them (FSDP2); hsdp among the processes of one machine, with a copy on each machine."""
+    shard_processes: Free[Amount | None] = None
+    """Processes that divide one copy among them, for --sharding hsdp; default all of one machine."""
+    process_timeout: Free[Annotated[float, Meta(ge=0.05, le=1e5)]] = 30.0
+    """Minutes that a process waits for another one, as while a checkpoint is written, before it gives up and ends."""
 
     def __post_init__(self) -> None:
-        _at_least(1, grad_accumulation=self.grad_accumulation)
+        check_bounds(self)
+        if self.shard_processes is not None and self.sharding != "hsdp":
+            raise UserError(f"--shard-processes is for --sharding hsdp, not {self.sharding}; drop one of the two")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,53 +346,56 @@ class RunOptions:
 
     out: Free[Path]
     """Run folder. If it already holds this run, training continues from its newest checkpoint."""
+    mirror: Free[str | None] = None
+    """Keep a copy of the run behind this URL, as s3://bucket/run, brought up to date in the background; on a machine whose --out is empty, training goes on from there."""
     overwrite: Free[bool] = False
     """Begin anew: remove the run that --out holds."""
     dry_run: Free[bool] = False
     """Say what would be trained and what each GPU would hold, then end; nothing is written."""
     anyway: Free[bool] = False
-    """Go on although the GPU's memory or the disk seems too small."""
-    save_every: Free[int] = 10_000
+    """Go on although the GPU's memory or the disk seems too small, or the latents have more channels than the network is wide."""
+    save_every: Free[Amount] = 10_000
     """Steps between two checkpoints; one more is written at the end."""
-    keep_last: Free[int] = 3
+    keep_last: Free[AmountOrNone] = 3
     """Newest checkpoints to keep; 0 keeps all."""
-    keep_every: Free[int | None] = None
+    keep_every: Free[Amount | None] = None
     """Keep every checkpoint at a multiple of this many steps for ever."""
-    time_limit: Free[float | None] = None
+    time_limit: Free[Annotated[float, Meta(ge=0, le=1e7)] | None] = None
     """Minutes after which to save and stop, for jobs with a time limit."""
-    log_every: Free[int] = 10
+    log_every: Free[Amount] = 10
     """Steps between two lines of metrics.jsonl."""
     tensorboard: Free[bool] = True
     """Write TensorBoard events to the run folder."""
     wandb_project: Free[str | None] = None
-    """Log to this Weights & Biases project too."""
+    """Log to this Weights & Biases project too: the same as --trackers wandb --tracker-project NAME."""
+    trackers: Free[str] = ""
+    """Log to these too, by the names that Accelerate has for them, as mlflow,aim; they must be installed."""
+    tracker_project: Free[str] = "dit"
+    """The project or experiment that --trackers log to."""
 
     def __post_init__(self) -> None:
-        _at_least(1, save_every=self.save_every, keep_every=self.keep_every, log_every=self.log_every)
-        _at_least(0, keep_last=self.keep_last, time_limit=self.time_limit)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreviewOptions:
     """Pictures drawn while training goes on."""
 
-    sample_every: Free[int] = 10_000
+    sample_every: Free[AmountOrNone] = 10_000
     """Steps between two preview grids in RUN/samples; 0 draws none."""
-    preview_classes: Free[int] = 8
+    preview_classes: Free[Shown] = 8
     """Classes in the grid, one column each."""
-    preview_rows: Free[int] = 2
+    preview_rows: Free[Shown] = 2
     """Images of each class, from the raw and from the averaged weights alike."""
-    preview_steps: Free[int] = 25
+    preview_steps: Free[ReverseSteps] = 25
     """Steps of the sampler."""
-    preview_guidance: Free[float] = 1.5
+    preview_guidance: Free[Scale] = 1.5
     """Guidance scale of the previews."""
     vae: Free[str | None] = None
     """VAE that decodes previews; default: the one that the store names."""
 
     def __post_init__(self) -> None:
-        _at_least(0, sample_every=self.sample_every, preview_guidance=self.preview_guidance)
-        _at_least(1, preview_classes=self.preview_classes, preview_rows=self.preview_rows)
-        _at_least(1, preview_steps=self.preview_steps)
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,18 +412,6 @@ class TrainOptions:
     preview: PreviewOptions = field(default_factory=PreviewOptions)
     recipe: Free[str | None] = None
     """Name of the packaged preset these settings follow; --config NAME sets it. Differences from it are reported."""
-
-
-def may_change(options_class: type, *, with_checkpoint: bool) -> set[str]:
-    """The flags that may have other values when a run goes on; each field says so itself."""
-    marks = (_FREE, _START) if with_checkpoint else (_FREE,)
-    names: set[str] = set()
-    for name, hint in typing.get_type_hints(options_class, include_extras=True).items():
-        if is_dataclass(hint):
-            names |= may_change(typing.cast("type", hint), with_checkpoint=with_checkpoint)
-        elif any(mark in marks for mark in getattr(hint, "__metadata__", ())):
-            names.add(name.replace("_", "-"))
-    return names
 
 
 def plain_values(options: TrainOptions) -> dict[str, Any]:

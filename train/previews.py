@@ -18,12 +18,11 @@ from pipeline.runtime.devices import is_out_of_memory
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder
 from pipeline.vae import Vae, denormalize, find_vae
+from pipeline.vae_lanes import PREVIEWED_PX, at_once
 from train.checkpointing import TrainState
 from train.distributed import Hardware
 from train.losses import Model
 from train.options import PreviewOptions
-
-PIECE_PX = 4 * 256 * 256  # decoded at a time: a decoder needs about 0.2 GB per image of 256 px
 
 
 class Previews:
@@ -59,7 +58,7 @@ class Previews:
         vae, message = None, None
         if self._options.sample_every and self._hardware.is_main:
             try:
-                vae = find_vae(self._manifest["vae"], self._options.vae, device=self._hardware.device)
+                vae = find_vae(self._manifest.vae, self._options.vae, device=self._hardware.device)
             except UserError as error:
                 message = f"no preview grids will be drawn: {error}"
         self.possible = bool(self._hardware.broadcast(vae is not None))
@@ -87,7 +86,7 @@ class Previews:
         """Raw weights above averaged ones."""
         images = torch.cat([self._decode(latents) for latents in rows.values()])
         labels = [name for name in rows for _ in range(self._options.preview_rows)]
-        names = list(self._manifest["classes"])
+        names = list(self._manifest.classes)
         captions = [names[label] if names else "" for label in self._columns] * len(labels)
         picture = grid(images.numpy(), len(self._columns), row_labels=labels, captions=captions, title=f"step {step:,}")
         make_folder(self._folder)
@@ -97,10 +96,10 @@ class Previews:
     def _decode(self, latents: Tensor) -> Tensor:
         """Bytes [cells, H, W, 3] of latents [cells, C, h, w], as many at a time as memory at any image size allows."""
         assert self._vae is not None
-        recorded, spec = self._manifest["vae"], self._manifest.latent
+        recorded, spec = self._manifest.vae, self._manifest.latent
         image_px = spec.height * spec.width * self._vae.downsample**2
-        pieces = denormalize(latents, recorded["scaling_factor"], recorded["shift_factor"]).split(
-            max(1, PIECE_PX // image_px)
+        pieces = denormalize(latents, recorded.scaling_factor, recorded.shift_factor).split(
+            at_once(PREVIEWED_PX, image_px)
         )
         return torch.cat([self._vae.decode(piece) for piece in pieces])
 
@@ -118,7 +117,7 @@ class Previews:
         def noise(purpose: str, *numbers: int) -> Tensor:
             return torch.stack([normal(shape, self._seed, purpose, k, *numbers) for k in mine]).to(hardware.device)
 
-        y = torch.tensor([labels[k] for k in mine], device=hardware.device)
+        y = torch.tensor([labels[k] for k in mine]).to(hardware.device)
         scale = options.preview_guidance if config.num_classes and config.has_null_class else 1.0
         denoise = classifier_free_guidance(
             model,

@@ -5,18 +5,24 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.checkpoint.averages import MovingAverage
+from pipeline.checkpoint.averages import MovingAverage, PowerAverage
+from pipeline.checkpoint.folder import CONFIG
+from pipeline.checkpoint.mirror import Mirror
+from pipeline.checkpoint.snapshots import stem_of
 from pipeline.diffusion import Process
 from pipeline.dit import DiT, DiTConfig, compile_blocks
 from pipeline.dit.macs import count_macs, count_parameters
+from pipeline.dit.matrices import count_in_matrices
+from pipeline.features.targets import FeatureTargets
 from pipeline.latents import LatentStore, Manifest
-from pipeline.runtime.console import refuse_unless, say
+from pipeline.runtime.console import refuse_unless, say, warn
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.launchers import wishes
@@ -26,15 +32,15 @@ from train import build, distributed, memory
 from train.checkpointing import Saver, TrainState, restore
 from train.data import BatchShard, DataOrder
 from train.distributed import Hardware
-from train.kept_checkpoints import clean_up, newest_sound, sweep
+from train.kept_checkpoints import clean_up, newest_sound, superfluous, sweep, tells_skips
 from train.loop import Trainer, logs_at, run_steps
 from train.losses import LatentNormalization
-from train.metrics import Log, StepTimer, refuse_missing_wandb
+from train.metrics import Log, StepTimer, refuse_missing_trackers, tracker_names
 from train.optimizer import Optimizer
 from train.options import TrainOptions
-from train.parallel import parallelize
+from train.parallel import parallelize, shard_processes
 from train.previews import Previews
-from train.run_folder import CONFIG, begin_run, check_run, claimed, recorded_intervals
+from train.run_folder import begin_run, check_mirrored, check_run, claimed, recorded_intervals
 from train.summary import describe_work, say_aligned, say_summary
 from train.validation import Validation
 
@@ -46,8 +52,8 @@ def train(options: TrainOptions) -> int:
         UserError: whatever the user can mend.
     """
     began = time.monotonic()
-    refuse_missing_wandb(options)
-    machine = distributed.start(options.hardware, trackers=("wandb",) if options.run.wandb_project else ())
+    refuse_missing_trackers(options)
+    machine = distributed.start(options.hardware, trackers=tracker_names(options.run))
     if options.run.dry_run:
         _forecast(follow_launcher(options), machine)
         machine.close()
@@ -59,9 +65,11 @@ def train(options: TrainOptions) -> int:
             contextlib.ExitStack() as stack,
             StopRequest(repeat_after_seconds=2.0) as stop,
         ):
-            status = run_steps(assemble(options, machine, stack, began), stop)
+            trainer = assemble(options, machine, stack, began)
+            status = run_steps(trainer, stop)
+            machine.on_main(lambda: _bring_up(trainer.saver.mirror, options, status))
     except RuntimeError as error:
-        explained = distributed.explain_lost_peer(error)
+        explained = distributed.explain_lost_peer(error, options.hardware.process_timeout)
         if explained is None:
             raise
         raise UserError(explained) from error
@@ -73,8 +81,9 @@ def _forecast(options: TrainOptions, machine: Hardware) -> None:
     """Say what would be trained and what it takes, from the store and the settings alone."""
     shard = _shard(options, machine)
     with contextlib.closing(build.open_store(options.data.latents, options.data)) as store:
-        manifest = store.manifest
-        config = build.network_config(options.model, manifest, build.process_of(options.objective))
+        manifest = build.as_fed(store.manifest, options.data)
+        features = build.open_features(options, manifest)
+        config = build.network_config(options.model, manifest, build.process_of(options.objective, manifest), features)
         order = _order(options, manifest)
     checkpoint = size(checkpoint_bytes(options, config))
     say_aligned(
@@ -93,7 +102,8 @@ def follow_launcher(options: TrainOptions, environment: Mapping[str, str] = os.e
     """The options with the launcher's wishes for compiling and accumulation in them, each said; flags go first."""
     asked, model, hardware = wishes(environment), options.model, options.hardware
     if asked.dynamo == "inductor" and not model.compile:
-        say("note: the launcher's dynamo wish is followed as --compile, which compiles block by block")
+        rest = f"; its {' and '.join(asked.dynamo_settings)} is left out" if asked.dynamo_settings else ""
+        say(f"note: the launcher's dynamo wish is followed as --compile, which compiles block by block{rest}")
         model = dataclasses.replace(model, compile=True)
     elif asked.dynamo not in {None, "inductor"}:
         say(f"note: the launcher's dynamo backend {asked.dynamo} is left out; --compile compiles with inductor")
@@ -110,9 +120,10 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     # What is learned from, and by what.
     shard = _shard(options, machine)
     store = stack.enter_context(contextlib.closing(build.open_store(options.data.latents, options.data)))
-    manifest = store.manifest
-    process = build.process_of(options.objective)
-    config = build.network_config(options.model, manifest, process)
+    manifest = build.as_fed(store.manifest, options.data)
+    process = build.process_of(options.objective, manifest)
+    features = build.open_features(options, manifest)
+    config = build.network_config(options.model, manifest, process, features)
     normalization = build.normalization_of(manifest, machine.device)
     order = _order(options, manifest)
     memory.refuse_too_small_a_card(
@@ -123,10 +134,12 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     )
 
     # The run that is there, or a new one; nothing is written yet.
-    identity = build.data_identity(manifest)
-    found = _claim_run(options, machine, stack, identity)
+    identity = build.data_identity(store.manifest, features)
+    mirror = _open_mirror(options, machine, stack)
+    found = _claim_run(options, machine, stack, identity, mirror)
     network = DiT(config, seed=options.data.seed)
     if found is None:
+        build.refuse_too_wide_latents(config, process, allowed=options.run.anyway)
         build.start_weights(network, options.model, manifest, process)
     state = _start_state(network, options, machine)
     if found is not None:
@@ -139,16 +152,17 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     # All is found right: from here on the folder is this run's.
     if options.run.overwrite:
         machine.on_main(lambda: _check_room(options, config))
-    _begin(options, machine, identity)
+    _begin(options, machine, identity, mirror)
     machine.on_main(lambda: clean_up(options.run))
-    saver = Saver(options.run, machine, build.checkpoint_info(options, manifest, config, process))
+    info = build.checkpoint_info(options, manifest, config, process, features, identity)
+    saver = Saver(options.run, machine, info, mirror)
     saver.saved_step = state.step if found is not None else None
     stack.callback(saver.finish)
     log = None
     if machine.is_main:
         log = Log(options, after_step=state.step, keep_until=kept_lines, accelerator=machine.accelerator)
         stack.callback(log.close)
-    previews = _previews(options, store, config, process, machine)
+    previews = _previews(options, manifest, config, process, machine)
     return Trainer(
         options=options,
         hardware=machine,
@@ -157,6 +171,7 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
         shard=shard,
         process=process,
         normalization=normalization,
+        features=None if features is None else FeatureTargets.on(machine.device, features, config.grid),
         state=state,
         saver=saver,
         timer=StepTimer(),
@@ -189,23 +204,55 @@ def _lines_kept(options: TrainOptions, step: int) -> int:
     return step if logs_at(step, dataclasses.replace(options, run=run, data=data)) else step - 1
 
 
+def _open_mirror(options: TrainOptions, machine: Hardware, stack: contextlib.ExitStack) -> Mirror | None:
+    """The copy at --mirror, on the main process, which alone sees to it."""
+    url, run, opened = options.run.mirror, options.run, list[Mirror]()
+
+    def superfluous_there(steps: Sequence[int], trainer_of: Callable[[int], bytes | None]) -> list[int]:
+        return superfluous(run, steps, lambda step: tells_skips(trainer_of(step)))
+
+    if url is not None:
+        machine.on_main(lambda: opened.append(Mirror(url, run.out, superfluous_there)))
+    for mirror in opened:
+        stack.callback(mirror.close)
+    return opened[0] if opened else None
+
+
+def _bring_up(mirror: Mirror | None, options: TrainOptions, status: int) -> None:
+    """Have all of the run at --mirror; where that fails, the command does, if it has not ended otherwise already."""
+    if mirror is None:
+        return
+    try:
+        mirror.finish()
+        clean_up(options.run)  # of what was going up while it would have been removed
+    except UserError as error:
+        if not status:
+            raise UserError(f"the run is whole in --out, but its copy at --mirror is behind: {error}") from error
+        warn(f"the copy at --mirror is behind: {error}")
+
+
 def _claim_run(
-    options: TrainOptions, machine: Hardware, stack: contextlib.ExitStack, data_identity: str
+    options: TrainOptions, machine: Hardware, stack: contextlib.ExitStack, data_identity: str, mirror: Mirror | None
 ) -> Path | None:
-    """Hold the run folder, if it suits these options; the checkpoint to go on from."""
+    """Hold the run folder, if it suits these options; the checkpoint to go on from, which may come from the mirror."""
+    overwrite = options.run.overwrite
     machine.on_main(lambda: stack.enter_context(claimed(options.run.out)))
     machine.on_main(lambda: check_run(options, data_identity))
+    if options.run.mirror is not None:
+        check = partial(check_mirrored, options=options, data_identity=data_identity)
+        machine.on_main(lambda: None if mirror is None else mirror.fetch(check, overwrite=overwrite))
     machine.on_main(lambda: sweep(options.run.out))
-    return None if options.run.overwrite else machine.on_main(lambda: newest_sound(options.run.out))
+    return None if overwrite else machine.on_main(lambda: newest_sound(options.run.out))
 
 
-def _begin(options: TrainOptions, machine: Hardware, data_identity: str) -> None:
+def _begin(options: TrainOptions, machine: Hardware, data_identity: str, mirror: Mirror | None) -> None:
     """Write the run's settings once everything else is found right, and see that every process sees them."""
     machine.on_main(lambda: begin_run(options, data_identity))
     if not (options.run.out / CONFIG).is_file():
         raise UserError(
             f"process {machine.rank} does not see {options.run.out}; --out must lie on a disk that all machines share"
         )
+    machine.on_main(lambda: None if mirror is None else mirror.begin())
 
 
 def _shard(options: TrainOptions, machine: Hardware) -> BatchShard:
@@ -218,8 +265,9 @@ def _shard(options: TrainOptions, machine: Hardware) -> BatchShard:
 
 
 def checkpoint_bytes(options: TrainOptions, config: DiTConfig) -> int:
-    """A checkpoint on disk: weights, two tensors of AdamW's, averages; all float32."""
-    return 4 * (3 + len(options.average.decays)) * count_parameters(config)
+    """A checkpoint on disk: weights, two tensors of AdamW's or one of Muon's, averages; all float32."""
+    spared = count_in_matrices(config) if options.optimizer.optimizer == "muon" else 0
+    return 4 * ((3 + options.average.count) * count_parameters(config) - spared)
 
 
 def _check_room(options: TrainOptions, config: DiTConfig) -> None:
@@ -238,14 +286,19 @@ def _start_state(network: DiT, options: TrainOptions, machine: Hardware) -> Trai
     if options.model.compile:
         torch._dynamo.config.optimize_ddp = False  # it would cut each block, compiled on its own, into three graphs
         compile_blocks(network)
-    placement = parallelize(network, machine, options.hardware.sharding)
+    placement = parallelize(network, machine, shard_processes(options.hardware, machine.processes))
     optimizer = Optimizer(
-        placement.weights, options.optimizer, scaled=machine.precision == "fp16", add_up=placement.add_up
+        placement.weights,
+        options.optimizer,
+        scaled=machine.precision == "fp16",
+        add_up=placement.add_up,
+        shapes=placement.shapes,
+        shared_out=placement.shared_out,
     )
     averages = {
         name: MovingAverage(placement.weights, decay=decay, warmup=options.average.ema_warmup)
         for name, decay in options.average.decays.items()
-    }
+    } | {stem_of(sigma): PowerAverage(placement.weights, sigma=sigma) for sigma in options.average.sigmas}
     return TrainState(placement=placement, optimizer=optimizer, averages=averages)
 
 
@@ -275,7 +328,7 @@ def _validation(
 
 def _previews(
     options: TrainOptions,
-    store: LatentStore,
+    manifest: Manifest,
     config: DiTConfig,
     process: Process,
     machine: Hardware,
@@ -284,7 +337,7 @@ def _previews(
         return None
     previews = Previews(
         options.preview,
-        store.manifest,
+        manifest,
         config,
         process,
         machine,
@@ -305,6 +358,6 @@ def _what_to_lower(options: TrainOptions, machine: Hardware) -> str:
         ways.append("divide the network with --sharding fsdp")
     micro = options.optimizer.batch_size // (machine.processes * parts)
     return (
-        f"memory ran out on {machine.device} with {options.model.model} and {micro} samples per process at a time; "
+        f"memory ran out on {machine.device} with {options.model.title} and {micro} samples per process at a time; "
         f"{', or '.join(ways)}"
     )

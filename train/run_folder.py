@@ -8,13 +8,16 @@ old run is the run until the new one's settings stand.
 import contextlib
 import json
 import re
+import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.checkpoint.folder import checkpoint_folders
+from pipeline.checkpoint.folder import CONFIG, METRICS, checkpoint_folders
+from pipeline.runtime.config_files import MOST_SETTINGS, parse_settings
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import (
@@ -22,14 +25,16 @@ from pipeline.runtime.files import (
     flush_file,
     flush_folder,
     make_folder,
+    remove,
     remove_folder,
     write_bytes,
 )
+from pipeline.runtime.gate import read_regular
 from pipeline.runtime.work_queue import exclusive
-from train.options import TrainOptions, may_change, plain_values
+from train.options import FREE, START, DataOptions, RunOptions, TrainOptions, plain_values
 
-CONFIG, METRICS, DATA_IDENTITY = "config.yaml", "metrics.jsonl", "data_identity"
-_OURS = ("checkpoints", "samples", "tensorboard", METRICS)
+DATA_IDENTITY = "data_identity"
+_OURS = ("checkpoints", "averages", "samples", "tensorboard", METRICS)
 _LOCK, _REPLACED, _LEAVING = ".lock", ".replaced", ".leaving"
 _LEFT_BY_A_KILL = re.compile(r"\..+\.\d+\.partial")
 _OURS_WHILE_BEGINNING = re.compile(rf"\.lock|\.replaced|\.leaving|\.({CONFIG}|{METRICS})\.\d+\.partial")
@@ -64,9 +69,9 @@ def begin_run(options: TrainOptions, data_identity: str) -> None:
     header = f"# The resolved options of this run; dit-train --config {CONFIG} repeats it.\n"
     header += f"# {DATA_IDENTITY}: {data_identity}\n"
     text = yaml.safe_dump(plain_values(options) | {"overwrite": False}, sort_keys=False, allow_unicode=True)
-    for place in (folder, folder / "samples"):
+    for place in (folder, folder / "samples", folder / "averages"):
         for left in (path for path in place.glob(".*.partial") if _LEFT_BY_A_KILL.fullmatch(path.name)):
-            left.unlink(missing_ok=True)
+            remove(left)
     write_bytes(folder / CONFIG, (header + text).encode())
     make_folder(folder / "checkpoints")
 
@@ -119,43 +124,60 @@ def _remove(path: Path) -> None:
 
 
 def _compare(folder: Path, options: TrainOptions, data_identity: str) -> None:
-    text, before = _recorded(folder)
-    now = plain_values(options)
-    free = may_change(TrainOptions, with_checkpoint=bool(checkpoint_folders(folder)))
-    changed = [
-        f"--{name} was {before[name]} and is now {value}"
-        for name, value in now.items()
-        if name in before and name not in free and before[name] != value
-    ]
-    marker = f"# {DATA_IDENTITY}: "
-    identities = [line.removeprefix(marker) for line in text.splitlines() if line.startswith(marker)]
-    if identities and identities[0] != data_identity:
-        changed.append(f"the data of --latents was {before.get('latents')} and is now other data")
-    if changed:
+    path = folder / CONFIG
+    differences = _differences(
+        _text_of(path), path, options, data_identity, with_checkpoint=bool(checkpoint_folders(folder))
+    )
+    if differences:
         raise UserError(
-            f"--out {folder} holds a run with other settings: {'; '.join(changed)}; use the same settings to "
+            f"--out {folder} holds a run with other settings: {differences}; use the same settings to "
             f"continue it, another --out for a new run, or --overwrite to begin anew"
         )
 
 
-def _recorded(folder: Path) -> tuple[str, dict[str, Any]]:
-    """(text, values) of the run's settings."""
-    path = folder / CONFIG
+def check_mirrored(text: str, options: TrainOptions, data_identity: str) -> None:
+    """Raise UserError unless the settings of a run with checkpoints at --mirror, its config.yaml, are these."""
+    url = options.run.mirror
+    differences = _differences(text, f"{url}/{CONFIG}", options, data_identity, with_checkpoint=True)
+    if differences:
+        raise UserError(
+            f"--mirror {url} holds a run with other settings: {differences}; use the same settings to continue it, or "
+            f"another --mirror for a new run"
+        )
+
+
+def _differences(text: str, place: object, options: TrainOptions, data_identity: str, *, with_checkpoint: bool) -> str:
+    """What differs from recorded settings that a run cannot go on with; empty where nothing does."""
+    recorded = parse_settings(text, place)
+    now = plain_values(options)
+    # A flag that was not there when the run began stood at its default.
+    before = plain_values(TrainOptions(data=DataOptions(latents=""), run=RunOptions(out=options.run.out))) | recorded
+    free = may_change(TrainOptions, with_checkpoint=with_checkpoint)
+    changed = [
+        f"--{name} was {before[name]} and is now {value}"
+        for name, value in now.items()
+        if name not in free and before[name] != value
+    ]
+    marker = f"# {DATA_IDENTITY}: "
+    identities = [line.removeprefix(marker) for line in text.splitlines() if line.startswith(marker)]
+    if identities and identities[0] != data_identity:
+        changed.append(f"the data of --latents was {recorded.get('latents')} and is now other data")
+    return "; ".join(changed)
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text()
-        values = yaml.safe_load(text)
-        assert isinstance(values, dict)
-    except (OSError, yaml.YAMLError, AssertionError, UnicodeDecodeError) as error:
+        return read_regular(path, most=MOST_SETTINGS).decode()
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as this project's settings; choose another --out") from error
-    return text, values
 
 
 def recorded_intervals(folder: Path) -> dict[str, int]:
     """Every how many steps the run was logged and validated so far, by flag."""
     if not (folder / CONFIG).is_file():
         return {}
-    values = _recorded(folder)[1]
-    return {name: values[name] for name in ("log-every", "validate-every") if isinstance(values.get(name), int)}
+    values = parse_settings(_text_of(folder / CONFIG), folder / CONFIG)
+    return {name: value for name in ("log-every", "validate-every") if type(value := values.get(name)) is int}
 
 
 @contextlib.contextmanager
@@ -202,7 +224,11 @@ class MetricsFile:
     def drop_after(self, step: int) -> None:
         """Drop the lines past a step that the run has rolled back behind."""
         if self.path.exists():
-            lines = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+            lines = [
+                line
+                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if _step_of(line) <= step
+            ]
             write_bytes(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def append(self, values: Mapping[str, Any]) -> None:
@@ -210,6 +236,14 @@ class MetricsFile:
         line = json.dumps(values, allow_nan=False)
         with explained_writes(self.path), self.path.open("a") as file:
             file.write(line + "\n")
+
+    def smallest(self, name: str) -> tuple[float, int] | None:
+        """The smallest value of a number that was logged, and its step; None where it never was."""
+        if not self.path.exists():
+            return None
+        with self.path.open() as file:
+            logged = (json.loads(line) for line in file if f'"{name}"' in line)
+            return min(((line[name], line["step"]) for line in logged if line[name] is not None), default=None)
 
     def flush(self) -> None:
         """Make the lines survive a power cut."""
@@ -220,6 +254,18 @@ class MetricsFile:
 def _step_of(line: str) -> float:
     """The step of a line; infinite where the line is damaged, so that it is dropped."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
+
+
+def may_change(options_class: type, *, with_checkpoint: bool) -> set[str]:
+    """The flags that may have other values when a run goes on; each field says so itself."""
+    marks = (FREE, START) if with_checkpoint else (FREE,)
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(options_class, include_extras=True).items():
+        if is_dataclass(hint):
+            names |= may_change(typing.cast("type", hint), with_checkpoint=with_checkpoint)
+        elif any(mark in marks for mark in getattr(hint, "__metadata__", ())):
+            names.add(name.replace("_", "-"))
+    return names

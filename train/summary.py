@@ -8,14 +8,15 @@ from pipeline.dit import DiTConfig
 from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.latents import Manifest
 from pipeline.runtime.console import say, warn
+from pipeline.runtime.units import factors, size
 from train.build import PRESETS_FOLDER
 from train.checkpointing import TrainState
 from train.data import BatchShard, DataOrder
 from train.distributed import Hardware
-from train.options import TrainOptions, plain_values
+from train.options import ModelOptions, TrainOptions, plain_values
 
 # The images a preset is meant for; its settings are tuned to them.
-_MEANT_FOR_PX = {"paper-256": 256, "paper-512": 512}
+_MEANT_FOR_PX = {"paper-256": 256, "paper-512": 512, "modern-256": 256, "modern-512": 512}
 
 
 def say_summary(
@@ -35,7 +36,7 @@ def say_summary(
         describe_work(options, manifest, config, hardware, shard, order)
         | {
             "processes": state.placement.description,
-            "optimizer": f"AdamW ({state.optimizer.kernel}), lr {optimizer.lr:g} {optimizer.lr_schedule}",
+            "optimizer": f"{state.optimizer.description}, lr {optimizer.lr:g} {optimizer.lr_schedule}",
             "run": f"{options.run.out}, {origin}; until step {optimizer.steps:,} ({epochs:,.1f} epochs)",
         }
     )
@@ -52,18 +53,45 @@ def describe_work(
     order: DataOrder,
 ) -> dict[str, str]:
     """{name: text} of what is trained on what and where."""
-    latent, vae = manifest.latent, manifest["vae"]
+    latent, vae = manifest.latent, manifest.vae
     parts = f"{shard.micro_size} per process × {shard.accumulation} accumulation × {shard.processes} processes"
     return {
-        "model": f"{options.model.model}, {count_parameters(config) / 1e6:.1f} M parameters, "
+        "model": f"{options.model.title}, {count_parameters(config) / 1e6:.1f} M parameters, "
         f"{count_macs(config) / 1e9:.2f} GFLOPs forward (multiply-adds) per image",
         "batch": f"{parts} = {shard.batch_size}",
-        "store": f"{options.data.latents}: {order.samples:,} samples, {len(manifest['classes'])} classes",
+        "store": f"{options.data.latents}: {order.samples:,} samples, {len(manifest.classes)} classes",
         "latents": f"{latent.channels}×{latent.height}×{latent.width} {latent.dtype}, "
-        f"views {', '.join(manifest['views'])}",
-        "vae": f"{vae['name']} ({(vae['sha256'] or 'fingerprint not recorded')[:24]}), "
-        f"scale {vae['scaling_factor']}, shift {vae['shift_factor']}",
+        f"views {', '.join(manifest.views)}",
+        "vae": f"{vae.name} ({(vae.sha256 or 'fingerprint not recorded')[:24]}), "
+        f"scale {factors(vae.scaling_factor)}, shift {factors(vae.shift_factor)}",
         "device": hardware.reason,
+        **_describe_features(options.model, config),
+        **_describe_averages(options, config),
+    }
+
+
+def _describe_features(options: ModelOptions, config: DiTConfig) -> dict[str, str]:
+    """What --align-features does, if it is asked for."""
+    if not config.align_features:
+        return {}
+    until = "to the end" if options.features_until is None else f"until step {options.features_until:,}"
+    return {
+        "features": f"{config.align_features} numbers for a token after block {config.middle_block}, "
+        f"weight {options.features_weight:g}, {until}"
+    }
+
+
+def _describe_averages(options: TrainOptions, config: DiTConfig) -> dict[str, str]:
+    """What the snapshots of power-function averages will take, which --keep-last never removes, if any are taken."""
+    average, steps = options.average, options.optimizer.steps
+    every = options.run.save_every if average.ema_snapshot_every is None else average.ema_snapshot_every
+    if not average.sigmas or not every:
+        return {}
+    one = 2 * len(average.sigmas) * count_parameters(config)
+    widths = ", ".join(f"{sigma:g}" for sigma in average.sigmas)
+    return {
+        "averages": f"of widths {widths} every {every:,} steps in {options.run.out}/averages: {size(one)} each time, "
+        f"{size(one * (steps // every))} until step {steps:,}, all kept"
     }
 
 
@@ -80,15 +108,15 @@ def differences_from_preset(options: TrainOptions, manifest: Manifest) -> list[s
     path = PRESETS_FOLDER / f"{options.recipe}.yaml"
     if not path.is_file():
         return [f"there is no preset {options.recipe}, so nothing is compared with it"]
-    meant, now = yaml.safe_load(path.read_text()), plain_values(options)
+    meant, now = yaml.safe_load(path.read_text(encoding="utf-8")), plain_values(options)
     found = [
         f"--{name} is {now[name]}, but {options.recipe} means {value}"
         for name, value in meant.items()
         if now[name] != value
     ]
-    size = manifest["image"]["size"]
-    if _MEANT_FOR_PX.get(options.recipe, size) != size:
-        found.append(f"the store's images have {size} px, but {options.recipe} means {_MEANT_FOR_PX[options.recipe]}")
-    if meant.get("flip") and not any(view.endswith("-hflip") for view in manifest["views"]):
+    pixels = manifest.image.size
+    if _MEANT_FOR_PX.get(options.recipe, pixels) != pixels:
+        found.append(f"the store's images have {pixels} px, but {options.recipe} means {_MEANT_FOR_PX[options.recipe]}")
+    if meant.get("flip") and not any(view.endswith("-hflip") for view in manifest.views):
         found.append(f"the store has no mirrored views, but {options.recipe} means flips; extract with --flip")
     return found

@@ -7,6 +7,7 @@ from torch import Tensor
 from pipeline.diffusion import Process
 from pipeline.latents import LatentStore
 from pipeline.randomness import derive_seed, generator
+from pipeline.runtime.devices import widest_float
 from train.checkpointing import TrainState
 from train.data import Indices
 from train.distributed import Hardware
@@ -57,8 +58,7 @@ class Validation:
             losses = self._chunk_losses(model, min(mine, chunks - 1))
             if mine < chunks:
                 total += torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
-        precision = torch.float32 if hardware.device.type == "mps" else torch.float64
-        summed = hardware.all_reduce_sum(total.to(hardware.device, precision)).tolist()
+        summed = hardware.all_reduce_sum(total.to(hardware.device, widest_float(hardware.device))).tolist()
         return summed[0] / summed[1]
 
     def _chunk_losses(self, model: Model, chunk: int) -> Tensor:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from extract.sources.labels import IMAGE_SUFFIXES, Labels, numbered_labels
+from extract.sources.labels import Labels, numbered_labels
 from extract.sources.listing import UNLABELLED
+from pipeline.image_names import named_like_image
 from pipeline.runtime.errors import UserError
 
 DATASET_JSON = "dataset.json"
@@ -24,10 +25,16 @@ class Labelled:
     notes: list[str]
 
 
-def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str) -> Labelled | None:
+def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str, folder: str = "") -> Labelled | None:
     """The labels of the images among the files `found`; all unlabelled where the file says null.
 
     None where it says nothing of labels: it is another program's.
+
+    Args:
+        data: the file's bytes.
+        found: all files, with the folder that `dataset.json` lies in and its names begin at.
+        where: the file's name, for messages.
+        folder: that folder, with a slash at its end.
 
     Raises:
         UserError: the file is no JSON or malformed, or some image is not in it.
@@ -40,7 +47,7 @@ def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str) -> L
         )
     if "labels" not in content:
         return None
-    keys, rows = sorted(name for name in found if name != DATASET_JSON), content["labels"]
+    keys, rows = sorted(name for name in found if name != f"{folder}{DATASET_JSON}"), content["labels"]
     if rows is None:
         return Labelled(keys=keys, labels=Labels(values=[UNLABELLED] * len(keys)), notes=[f"{where} gives no labels"])
     if isinstance(rows, dict):
@@ -53,10 +60,10 @@ def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str) -> L
             f'{where} must hold {{"labels": [["FILE", LABEL], …]}}; mend it, or read the folders without it by '
             "--ignore dataset.json"
         )
-    label_of = {str(name).replace("\\", "/").removeprefix("./"): label for name, label in rows}
+    label_of = {folder + str(name).replace("\\", "/").removeprefix("./"): label for name, label in rows}
     known = [key for key in keys if key in label_of]
     others = [key for key in keys if key not in label_of]
-    missing = [key for key in others if key.lower().endswith(IMAGE_SUFFIXES)]
+    missing = [key for key in others if named_like_image(key)]
     if missing or not known:
         raise UserError(
             f"{len(missing or others):,} of {len(keys):,} files have no label in {where} (the first is "

@@ -14,11 +14,9 @@ from pathlib import Path
 from extract.sources.dataset_json import DATASET_JSON, labelled_by_dataset_json
 from extract.sources.imagenet import hash_of_labels, listed_labels
 from extract.sources.labels import (
-    IMAGE_SUFFIXES,
-    SPLITS,
     Labels,
-    are_synsets,
     in_order,
+    is_split,
     labels_of_names,
     synset_in_name,
     synsets_in_names,
@@ -33,17 +31,13 @@ from extract.sources.listing import (
     sorted_listing,
 )
 from extract.sources.litter import LeftOut, made_here, rule_against
+from extract.sources.mistaken import refuse_containers, refuse_label_list, refuse_wrappers, some
+from pipeline.image_names import named_like_image
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 
-_PARTS = frozenset(
-    "images image imgs img jpegimages photos pictures data dataset "  # noqa: SIM905 (a list of words)
-    "labels annotations masks segmentations captions metadata meta".split()
-)
-"""Names of folders that are parts of a data set rather than classes of it."""
 LARGEST_INPUT = 1 << 30
 _TELL_EVERY = 200_000
-_LOOKED_AT = 3
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _GONE = (FileNotFoundError, NotADirectoryError)
 _REFUSED = (PermissionError, IsADirectoryError)
@@ -64,6 +58,8 @@ class FolderSource(Source):
     """A folder that is no part of the data: the store, where it is made within the data's folder."""
     layout: str = "auto"
     """What --layout says."""
+    lists: tuple[Path, ...] = ()
+    """Files beside the root that may tell something of what is in it."""
 
     @property
     def description(self) -> str:
@@ -82,6 +78,7 @@ class FolderSource(Source):
             raise UserError(
                 f"{self.root} holds no files; --data must name a folder with images in it{f' ({left})' if left else ''}"
             )
+        refuse_containers(str(self.root), keys + beside, lambda key: looks_like_image(self.root / key))
         if self.label_of is not None:
             labels = listed_labels(keys + beside, self.label_of, str(self.root))
             return tree.listing(keys + beside, labels, self.label_ids, labels_from="the list of validation labels")
@@ -98,6 +95,8 @@ class FolderSource(Source):
                 tree.left_out.add("beside the folders", name)
             return tree.labelled(keys or beside, labels_of_names(synsets), "the synsets in file names")
         if not keys:
+            if self.layout == "auto":
+                refuse_label_list(self.root, beside, self.lists)
             return tree.listing(beside, [UNLABELLED] * len(beside), (), notes=_mixed_names(beside))
         return self._by_class_folders(tree)
 
@@ -118,48 +117,16 @@ class FolderSource(Source):
         labels = [label_of[key.partition("/")[0]] for key in tree.keys]
         filled = set(labels)
         class_ids = tuple(printable(name) for name in names)
-        if self.layout == "auto":
-            self._refuse_wrappers(names, tree.keys)
+        meant = self.layout != "auto"
+        notes = [] if meant else list(refuse_wrappers(self.root, names, tree.keys, self._is_image))
         empty = [name for label, name in enumerate(class_ids) if label not in filled]
-        notes = list(self._notes(names, tree.beside, empty))
+        notes += self._notes(names, tree.beside, empty)
         return tree.listing(
             tree.keys, labels, class_ids, labels_from="the names of class folders", order=order, notes=notes
         )
 
-    def _refuse_wrappers(self, names: Sequence[str], keys: Sequence[str]) -> None:
-        """Refuse folders that are more likely parts of a data set than its classes."""
-        meant = "if these are the classes, say --layout class-folders"
-        inner: dict[str, set[str]] = defaultdict(set)
-        first: dict[str, list[str]] = defaultdict(list)
-        for key in keys:
-            name, _, rest = key.partition("/")
-            folder, slash, _ = rest.partition("/")
-            inner[name].add(folder if slash else "")
-            if len(first[name]) < _LOOKED_AT or (rest.lower().endswith(IMAGE_SUFFIXES) and len(first[name]) < 4):
-                first[name].append(key)
-        wrappers = [name for name in names if len(inner[name]) > 1 and "" not in inner[name]]
-        if (len(names) == 1 and wrappers) or (wrappers and any(name.casefold() in _PARTS for name in wrappers)):
-            probably = next((name for name in wrappers if name.casefold() in _PARTS), wrappers[0])
-            some_inner = ", ".join(printable(name) for name in sorted(inner[probably])[:3])
-            raise UserError(
-                f"{self.root} would be read as {_some(names, 'class')}, "
-                f"but {probably} holds folders itself ({some_inner}, …), which look like the classes; "
-                f"name {self.root / probably} in --data, or {meant}"
-            )
-        if len(names) > 1 and all(name.casefold() in _PARTS for name in names):
-            raise UserError(
-                f"{self.root} would be read as {_some(names, 'class')}, which look like parts of one data set; name "
-                f"the folder of the images in --data, as {self.root / names[0]}, or {meant}"
-            )
-        without = [name for name in names if first[name] and not any(self._is_image(key) for key in first[name])]
-        if without and len(without) < len(names) and all(name.casefold() in _PARTS for name in without):
-            raise UserError(
-                f"{self.root} has {_some(without, 'folder')} that would be a class, but hold no images; leave them out "
-                f"by --ignore {','.join(without[:3])}, or {meant}"
-            )
-
     def _is_image(self, key: str) -> bool:
-        return key.lower().endswith(IMAGE_SUFFIXES) or looks_like_image(self.root / key)
+        return named_like_image(key) or looks_like_image(self.root / key)
 
     def _notes(self, classes: Sequence[str], beside: list[str], empty: list[str]) -> Iterator[str]:
         images = [name for name in sorted(beside)[:100] if looks_like_image(self.root / name)]
@@ -169,12 +136,12 @@ class FolderSource(Source):
                 f"{', …' if len(images) > 3 else ''}), whose class nothing tells; move them into a class folder or "
                 "away, leave them out by --ignore, or say --layout flat to read all of it without labels"
             )
-        if classes and all(name.lower() in SPLITS for name in classes):
-            yield f"{_some(classes, 'folder')} taken for classes, but named like splits; --split reads one of them"
+        if classes and all(map(is_split, classes)):
+            yield f"{some(classes, 'folder')} taken for classes, but named like splits; --split reads one of them"
         if beside:
-            yield f"left out: {_some(beside, 'file')} beside the class folders"
+            yield f"left out: {some(beside, 'file')} beside the class folders"
         if empty:
-            yield f"{_some(empty, 'class folder')} without any file; the labels stay as they are"
+            yield f"{some(empty, 'class folder')} without any file; the labels stay as they are"
 
     def read(self, listing: Listing, index: int) -> bytes:
         path = self.root / listing.keys[index]
@@ -339,12 +306,6 @@ def _may_be_file(path: str) -> bool:
         return True
 
 
-def looks_like_classes(names: Iterable[str]) -> bool:
-    """Whether names are rather those of classes than of splits, parts or numbered shards."""
-    plain = [name for name in names if name.casefold() not in SPLITS and name.casefold() not in _PARTS]
-    return len(plain) > 1 and (are_synsets(plain) or not any(char.isdigit() for name in plain for char in name))
-
-
 def looks_like_image(path: Path) -> bool:
     """Whether the first bytes are those of an image."""
     try:
@@ -352,10 +313,3 @@ def looks_like_image(path: Path) -> bool:
             return file.read(8).startswith(_IMAGE_STARTS)
     except OSError:
         return False
-
-
-def _some(names: Iterable[str], what: str) -> str:
-    ordered = sorted(names)
-    shown = ", ".join(ordered[:3]) + (", …" if len(ordered) > 3 else "")
-    plural = f"{what}es" if what.endswith("s") else f"{what}s"
-    return f"{len(ordered)} {plural if len(ordered) > 1 else what} ({shown})"

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from extract.sources.folders import gone
-from extract.sources.labels import AS_GIVEN, Labels, numbered_labels
+from extract.sources.labels import AS_GIVEN, Labels, numbered_labels, plain_name
 from extract.sources.listing import UNLABELLED, Listing, Source, UnreadableInputError, sorted_listing
 from extract.sources.tables import LABEL_COLUMNS, PATH_COLUMNS, refuse_missing
 from pipeline.classes import synsets_of
 from pipeline.hub import offline_if_unreachable
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json
+from pipeline.runtime.gate import check_regular
 
 _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)\b", re.IGNORECASE)
 
@@ -32,6 +34,8 @@ class TableSource(Source):
     label_column: str | None
     folders: tuple[Path, ...] = ()
     """Where paths in the table may begin."""
+    is_flat: bool = False
+    """Whether labels are left out (--layout flat)."""
 
     @property
     def description(self) -> str:
@@ -44,7 +48,7 @@ class TableSource(Source):
 
     @property
     def identity(self) -> str:
-        return f"table\n{self.name}"
+        return f"table\n{self.name}\n{self.is_flat}"
 
     def inputs(self) -> Listing:
         count = len(self.table)
@@ -53,7 +57,10 @@ class TableSource(Source):
         width = len(str(count - 1))
         labels = self._labels()
         notes = []
-        if self.label_column is None:
+        missing = int(sum(label == UNLABELLED for label in labels.values))
+        if labels.class_ids and missing:
+            notes = [f"{missing} of {count} rows carry no label"]
+        if self.label_column is None and not self.is_flat:
             notes = [f"{self.name} has no label column that could be told (--label-column NAME): unlabelled"]
         return sorted_listing(
             [f"{row:0{width}d}" for row in range(count)],
@@ -72,6 +79,8 @@ class TableSource(Source):
         if names is None:
             return numbered_labels(column, f"column {self.label_column!r} of {self.name}")
         labels = [UNLABELLED if label is None else max(int(label), UNLABELLED) for label in column]
+        stripped = [plain_name(name) for name in names]
+        names = stripped if len(set(stripped)) == len(names) else names
         return Labels(values=labels, class_ids=synsets_of(names) or tuple(names), order=AS_GIVEN)
 
     def read(self, listing: Listing, index: int) -> bytes:
@@ -88,7 +97,10 @@ class TableSource(Source):
         places = [folder / value for folder in self.folders]
         value = next((place for place in places if place.is_file()), places[0] if places else Path(value))
         try:
+            check_regular(Path(value))
             return Path(value).read_bytes()
+        except UserError as error:
+            raise UnreadableInputError(str(error)) from error
         except FileNotFoundError as error:
             raise UserError(gone(value)) from error
         except OSError as error:
@@ -103,6 +115,8 @@ def open_table(
     *,
     files: Sequence[Path] = (),
     anyway: bool = False,
+    is_flat: bool = False,
+    are_alone: bool = True,
 ) -> TableSource:
     """The data set `hf:OWNER/NAME[:CONFIG]`, or a local folder of parquet or arrow files.
 
@@ -113,6 +127,8 @@ def open_table(
         label_column: the same of labels.
         files: the tables in the folder that may be data.
         anyway: read what is there where files are missing.
+        is_flat: leave labels out.
+        are_alone: whether no images and no stores of ours lie beside the tables, which `datasets` would take for data.
 
     Raises:
         UserError: it is not there, cannot be read, has no such split or column, or more than one could be meant.
@@ -134,14 +150,14 @@ def open_table(
                     ) from error
         else:
             name = Path(data).name
-            table = _local(Path(data), split, files, anyway=anyway)
+            table = _local(Path(data), split, files, anyway=anyway, are_alone=are_alone)
     except UserError:
         raise
     except Exception as error:  # the Hub's client and the table readers raise many kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{data} cannot be opened as a data set with split {split!r}: {reason}") from error
     image = _image_column(table.features, image_column, data)
-    label = _label_column(table.features, label_column, data)
+    label = None if is_flat else _label_column(table.features, label_column, data)
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     return TableSource(
@@ -149,21 +165,23 @@ def open_table(
         table=table.select_columns([image, *([label] if label else [])]),
         image_column=image,
         label_column=label,
+        is_flat=is_flat,
         folders=() if data.startswith("hf:") else tuple(dict.fromkeys([Path(data), *(file.parent for file in files)])),
     )
 
 
-def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool) -> Any:
+def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool, are_alone: bool) -> Any:
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(str(folder))
+        splits = [name for name in read_json(folder / "dataset_dict.json").get("splits", ()) if name]
         if split not in splits:
             raise UserError(f"{folder} holds the splits {', '.join(splits)}; choose one by --split")
-        return splits[split]
+        return _from_disk(folder / split, files, anyway=anyway)
     if (folder / "state.json").is_file():
-        return datasets.load_from_disk(str(folder))
-    of_split = [path for path in files if path.name.startswith(f"{split}-") or path.parent.name == split]
+        return _from_disk(folder, files, anyway=anyway)
+    begins = re.compile(rf"{re.escape(split)}(?![A-Za-z0-9])")
+    of_split = [path for path in files if begins.match(path.name) or path.parent.name == split]
     if (note := refuse_missing(of_split or files, anyway=anyway)) is not None:
         say(note)
     size = sum(path.stat().st_size for path in of_split or files)
@@ -177,7 +195,13 @@ def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool) -> 
     everything = [*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]
     parquet = [path for path in of_split if path.suffix == ".parquet"]
     is_told_by_name = bool(parquet) and len({path.parent for path in parquet}) == 1
-    if not is_told_by_name or len(files) == len(everything):
+    if not are_alone and not is_told_by_name:
+        if not of_split and any(_SPLIT_NAME.match(path.name) for path in files):
+            raise UserError(f"{folder} holds no table of the split {split}, but {files[0].name}; choose by --split")
+        kind = (of_split or files)[0].suffix
+        chosen = [str(path) for path in of_split or files if path.suffix == kind]
+        return datasets.load_dataset(kind[1:], data_files=chosen, split="train")
+    if not is_told_by_name or (len(files) == len(everything) and are_alone):
         try:
             return datasets.load_dataset(str(folder), split=split)
         except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError):
@@ -185,6 +209,17 @@ def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool) -> 
                 raise
     say(f"reading {len(parquet)} files of the split {split} in {parquet[0].parent} alone")
     return datasets.load_dataset("parquet", data_files=[str(path) for path in parquet], split="train")
+
+
+def _from_disk(folder: Path, files: Sequence[Path], *, anyway: bool) -> Any:
+    """What `save_to_disk` left in a folder; with `anyway` those of its files that are there."""
+    import datasets
+
+    there = sorted(file for file in files if file.parent == folder and file.name.startswith("data-"))
+    if (note := refuse_missing(there, anyway=anyway)) is None:
+        return datasets.load_from_disk(str(folder))
+    say(note)
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in there])
 
 
 def _image_column(features: Any, wanted: str | None, data: str) -> str:

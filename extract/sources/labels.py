@@ -8,20 +8,20 @@ from decimal import Decimal
 
 from extract.sources.imagenet import SYNSET
 from extract.sources.listing import UNLABELLED
-from extract.sources.litter import LeftOut
 from pipeline.runtime.errors import UserError
 
 AS_NUMBERS, AS_TEXT, AS_GIVEN = "sorted as numbers", "sorted as text", "in the order that the data gives"
 BY_LABEL = "the number is the label"
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".mpo"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".avif", ".heic", ".heif", ".jxl"),
+PARTS = frozenset(
+    "images image imgs img jpegimages photos pictures data dataset labels annotations masks segmentations "  # noqa: SIM905 (a list of words)
+    "segmentationclass segmentationobject imagesets captions metadata meta tables lists docs scripts logs".split()
 )
-"""Of the kinds in docs/images.md; they tell which member or folder is meant, never what is decoded."""
+"""Names of folders that are parts of a data set rather than classes of it."""
 _WHOLE = re.compile(r"-?[0-9]+(?:\.0*)?")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]*)?")
 _NAMED_BY_SYNSET = re.compile(r"(?:.*_)?(n\d{8})|(n\d{8})_.*")
+_LIST = re.compile(r"[\[({].*[\])}]|-?[0-9.]+(?:\s*[,;]\s*-?[0-9.]+)+", re.DOTALL)
 _MOST_LABELS = 100_000
 _STRAY = "\ufeff\0 \t\r\n"
 """What is no part of a class's name at its ends: byte order marks, padding, line ends."""
@@ -59,7 +59,7 @@ def numbered_labels(values: Sequence[object], where: str = "the data") -> Labels
     ends of a name are not part of it.
 
     Raises:
-        UserError: a label is a list or another structure, or far beyond the number of samples.
+        UserError: a label is a list or another structure, no text, or far beyond the number of samples.
     """
     texts = [_text_of(value, where) for value in values]
     if all(_WHOLE.fullmatch(text) for text in texts if text is not None and text.casefold() != "nan"):
@@ -86,11 +86,33 @@ def _text_of(value: object, where: str) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, list | tuple | dict):
+        raise UserError(_no_label(value, where, type(value).__name__))
+    text = plain_name(str(value))
+    if _LIST.fullmatch(text) and not _is_name_in_brackets(text):
+        raise UserError(_no_label(text, where, "list"))
+    if any(char < " " or char == "\ufffd" for char in text):
         raise UserError(
-            f"a label in {where} is a {type(value).__name__} ({str(value)[:60]}), but an image has one class; choose "
-            "what holds a single label by --label-column"
+            f"a label in {where} is no text ({text[:20]!r}); write it as digits or a name, or leave labels out by "
+            "--layout flat"
         )
-    return str(value).strip(_STRAY) or None
+    return text or None
+
+
+def plain_name(text: str) -> str:
+    """A name without what is no part of it at its ends."""
+    return text.strip(_STRAY)
+
+
+def _is_name_in_brackets(text: str) -> bool:
+    """Whether a text in brackets is a name all the same, as `[cat]` is: no list of numbers, of texts, no object."""
+    return text[0] in "[({" and not re.search(r"[,;:\"']|^[\[({]\s*(-?[0-9.]+\s*)*[\])}]$", text)
+
+
+def _no_label(value: object, where: str, kind: str) -> str:
+    return (
+        f"a label in {where} is a {kind} ({str(value)[:60]}), but an image has one class; choose what holds a single "
+        "label by --label-column, or leave labels out by --layout flat"
+    )
 
 
 def synset_in_name(path: str) -> str | None:
@@ -111,26 +133,15 @@ def synsets_in_names(paths: Sequence[str]) -> list[str] | None:
     return found or None
 
 
-def class_folders(paths: Sequence[str], split: str, left_out: LeftOut) -> tuple[Sequence[int], list[str] | None]:
-    """Which paths inside an archive are read, and the class folder of each; None where folders tell no classes.
+def looks_like_classes(names: Iterable[str]) -> bool:
+    """Whether names are rather those of classes than of splits, parts or numbered shards."""
+    plain = [name for name in names if not is_split(name) and name.casefold() not in PARTS]
+    return len(plain) > 1 and (are_synsets(plain) or not any(char.isdigit() for name in plain for char in name))
 
-    Folders that all paths share are passed over; of folders that are all named like splits the one of --split is
-    entered, and then the same again. Every path must lie in a folder, and there must be two folders at least.
-    """
-    parts = [[part for part in path.split("/") if part not in ("", ".")] for path in paths]
-    kept: Sequence[int] = range(len(parts))
-    depth = 0
-    while kept and all(len(parts[k]) > depth + 1 for k in kept):
-        here = {parts[k][depth] for k in kept}
-        if len(here) > 1 and split in here and all(name.casefold() in SPLITS for name in here):
-            for k in kept:
-                if parts[k][depth] != split:
-                    left_out.add(f"of other splits than {split}", paths[k])
-            kept = [k for k in kept if parts[k][depth] == split]
-        elif len(here) > 1:
-            return kept, [parts[k][depth] for k in kept]
-        depth += 1
-    return range(len(parts)), None
+
+def is_split(name: str) -> bool:
+    """Whether a folder is named like a split, as `val` and COCO's `val2017` are."""
+    return name.casefold().rstrip("0123456789_-") in SPLITS
 
 
 def are_synsets(names: Iterable[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What lies among images and is never data: litter of file systems and desktops, and what our commands make.
+"""What lies among images and is never data: hidden names, litter, what --ignore names, and what our commands make.
 
 Every kind of source asks here, for names inside archives as for names on a disk, for folders as for files.
 """
@@ -9,35 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.latents.manifest import FORMAT
-from pipeline.latents.names import MANIFEST_FILE, WORK_FOLDER
+from pipeline.image_names import is_litter
+from pipeline.latents.names import FEATURES_FORMAT, MANIFEST_FILE, STORE_FORMAT, WORK_FOLDER
 
-LITTER = (
-    # macOS, Windows
-    "__MACOSX",
-    "Icon\r",
-    "Network Trash Folder",
-    "Temporary Items",
-    "Thumbs.db",
-    "ehthumbs.db",
-    "ehthumbs_vista.db",
-    "desktop.ini",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    # disks in a network: Synology, QNAP, NetApp
-    "@eaDir",
-    "@Recycle",
-    "@Recently-Snapshot",
-    "#recycle",
-    "#snapshot",
-    "~snapshot",
-    # file systems, Python
-    "lost+found",
-    "__pycache__",
-)
-"""Names in any case of letters; hidden names (`._*`, `.DS_Store`, `.Trash-1000`) need no entry."""
-_FOLDED = frozenset(name.casefold() for name in LITTER)
 _LARGEST_MANIFEST = 1 << 28
+_MADE = {STORE_FORMAT: "latent store", FEATURES_FORMAT: "store of features", "dit-checkpoint": "checkpoint"}
+_BEGINNING_OF_RUN = b"# The resolved options of this run"
 
 HIDDEN, LITTERED, IGNORED = "hidden", "litter of file systems and desktops", "by --ignore"
 
@@ -69,7 +46,7 @@ def rule_against(name: str, ignored: tuple[str, ...] = ()) -> str | None:
     """
     if name.startswith("."):
         return HIDDEN
-    if name.casefold() in _FOLDED:
+    if is_litter(name):
         return LITTERED
     return IGNORED if any(fnmatch.fnmatch(name, pattern) for pattern in ignored) else None
 
@@ -81,19 +58,33 @@ def rule_against_path(path: str, ignored: tuple[str, ...] = ()) -> str | None:
 
 
 def made_here(folder: Path) -> str | None:
-    """What a folder is that this project's commands made (a store, finished or not, or a run), or None."""
-    if (folder / WORK_FOLDER / "settings.json").is_file() or _is_manifest(folder / MANIFEST_FILE):
-        return "latent store"
-    if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+    """What a folder is that this project's commands made (a store, finished or not, a run, a checkpoint), or None."""
+    if (folder / WORK_FOLDER / "settings.json").is_file():
+        return _MADE[STORE_FORMAT]
+    told = _format_of(folder / MANIFEST_FILE) or _format_of(folder / "config.json")
+    if told in _MADE:
+        return _MADE[told]
+    if (folder / "config.yaml").is_file() and ((folder / "checkpoints").is_dir() or _is_of_run(folder / "config.yaml")):
         return "training run"
     return None
 
 
-def _is_manifest(path: Path) -> bool:
+def _format_of(path: Path) -> str | None:
+    """What a JSON file says of its format, or None."""
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_MANIFEST:
-            return False
+            return None
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
+        return None
+    told = content.get("format") if isinstance(content, dict) else None
+    return told if isinstance(told, str) else None
+
+
+def _is_of_run(path: Path) -> bool:
+    """Whether a config.yaml begins as training writes it: a run has one before its first checkpoint."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(200).startswith(_BEGINNING_OF_RUN)
+    except OSError:
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT

@@ -3,7 +3,7 @@
 Not every server answers range requests, and the shuffled order would make a million of them; so disk is spent instead:
 as much as the remote tars have, until the store is finished. A copy is named after its address and what identifies its
 bytes on the server (size, ETag, time, as far as it tells), so that one of a tar that was replaced is never taken.
-Why fsspec's own caches are not used is said in `pipeline.latents.remote`.
+Why fsspec's own caches are not used is said in `pipeline.runtime.remote_files`.
 """
 
 import hashlib
@@ -13,19 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from pipeline.latents.remote import open_files, pieces_of
 from pipeline.runtime.console import progress, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explain_write_error, make_folder, replacing
+from pipeline.runtime.remote_files import is_url, open_files, pieces_of
 
 _THREADS = 4
 _IDENTIFYING = ("size", "ETag", "etag", "Last-Modified", "LastModified", "updated", "md5Hash", "blob_id")
 _LEFT_BEHIND_S = 3600.0
-
-
-def is_remote(address: str) -> bool:
-    """Whether an address needs fetching, as `https://…` or `s3://…` do and a path does not."""
-    return "://" in address and not address.startswith("file://")
 
 
 @cache
@@ -35,7 +30,7 @@ def local_place(address: str, folder: Path) -> Path:
     Raises:
         UserError: the server cannot be asked, and there is no copy or more than one.
     """
-    if not is_remote(address):
+    if not is_url(address):
         return Path(address.removeprefix("file://")).expanduser()
     begin, end = _digest(address), f"-{address.partition('?')[0].rpartition('/')[2]}"
     try:
@@ -55,7 +50,7 @@ def fetch(addresses: Sequence[str], folder: Path) -> None:
     Raises:
         UserError: an address cannot be fetched, or the disk is full.
     """
-    remote = [address for address in addresses if is_remote(address)]
+    remote = [address for address in addresses if is_url(address)]
     if not remote:
         return
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -4,9 +4,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
-from extract.sources.labels import IMAGE_SUFFIXES
+from pipeline.image_names import IMAGE_SUFFIXES
 from pipeline.runtime.errors import UserError
 
 LINK = -1
@@ -14,6 +15,7 @@ IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES) | {"img", 
 LABEL_EXTENSIONS = ("cls", "label", "class")
 LABEL_KEYS = ("label", "cls", "class", "class_id", "label_id")
 _LARGEST_LABEL = 200
+_LOOKED_AT = 100
 _LARGEST_JSON = 1 << 22
 
 
@@ -149,12 +151,11 @@ def reader_for(
     for wanted in LABEL_EXTENSIONS:
         if wanted in last:
             return Reader(image_extension=image, label_extension=wanted)
-    first = next((member for sample in samples for name, member in sample.items() if name.endswith("json")), None)
-    if first is not None and first.size != LINK:
-        content = json_of(first, descriptor, strict=False)
-        keys = [key for key in LABEL_KEYS if isinstance(content.get(key), str | int)]
-        if keys:
-            return Reader(image_extension=image, label_extension="json", label_key=keys[0])
+    objects = (member for sample in samples for name, member in sample.items() if name.endswith("json"))
+    some = [json_of(member, descriptor, strict=False) for member in islice(objects, _LOOKED_AT) if member.size != LINK]
+    keys = [key for key in LABEL_KEYS if any(content.get(key) is not None for content in some)]
+    if keys:
+        return Reader(image_extension=image, label_extension="json", label_key=keys[0])
     return Reader(image_extension=image, label_extension=None)
 
 

@@ -1,6 +1,7 @@
 """Which kind of source DATA is, one row of SOURCES each: recognised by its form and by what is there."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from extract.sources.folders import FolderSource, looks_like_image
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, kaggle_folder, kaggle_labels, labels_from_files
-from extract.sources.labels import IMAGE_SUFFIXES, SPLITS
+from extract.sources.labels import is_split
 from extract.sources.listing import Source
 from extract.sources.litter import made_here, rule_against
-from extract.sources.remote import is_remote
+from extract.sources.mistaken import container_of, refuse_hub_cache
+from pipeline.image_names import named_like_image
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.remote_files import is_url
 
 if TYPE_CHECKING:
     from extract.options import SourceOptions
@@ -22,7 +25,6 @@ else:
     SourceOptions = object
 
 _LARGER_FILES = (".parquet", ".arrow", ".tar")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +58,16 @@ class Given:
         return kaggle_folder(self.folder, self.options.split) or (split if split.is_dir() else self.folder)
 
     def entries(self, folder: Path) -> list[Path]:
-        """What lies in a folder and may be data, sorted by name: no litter, nothing of --ignore, no store or run."""
+        """What lies in a folder and may be data, sorted by name: no litter, nothing of --ignore, no store or run.
+
+        Nor links to what lies in the same folder, which is read itself.
+        """
         if not folder.is_dir():
             return []
         with os.scandir(folder) as found:
             named = [entry for entry in found if rule_against(entry.name, self.options.ignored) is None]
-        return sorted(Path(entry) for entry in named if not entry.is_dir() or not self._is_ours(Path(entry)))
+        kept = [Path(entry) for entry in named if not entry.is_dir() or not self._is_ours(Path(entry))]
+        return sorted(path for path in kept if not _leads_within(path, folder))
 
     def larger_files(self, folder: Path) -> list[Path]:
         """The tables and tars in a folder or one below; looked for once, as a million images may lie beside them."""
@@ -84,12 +90,12 @@ class Given:
         options = self.options
         if self.folder is None or self.root == self.folder or kaggle_folder(self.folder, options.split):
             return
-        beside = [path for path in self.entries(self.folder) if path.is_dir() and path.name.casefold() not in SPLITS]
+        beside = [path for path in self.entries(self.folder) if path.is_dir() and not is_split(path.name)]
         if not beside:
             return
         names = ", ".join(path.name for path in beside[:3]) + (", …" if len(beside) > 3 else "")
-        classes = [path for path in beside if self._holds_images(path)]
-        if classes and options.layout == "auto" and self._holds_images(self.root):
+        classes = [path for path in beside if self.holds_images(path)]
+        if classes and options.layout == "auto" and self.holds_images(self.root):
             raise UserError(
                 f"{self.folder} holds a folder named like --split {options.split}, and beside it others that hold "
                 f"images ({names}): if all are classes, say --layout class-folders; if {options.split} alone is the "
@@ -97,10 +103,20 @@ class Given:
             )
         say(f"reading the folder {options.split} of {self.folder}; not read: {len(beside)} folders beside it ({names})")
 
-    def _holds_images(self, folder: Path) -> bool:
+    def has_others_beside(self, folder: Path, tables: list[Path]) -> bool:
+        """Whether images, or stores of ours, lie in a folder of tables or one below."""
+        places = {folder, *(table.parent for table in tables), *(path for path in folder.iterdir() if path.is_dir())}
+        return any(made_here(place) or self.holds_images(place) for place in places)
+
+    def holds_images(self, folder: Path) -> bool:
         """Whether images lie directly in a folder, as far as its first entries tell."""
         some = [path for path in self.entries(folder)[:50] if path.is_file()]
-        return any(path.name.lower().endswith(IMAGE_SUFFIXES) or looks_like_image(path) for path in some)
+        return any(named_like_image(path.name) or looks_like_image(path) for path in some)
+
+
+def _leads_within(path: Path, folder: Path) -> bool:
+    """Whether this is a link to something in the folder."""
+    return path.is_symlink() and path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
 def _entries_of(folder: str | os.PathLike[str]) -> list["os.DirEntry[str]"]:
@@ -128,7 +144,7 @@ def _is_table(given: Given) -> bool:
 
 
 def _table_folder(given: Given) -> Path | None:
-    if given.options.layout not in ("auto", "table"):
+    if given.options.layout not in ("auto", "table", "flat"):
         return None
     assert given.folder is not None
     marks = ("state.json", "dataset_dict.json")
@@ -157,27 +173,45 @@ def _tables_in(given: Given, folder: Path) -> list[Path]:
     below = {path.parent for path in found if path.parent != folder}
     allowed = {folder} | (below.intersection(given.entries(folder)) if below else set())
     ignored = given.options.ignored
-    return sorted(path for path in found if path.parent in allowed and rule_against(path.name, ignored) is None)
+    kept = (path for path in found if path.parent in allowed and rule_against(path.name, ignored) is None)
+    return sorted(path for path in kept if not _leads_within(path, folder))
 
 
 def _open_table(given: Given) -> Source:
     from extract.sources.huggingface import open_table
+    from extract.sources.tables import has_embedded
 
     options = given.options
+    columns = options.image_column, options.label_column
+    is_flat = options.layout == "flat"
     if given.folder is None:
-        return open_table(options.data, options.split, options.image_column, options.label_column)
+        return open_table(options.data, options.split, *columns, is_flat=is_flat)
     place = _table_folder(given)
     assert place is not None
     files = _tables_in(given, place)
+    beside = [path for path in given.entries(place) if path.is_dir() and path not in {file.parent for file in files}]
+    with_images = [path.name for path in beside if given.holds_images(path)]
+    if len(with_images) > 1 and options.layout == "auto" and has_embedded(files):
+        raise UserError(
+            f"{place} holds tables of images ({files[0].name}, …) and also folders of images beside them "
+            f"({', '.join(with_images[:3])}); say --layout table or --layout class-folders, or leave one out by "
+            "--ignore"
+        )
     return open_table(
-        str(place), options.split, options.image_column, options.label_column, files=files, anyway=options.anyway
+        str(place),
+        options.split,
+        *columns,
+        files=files,
+        anyway=options.anyway,
+        is_flat=is_flat,
+        are_alone=not given.has_others_beside(place, files),
     )
 
 
 def _is_tars(given: Given) -> bool:
     if given.folder is not None:
         return bool(_tars_in(given)[0])
-    return given.data.lower().split("?")[0].endswith(".tar") or is_remote(given.data)
+    return given.data.lower().split("?")[0].endswith(".tar") or is_url(given.data)
 
 
 def _open_tars(given: Given) -> Source:
@@ -211,6 +245,7 @@ def _open_folder(given: Given) -> Source:
         label_ids=labels.class_ids if labels else (),
         left_out=given.left_out,
         layout=given_layout(options),
+        lists=tuple(path for path in given.entries(root.parent) if path.is_file()) if root != given.folder else (),
     )
 
 
@@ -250,13 +285,16 @@ def open_source(options: SourceOptions, remote_folder: Path, *, left_out: Path |
     given = Given(options=options, copies=remote_folder, left_out=left_out)
     if given.folder is not None and (made := made_here(given.folder)) is not None:
         raise UserError(f"--data {options.data} is a {made}, not images; name what it was made from")
+    if given.folder is not None:
+        refuse_hub_cache(given.folder)
     given.tell_of_split()
     for kind in SOURCES.values():
         if kind.suits(given):
             return kind.open(given)
     if Path(options.data).expanduser().is_file():
-        hint = "unpack it first" if options.data.lower().endswith(_COMPRESSED) else "name the folder it lies in"
-        raise UserError(f"--data {options.data} is a file, but neither a folder nor a .tar; {hint}")
+        what, advice = container_of(options.data) or ("", "name the folder it lies in")
+        told = f" ({what})" if what else ""
+        raise UserError(f"--data {options.data} is a file{told}, but neither a folder nor a .tar; {advice}")
     raise UserError(f"--data {options.data} does not exist; name a folder of images, tars, or hf:OWNER/NAME")
 
 
@@ -295,10 +333,19 @@ def _tars_in(given: Given) -> tuple[list[Path], list[str]]:
             f"themselves in --data, leave one or the other out by --ignore, or move it away"
         )
     notes = [f"left out: {len(folders)} folders beside the tars ({folders[0].name}, …)"] if folders else []
+    links = [path.name for path in sorted(root.glob("*.tar")) if _leads_within(path, root)]
+    if links:
+        notes.append(f"left out: {len(links)} links to what is read itself ({links[0]}, …)")
     of_split = [tar for tar in tars if tar.name.startswith(options.split)]
     if of_split and len(of_split) < len(tars):
         others = [tar.name for tar in tars if tar not in of_split]
         notes.append(f"left out: {len(others)} tars whose names do not begin with {options.split} ({others[0]}, …)")
+    splits = {re.split(r"[-_.0-9]", tar.name)[0] for tar in tars}
+    if not of_split and len(splits) > 1 and all(map(is_split, splits)):
+        raise UserError(
+            f"{root} holds tars of the splits {', '.join(sorted(splits))}, and --split is {options.split}; choose one "
+            "of them, or name the tars themselves in --data"
+        )
     return of_split or tars, notes
 
 

@@ -10,6 +10,7 @@ from pipeline.runtime.errors import UserError
 
 PATH_COLUMNS = ("image", "image_path", "img_path", "file_name", "filename", "file", "path", "filepath", "file_path")
 LABEL_COLUMNS = ("label", "labels", "cls", "class")
+_LOOKED_AT = 100
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.parquet|\.arrow)")
 
 
@@ -31,6 +32,11 @@ def holds_images(folder: Path, files: Sequence[Path], chosen: str | None) -> boo
         schema is not None and (chosen in schema.names or image_columns(schema) or _path_column(schema, files[0]))
         for schema in schemas
     )
+
+
+def has_embedded(files: Sequence[Path]) -> bool:
+    """Whether tables hold the images themselves, rather than paths to them."""
+    return any(schema is not None and image_columns(schema) for schema in map(_schema, files[:3]))
 
 
 def image_columns(schema: Any) -> list[str]:
@@ -55,9 +61,9 @@ def _leads_to_file(file: Path, column: str) -> bool:
 
     if file.suffix != ".parquet":
         return False
-    batch = next(parquet.ParquetFile(file).iter_batches(1, columns=[column]), None)
-    value = batch[0][0].as_py() if batch is not None and batch.num_rows else None
-    return isinstance(value, str) and (file.parent / value).is_file()
+    batch = next(parquet.ParquetFile(file).iter_batches(_LOOKED_AT, columns=[column]), None)
+    values = batch[0].to_pylist() if batch is not None else []
+    return any(isinstance(value, str) and (file.parent / value).is_file() for value in values)
 
 
 def _has_bytes(kind: Any) -> bool:
@@ -99,9 +105,8 @@ def refuse_missing(files: Sequence[Path], *, anyway: bool) -> str | None:
     ]
     if not missing:
         return None
-    sentence = (
-        f"{len(missing)} files of the data set are missing ({', '.join(missing[:3])}{', …' if missing[3:] else ''})"
-    )
+    count = f"{len(missing)} files of the data set are" if len(missing) > 1 else "1 file of the data set is"
+    sentence = f"{count} missing ({', '.join(missing[:3])}{', …' if missing[3:] else ''})"
     if not anyway:
-        raise UserError(f"{sentence} in {files[0].parent}; fetch them, or read what is there by --anyway")
+        raise UserError(f"{sentence} in {files[0].parent}; fetch what is missing, or read what is there by --anyway")
     return sentence

@@ -14,27 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from extract.sources.folders import gone, looks_like_classes, storage_failed
+from extract.sources.archives import dataset_json_in, labels_by_names
+from extract.sources.dataset_json import DATASET_JSON, labelled_by_dataset_json
+from extract.sources.folders import gone, storage_failed
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, hash_of_labels, listed_labels
-from extract.sources.labels import (
-    AS_TEXT,
-    Labels,
-    are_synsets,
-    class_folders,
-    labels_of_names,
-    numbered_labels,
-    synsets_in_names,
-)
+from extract.sources.labels import AS_TEXT, numbered_labels
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
 from extract.sources.litter import LeftOut, rule_against_path
-from extract.sources.remote import fetch, is_remote, local_place
-from extract.sources.samples import LINK, Member, grouped, reader_for
+from extract.sources.mistaken import refuse_containers
+from extract.sources.remote import fetch, local_place
+from extract.sources.samples import LINK, Member, Reader, grouped, reader_for
+from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import check_regular, shortened
+from pipeline.runtime.remote_files import is_url
 
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 _LISTING_THREADS = 8
 _AFTER_THE_END = 1 << 16
+_LARGEST_HEADER = 1 << 26
 _WEBDATASETS_OWN = re.compile(r"__[^/]*__")
 
 
@@ -50,6 +49,8 @@ class _Found:
     """The image's name in its tar."""
     columns: list[int]
     """How many members the sample has."""
+    others: set[str]
+    """Extensions of members that are neither image nor label."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,7 @@ class TarSource(Source):
 
     @property
     def is_remote(self) -> bool:
-        return any(is_remote(address) for address in self.addresses)
+        return any(is_url(address) for address in self.addresses)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -124,6 +125,14 @@ class TarSource(Source):
                 f"--val-labels and --devkit are for ImageNet's validation images, but {self.paths[0]} holds others; "
                 "leave these flags out"
             )
+        names = [member.name for members in walked for member in members]
+        if self.image_extension is None:
+            refuse_containers(self.description, names)
+        told = dataset_json_in(names) if len(walked) == 1 and self.layout in ("auto", "dataset-json") else None
+        if told is not None and (found := self._list_labelled(told, walked[0], mtime_sizes, left_out)) is not None:
+            return found
+        if self.layout == "dataset-json":
+            raise UserError(f"--layout dataset-json: {self.paths[0]} holds no {DATASET_JSON} with labels in it")
         return self._list_samples(walked, mtime_sizes, left_out)
 
     def _kept(self, members: Iterable[Member], left_out: LeftOut) -> Iterator[Member]:
@@ -158,10 +167,34 @@ class TarSource(Source):
             order=AS_TEXT,
         )
 
+    def _list_labelled(
+        self, told: str, members: Sequence[Member], mtime_sizes: Sequence[MtimeSize], left_out: LeftOut
+    ) -> Listing | None:
+        """The images that a dataset.json is about; None where it is another program's."""
+        place_of = {member.name: (0, member.offset, member.size) for member in members}
+        _, offset, size = place_of[told]
+        with self.paths[0].open("rb") as file:
+            data = os.pread(file.fileno(), max(size, 0), offset)
+        where = f"{self.paths[0]}/{told}"
+        found = labelled_by_dataset_json(data, list(place_of), where, told.removesuffix(DATASET_JSON))
+        if found is None:
+            return None
+        return sorted_listing(
+            [f"{self.names[0]}/{key}" for key in found.keys],
+            found.labels.values,
+            places=[place_of[key] for key in found.keys],
+            class_ids=found.labels.class_ids,
+            containers=(str(self.paths[0]),),
+            mtime_sizes=mtime_sizes,
+            notes=[*found.notes, *left_out.notes()],
+            labels_from=DATASET_JSON if found.labels.class_ids else "",
+            order=found.labels.order,
+        )
+
     def _list_samples(
         self, walked: Sequence[Sequence[Member]], mtime_sizes: Sequence[MtimeSize], left_out: LeftOut
     ) -> Listing:
-        found = _Found(keys=[], places=[], texts=[], names=[], columns=[])
+        found = _Found(keys=[], places=[], texts=[], names=[], columns=[], others=set())
         scattered = 0
         labels_from: set[str] = set()
         for container, (path, name, members) in enumerate(zip(self.paths, self.names, walked, strict=True)):
@@ -169,6 +202,8 @@ class TarSource(Source):
                 samples, apart = grouped(members)
                 scattered += apart
                 reader = reader_for(samples, file.fileno(), self.image_extension, self.label_extension)
+                if self.layout == "flat":
+                    reader = Reader(image_extension=self.image_extension, label_extension=None)
                 if reader.label_extension is not None:
                     key = f" key {reader.label_key!r} of" if reader.label_key else ""
                     labels_from.add(f"the{key} .{reader.label_extension} members")
@@ -179,6 +214,7 @@ class TarSource(Source):
                     found.texts.append(reader.label(sample, file.fileno()))
                     found.names.append(image.name)
                     found.columns.append(len(sample))
+                    found.others.update(name for name, member in sample.items() if member is not image)
         if not found.keys:
             left = "; ".join(left_out.notes())
             raise UserError(
@@ -189,9 +225,24 @@ class TarSource(Source):
         labels = numbered_labels(found.texts, str(self.paths[0]))
         told = ", ".join(sorted(labels_from))
         kept: Sequence[int] = range(len(found.keys))
-        if not labels.class_ids:
-            labels, told, kept, more = self._by_names(found, left_out)
+        if not labels.class_ids and self.layout != "flat":
+            labels, told, kept, more = labels_by_names(
+                found.names,
+                [place[0] for place in found.places],
+                [name.rpartition("/")[2].removesuffix(".tar") for name in self.names],
+                left_out,
+                are_alone=all(columns == 1 for columns in found.columns),
+                layout=self.layout,
+                split=self.split,
+                where=self.paths[0],
+            )
             notes += more
+            if not labels.class_ids and found.others:
+                some = ", ".join(f".{extension}" for extension in sorted(found.others)[:4])
+                notes.append(
+                    f"no labels are told by the {some} members beside the images; --label-column EXTENSION, or "
+                    "json:KEY, takes them from one"
+                )
         missing = sum(label == UNLABELLED for label in labels.values)
         if labels.class_ids and missing:
             notes.append(f"{missing} of {len(labels.values)} samples carry no label")
@@ -206,38 +257,6 @@ class TarSource(Source):
             labels_from=told,
             order=labels.order,
         )
-
-    def _by_names(self, found: "_Found", left_out: LeftOut) -> tuple[Labels, str, Sequence[int], list[str]]:
-        """Labels by the names of tars, folders or files, where no member tells them; with what is read and notes."""
-        everything: Sequence[int] = range(len(found.keys))
-        nothing = Labels(values=[UNLABELLED] * len(found.keys))
-        if self.layout in ("flat", "webdataset"):
-            return nothing, "", everything, []
-        tars = [name.rpartition("/")[2].removesuffix(".tar") for name in self.names]
-        of_tar = [tars[place[0]] for place in found.places]
-        if self.layout == "class-tars" or (len(set(tars)) > 1 and are_synsets(tars)):
-            return labels_of_names(of_tar), "the names of the tars", everything, []
-        is_plain = all(columns == 1 for columns in found.columns)
-        if self.layout == "class-folders" or is_plain:
-            everything, folders = class_folders(found.names, self.split, left_out)
-            if folders is not None:
-                return labels_of_names(folders), "the folders inside the tar", everything, []
-        if self.layout == "class-folders":
-            raise UserError(f"--layout class-folders: {self.paths[0]} holds no folders that could be classes")
-        if (synsets := synsets_in_names([found.names[k] for k in everything])) is not None:
-            return labels_of_names(synsets), "the synsets in file names", everything, []
-        nothing = Labels(values=[UNLABELLED] * len(everything))
-        return nothing, "", everything, list(self._unread(found, tars))
-
-    def _unread(self, found: "_Found", tars: Sequence[str]) -> Iterator[str]:
-        """What looks like a class and is not read as such."""
-        if looks_like_classes(tars):
-            some = ", ".join(tars[:3])
-            yield f"the tars' names look like classes ({some}) and are not read as such; --layout class-tars does"
-        _, folders = class_folders(found.names, self.split, LeftOut())
-        if folders is not None:
-            some = ", ".join(sorted(set(folders))[:3])
-            yield f"the folders inside look like classes ({some}) and are not read as such; --layout class-folders does"
 
     def read(self, listing: Listing, index: int) -> bytes:
         container, offset, size = (int(number) for number in listing.places[index])
@@ -275,11 +294,15 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
         UserError: the file is missing, is no tar, is compressed, or is cut off.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             window = _Window(file, start, os.fstat(file.fileno()).st_size - start if size is None else size)
             with tarfile.open(fileobj=cast("IO[bytes]", window), mode="r:") as archive:
+                last = -1
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined] # tarfile would keep a million objects
+                    _check_place(path, member, window.size, archive.offset > last)
+                    last = archive.offset
                     if member.isreg() and not member.issparse():
                         yield Member(member.name, start + member.offset_data, member.size)
                     elif member.isreg() or member.issym() or member.islnk():
@@ -292,21 +315,35 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
                         f"{path} goes on after its end mark, as tars that were joined by cat do; give each as a file "
                         f"of its own"
                     )
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, RecursionError) as error:  # headers of headers, numbers that are none
+        if is_pointer(path):
+            raise UserError(f"{path} {POINTER_ADVICE}") from error
         raise UserError(f"{path} cannot be read as an uncompressed tar ({error}); unpack or fetch it again") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights") from error
+
+
+def _check_place(path: Path, member: tarfile.TarInfo, held: int, goes_on: bool) -> None:
+    """Raise a `UserError` for a member that is not within its tar, or leads back in it."""
+    end = member.offset_data + (0 if member.issparse() or not member.isreg() else member.size)
+    if member.size < 0 or not goes_on or end > held:
+        raise UserError(
+            f"{path} is damaged or cut off: {shortened(member.name)} claims {member.size} bytes from byte "
+            f"{member.offset_data} on, but the tar has {held}; fetch it again"
+        )
 
 
 class _Window:
     """A part of an open file that looks like a file of its own."""
 
     def __init__(self, file: IO[bytes], start: int, size: int) -> None:
-        self._file, self._start, self._size, self._position = file, start, size, 0
+        self._file, self._start, self.size, self._position = file, start, size, 0
 
     def read(self, count: int) -> bytes:
+        if count > _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header claims {count} bytes, more than the {_LARGEST_HEADER} that one may have")
         data = os.pread(
-            self._file.fileno(), max(0, min(count, self._size - self._position)), self._start + self._position
+            self._file.fileno(), max(0, min(count, self.size - self._position)), self._start + self._position
         )
         self._position += len(data)
         return data

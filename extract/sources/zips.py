@@ -7,11 +7,14 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from extract.sources.archives import class_folders, dataset_json_in
 from extract.sources.dataset_json import DATASET_JSON, labelled_by_dataset_json
 from extract.sources.folders import LARGEST_INPUT, gone, storage_failed
-from extract.sources.labels import Labels, class_folders, labels_of_names, synsets_in_names
+from extract.sources.labels import Labels, labels_of_names, synsets_in_names
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
 from extract.sources.litter import LeftOut, rule_against_path
+from extract.sources.mistaken import refuse_containers
+from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.errors import UserError
 
 _HEADER = struct.Struct("<4s5H3I2H")
@@ -39,29 +42,34 @@ class ZipSource(Source):
     def inputs(self) -> Listing:
         left_out = LeftOut()
         place_of: dict[str, tuple[int, int, int]] = {}
-        data: bytes | None = None
+        original: dict[str, zipfile.ZipInfo] = {}
         try:
             stamps = [MtimeSize.of(self.path)]
             with zipfile.ZipFile(self.path) as archive:
                 for member in archive.infolist():
-                    if member.is_dir():
+                    name = member.filename.replace("\\", "/")  # some programs of Windows write it so
+                    if name.endswith("/"):
                         continue
-                    if (rule := rule_against_path(member.filename, self.ignored)) is not None:
-                        left_out.add(rule, member.filename)
+                    if (rule := rule_against_path(name, self.ignored)) is not None:
+                        left_out.add(rule, name)
                         continue
-                    if member.filename in place_of:
-                        raise UserError(f"{self.path} holds {member.filename} twice; make it anew")
-                    place_of[member.filename] = (0, member.header_offset, member.compress_size)
-                if DATASET_JSON in place_of and self.layout in ("auto", "dataset-json"):
-                    data = archive.read(DATASET_JSON)
+                    if name in place_of:
+                        raise UserError(f"{self.path} holds {name} twice; make it anew")
+                    place_of[name] = (0, member.header_offset, member.compress_size)
+                    original[name] = member
+                told = dataset_json_in(place_of) if self.layout in ("auto", "dataset-json") else None
+                data = archive.read(original[told]) if told is not None else None
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            if is_pointer(self.path):
+                raise UserError(f"{self.path} {POINTER_ADVICE}") from error
             raise UserError(f"{self.path} cannot be read as a zip ({error}); fetch it again or unpack it") from error
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror or error}); check --data") from error
         if not place_of:
             left = "; ".join(left_out.notes())
             raise UserError(f"{self.path} holds no files{f' ({left})' if left else ''}; --data needs images in it")
-        keys, labels, told, notes = self._labelled(list(place_of), data, left_out)
+        refuse_containers(str(self.path), list(place_of))
+        keys, labels, labels_from, notes = self._labelled(list(place_of), told, data, left_out)
         return sorted_listing(
             keys,
             labels.values,
@@ -70,21 +78,24 @@ class ZipSource(Source):
             containers=(str(self.path),),
             mtime_sizes=stamps,
             notes=[*notes, *left_out.notes()],
-            labels_from=told if labels.class_ids else "",
+            labels_from=labels_from if labels.class_ids else "",
             order=labels.order,
         )
 
     def _labelled(
-        self, names: list[str], data: bytes | None, left_out: LeftOut
+        self, names: list[str], told: str | None, data: bytes | None, left_out: LeftOut
     ) -> tuple[list[str], Labels, str, list[str]]:
-        where = f"{self.path}/{DATASET_JSON}"
-        if data is not None and (found := labelled_by_dataset_json(data, names, where)) is not None:
+        folder = (told or "").removesuffix(DATASET_JSON)
+        if (
+            data is not None
+            and (found := labelled_by_dataset_json(data, names, f"{self.path}/{told}", folder)) is not None
+        ):
             return found.keys, found.labels, DATASET_JSON, found.notes
         if self.layout == "dataset-json":
             raise UserError(f"--layout dataset-json: {self.path} holds no {DATASET_JSON} with labels in it")
         if self.layout == "flat":
             return names, Labels(values=[UNLABELLED] * len(names)), "", []
-        kept, folders = class_folders(names, self.split, left_out)
+        kept, folders = class_folders(names, self.split, left_out, where=self.path, layout=self.layout)
         names = [names[k] for k in kept]
         if folders is not None:
             return names, labels_of_names(folders), "the folders inside the zip", []

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.info import CheckpointInfo, make_info
 from pipeline.checkpoint.release import default_info
 from pipeline.checkpoint.tensor_files import join_names, load_tensors
 from pipeline.diffusion.gaussian import DIFFUSERS_PREDICTIONS
@@ -55,6 +56,8 @@ def from_diffusers(tensors: Mapping[str, Tensor], *, depth: int, origin: object)
         UserError: tensors are missing or surplus, or the embedders differ from block to block.
     """
     rest = {name: tensor for name, tensor in tensors.items() if name != "pos_embed.pos_embed"}
+    if depth > len(rest):
+        raise UserError(f"{origin} should hold a DiT of {depth:,} blocks, but has {len(rest)} tensors; restore it")
     missing = [name for name in _diffusers_names(depth) if name not in rest]
     surplus = rest.keys() - set(_diffusers_names(depth))
     if missing or surplus:
@@ -120,7 +123,7 @@ def _diffusers_names(depth: int) -> list[str]:
     return [*_parameters(_OUTER), *blocks]
 
 
-def read_diffusers(folder: Path, *, hub_name: str | None = None) -> tuple[dict[str, Tensor], DiTConfig, dict[str, Any]]:
+def read_diffusers(folder: Path, *, hub_name: str | None = None) -> tuple[dict[str, Tensor], DiTConfig, CheckpointInfo]:
     """(state in the release's names, configuration, info) of a diffusers pipeline folder or its transformer folder.
 
     The network runs with the release's timestep frequencies and norms, as such weights were trained.
@@ -141,7 +144,7 @@ def read_diffusers(folder: Path, *, hub_name: str | None = None) -> tuple[dict[s
         ) from error
 
 
-def _read(folder: Path, hub_name: str | None) -> tuple[dict[str, Tensor], DiTConfig, dict[str, Any]]:
+def _read(folder: Path, hub_name: str | None) -> tuple[dict[str, Tensor], DiTConfig, CheckpointInfo]:
     folder = _whole_pipeline(folder)
     index = _pipeline_index(folder)
     transformer = transformer_folder(folder)
@@ -162,8 +165,8 @@ def _read(folder: Path, hub_name: str | None) -> tuple[dict[str, Tensor], DiTCon
         class_ids=kept.get("class_ids") or (_identifiers(names) if len(names) == count else None),
         **_vae_facts(folder / "vae", kept.get("vae", {}), hub_name),
     )
-    info |= {key: kept[key] for key in ("step", "image", "training") if key in kept}
-    return state, config, info
+    told = {key: kept[key] for key in ("step", "image", "training") if key in kept}
+    return state, config, make_info(info, origin=folder / "model_index.json", **told)
 
 
 def _whole_pipeline(folder: Path) -> Path:

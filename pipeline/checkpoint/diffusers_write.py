@@ -16,8 +16,8 @@ from pipeline.checkpoint.diffusers_read import PIPELINE_NULL_CLASS, to_diffusers
 from pipeline.checkpoint.forms import Stored
 from pipeline.checkpoint.release import unlike_the_release
 from pipeline.checkpoint.tensor_files import read_safetensors, save_safetensors
-from pipeline.diffusion.process import make_process
 from pipeline.dit import DiTConfig
+from pipeline.recorded import RecordedVae
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, write_json
@@ -41,8 +41,8 @@ def write_diffusers(folder: Path, stored: Stored, *, vae: str | None) -> None:
     config = stored.config
     _check_expressible(config)
     stamp = {"_diffusers_version": diffusers.__version__}
-    scheduler = make_process(stored.info["diffusion"]).diffusers_scheduler()
-    used_vae = _write_vae(folder / "vae", stored.info["vae"], vae, channels=config.in_channels)
+    scheduler = stored.info.process.diffusers_scheduler()
+    used_vae = _write_vae(folder / "vae", stored.info.vae, vae, channels=config.in_channels)
     rows = _label_rows(config)
     for part in ("transformer", "scheduler"):
         make_folder(folder / part)
@@ -53,8 +53,8 @@ def write_diffusers(folder: Path, stored: Stored, *, vae: str | None) -> None:
         to_diffusers(stored.state, config, label_rows=rows),
         sealed=True,
     )
-    info = {**stored.info, "vae": recorded_vae({} if vae else stored.info["vae"], used_vae)}
-    names = info["classes"] or [str(label) for label in range(config.num_classes)]
+    info = {**stored.info, "vae": recorded_vae(None if vae else stored.info.vae, used_vae)}
+    names = stored.info.classes or [str(label) for label in range(config.num_classes)]
     index = {
         "_class_name": "DiTPipeline",
         **stamp,
@@ -68,10 +68,10 @@ def write_diffusers(folder: Path, stored: Stored, *, vae: str | None) -> None:
     write_json(folder / "model_index.json", index)
 
 
-def recorded_vae(recorded: Mapping[str, Any], loaded: Vae | None) -> dict[str, Any]:
+def recorded_vae(recorded: RecordedVae | None, loaded: Vae | None) -> dict[str, Any]:
     """What to remember of a VAE in a new place: no path of this machine, and its fingerprint if it is at hand."""
-    facts = dict(recorded) if loaded is None else loaded.describe()
-    known = recorded.get("recorded") or {}
+    facts = loaded.describe() if loaded is not None else dict(recorded or {})
+    known = (recorded and recorded.recorded) or {}
     facts.pop("recorded", None)
     name = facts.get("name")
     return {**facts, "name": Path(name).name if name and Path(name).is_absolute() else name, **known}
@@ -116,7 +116,7 @@ def _transformer_settings(config: DiTConfig, label_rows: int) -> dict[str, Any]:
     }
 
 
-def _write_vae(folder: Path, recorded: Mapping[str, Any], override: str | None, *, channels: int) -> Vae | None:
+def _write_vae(folder: Path, recorded: RecordedVae, override: str | None, *, channels: int) -> Vae | None:
     """Write the recorded VAE into the folder and give it; None, and a word on what to do, if it cannot be found.
 
     Raises:
@@ -133,7 +133,12 @@ def _write_vae(folder: Path, recorded: Mapping[str, Any], override: str | None, 
         )
         return None
     check_latents(vae, channels=channels)
-    source, _ = find_folder(override or recorded["name"])
+    if vae.is_from_zero:
+        raise UserError(
+            "the latents are of pixels in [0, 1], as EDM2 makes them, which a diffusers pipeline cannot be told: its "
+            "pictures would be pale; keep the network with --format dit"
+        )
+    source, _ = find_folder(override or str(recorded.name))
     make_folder(folder)
     if not vae.shift_factor and not isinstance(vae.scaling_factor, list):
         for file in (source / "config.json", *weight_files(source, vae.name), *source.glob("*.safetensors.index.json")):

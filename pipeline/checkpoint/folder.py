@@ -1,4 +1,4 @@
-"""The checkpoint folder: written, listed, its config.json checked, its files compared with what was written.
+"""The checkpoint folder: written, listed, its files compared with what was written (`info` is its config.json).
 
 It holds config.json (network, process, classes, latent, VAE, …), model.safetensors (raw weights), ema.safetensors,
 further averages as ema-NAME.safetensors, and state/ (what only resuming needs). The size and SHA-256 of every file
@@ -10,30 +10,34 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from torch import Tensor
 
-from pipeline.checkpoint.tensor_files import join_names, save_safetensors
-from pipeline.diffusion.process import make_process
+from pipeline.checkpoint.tensor_files import save_safetensors
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json, sha256_of, write_json
+from pipeline.runtime.gate import Count, shortened, typed
 
 FORMAT: Final = "dit-checkpoint"
 VERSION: Final = 1
 STATE_FILES: Final = "state/files.json"
-# What config.json must hold, with the type of each value, and what must stand within some of them.
-_NEEDED: dict[str, type] = {
-    "step": int,
-    "model": dict,
-    "diffusion": dict,
-    "classes": list,
-    "class_ids": list,
-    "latent": dict,
-    "vae": dict,
-    "image": dict,
-    "training": dict,
-}
-_WITHIN = {"latent": ("kind", "channels", "height", "width", "downsample"), "image": ("size", "crop")}
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+"""Of a run: its settings and its log, beside checkpoints/."""
+WEIGHTS: Final = re.compile(r"(model|ema(-.+)?)\.safetensors")
+"""Names of the files of weights."""
 _STEP_FOLDER = re.compile(r"step-(\d+)")
+_IN_RUN = re.compile(r"checkpoints/step-(\d+)/.+")
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """What `describe_files` says of a file."""
+
+    bytes: Count
+    sha256: str
+
+
+class _Listing(msgspec.Struct, frozen=True):
+    files: dict[str, FileRecord] | None = None
 
 
 def write_model_files(
@@ -55,8 +59,6 @@ def write_model_files(
     Raises:
         UserError: the disk is full or read-only.
     """
-    missing = [key for key in _NEEDED if key not in info]
-    assert not missing, f"a checkpoint's info lacks {missing}"
     assert all(name == "ema" or name.startswith("ema-") for name in averages), f"averages named {list(averages)}"
     for name, tensors in {**({"model": model} if model is not None else {}), **averages}.items():
         save_safetensors(folder / f"{name}.safetensors", tensors)
@@ -72,7 +74,7 @@ def describe_files(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, A
     }
 
 
-def recorded_files(folder: Path) -> dict[str, dict[str, Any]] | None:
+def recorded_files(folder: Path) -> dict[str, FileRecord] | None:
     """What `describe_files` gave when the checkpoint was written; None if nothing was recorded.
 
     Raises:
@@ -81,15 +83,19 @@ def recorded_files(folder: Path) -> dict[str, dict[str, Any]] | None:
     record = folder / STATE_FILES
     if not record.exists():
         record = folder / "config.json"
-    content = read_json(record)
-    files = content.get("files") if isinstance(content, dict) else {}
-    if files is None and record.name == "config.json":
-        return None
-    if not isinstance(files, dict) or not all(
-        isinstance(known, dict) and {"bytes", "sha256"} <= known.keys() for known in files.values()
-    ):
-        raise UserError(f"{record} is damaged: its files are not each a size and a SHA-256; restore the checkpoint")
+    advice = "restore the checkpoint"
+    files = typed(read_json(record), _Listing, f"{record} is damaged", advice=advice).files
+    if files is None and record.name != "config.json":
+        raise UserError(f"{record} is damaged: files is missing; {advice}")
+    for name in files or {}:
+        if not is_inside(name):
+            raise UserError(f"{record} is damaged: {shortened(name)} is no file of its folder; {advice}")
     return files
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name with slashes, as a record writes it, stays within its folder."""
+    return name.isprintable() and "\\" not in name and all(part not in {"", ".", ".."} for part in name.split("/"))
 
 
 def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
@@ -114,11 +120,22 @@ def find_damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
             continue
         if not path.is_file():
             faults.append(f"{name} is missing")
-        elif path.stat().st_size != known["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {known['bytes']}")
-        elif sha256_of(path) != known["sha256"]:
+        elif path.stat().st_size != known.bytes:
+            faults.append(f"{name} has {path.stat().st_size} bytes instead of {known.bytes}")
+        elif sha256_of(path) != known.sha256:
             faults.append(f"{name} has other contents than were written")
     return "; ".join(faults) or None
+
+
+def checkpoint_name(step: int) -> str:
+    """Where in its run the checkpoint of a step lies."""
+    return f"checkpoints/step-{step:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of the checkpoint that a file of a run belongs to, by its name; None if to none."""
+    found = _IN_RUN.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def checkpoint_folders(run: Path, *, whole: bool = True) -> list[tuple[int, Path]]:
@@ -143,49 +160,5 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """{"raw", "ema", "ema-NAME": file} of the weights that a checkpoint folder has."""
-    files = sorted(file for file in folder.glob("*.safetensors") if re.fullmatch(r"model|ema(-.+)?", file.stem))
+    files = sorted(file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name))
     return {"raw" if file.stem == "model" else file.stem: file for file in files}
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """The checked content of a checkpoint folder's config.json.
-
-    Raises:
-        UserError: it is missing, damaged, of another format or an unknown version.
-    """
-    path = folder / "config.json"
-    info = read_json(path)
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        found = info.get("format") if isinstance(info, dict) else type(info).__name__
-        raise UserError(
-            f"{path} has format {found!r}, not {FORMAT!r}; it does not describe a checkpoint of this project"
-        )
-    if info.get("version") != VERSION:
-        raise UserError(
-            f"{path} is a {FORMAT} of version {info.get('version')!r}, but this program reads version {VERSION}; "
-            f"update dit-pipeline, or convert the checkpoint with the version that wrote it"
-        )
-    _check_info(info, path)
-    return info
-
-
-def _check_info(info: Mapping[str, Any], path: Path) -> None:
-    missing = [key for key in _NEEDED if key not in info]
-    wrong = [
-        f"{key} is {type(info[key]).__name__}, not {kind.__name__}"
-        for key, kind in _NEEDED.items()
-        if key in info and type(info[key]) is not kind
-    ]
-    missing += [
-        f"{key}.{inner}"
-        for key, within in _WITHIN.items()
-        for inner in within
-        if isinstance(info.get(key), dict) and inner not in info[key]
-    ]
-    faults = [f"it lacks {join_names(missing)}"] * bool(missing) + wrong
-    if faults:
-        raise UserError(f"{path} is damaged: {'; '.join(faults)}; restore the checkpoint")
-    try:
-        make_process(info["diffusion"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error

@@ -3,31 +3,33 @@
 Our own folders come through `folder`, bare state dicts through `release`, diffusers' through `diffusers_read`.
 """
 
-import re
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from pipeline.checkpoint.diffusers_read import read_diffusers, recorded_weights, transformer_folder, weight_paths
-from pipeline.checkpoint.folder import FORMAT, find_damage, newest_checkpoint, read_info, recorded_files, weight_files
+from pipeline.checkpoint.folder import FORMAT, find_damage, newest_checkpoint, recorded_files, weight_files
+from pipeline.checkpoint.info import CheckpointInfo, make_info, read_info
 from pipeline.checkpoint.origins import Origin, check_objective, origin_of, plain_network
 from pipeline.checkpoint.release import default_info, infer_config
+from pipeline.checkpoint.remote import localized
+from pipeline.checkpoint.snapshots import asked_average, reconstruct
 from pipeline.checkpoint.tensor_files import SUFFIXES, find_changed, join_names, read_safetensors, read_weight_file
-from pipeline.diffusion.process import Process, make_process
+from pipeline.diffusion.process import Process
 from pipeline.dit import DiT, DiTConfig
-from pipeline.hub import fetch_pipeline
+from pipeline.dit.config import ConfigError
+from pipeline.hub import HUB, HUB_NAME, fetch_network
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
 from pipeline.runtime.publish import finish
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class Stored(NamedTuple):
@@ -35,7 +37,7 @@ class Stored(NamedTuple):
 
     state: dict[str, Tensor]
     config: DiTConfig
-    info: dict[str, Any]
+    info: CheckpointInfo
     """The content of a checkpoint's config.json; the release's facts for weights that came without one."""
     weights: str
     """Which weights these are: "raw", "ema", "ema-NAME"."""
@@ -70,7 +72,7 @@ class Checkpoint:
 
     model: DiT
     config: DiTConfig
-    info: dict[str, Any]
+    info: CheckpointInfo
     process: Process
     weights: str
     folder: Path | None
@@ -100,11 +102,13 @@ def read_checkpoint(
 ) -> Checkpoint:
     """A network in eval mode with all that sampling needs, from any form that exists.
 
-    Forms: a run folder (its newest checkpoint), a checkpoint folder, one weight file of it, a bare state dict in the
-    release's names (.pt, .pth, .safetensors), a diffusers DiT folder (pipeline or transformer), a Hub name of one.
+    Forms: a run folder (its newest checkpoint) or a checkpoint folder, also behind a URL, one weight file of it, a bare
+    state dict in the release's names (.pt, .pth, .safetensors), a diffusers DiT folder (pipeline or transformer), and
+    by its name on the Hub, OWNER/NAME or hf:OWNER/NAME, a checkpoint folder or a diffusers pipeline.
 
     Args:
-        weights: "ema", "raw", or the NAME of a further average.
+        weights: "ema", "raw", the NAME of a further average, or "sigma=S" for the power-function average of that
+            width, made of those that a run keeps ("sigma=S@STEP" at a step other than the checkpoint's).
         objective: what bare weights were trained for, which they do not say.
         verify: compare the files that are read with the checksums that were recorded, while they are read.
 
@@ -120,7 +124,7 @@ def read_checkpoint(
         model=model,
         config=stored.config,
         info=stored.info,
-        process=make_process(stored.info["diffusion"]),
+        process=stored.info.process,
         weights=stored.weights,
         folder=stored.folder,
     )
@@ -132,9 +136,27 @@ def build_model(stored: Stored, *, origin: object) -> DiT:
     Raises:
         UserError: tensors are missing, surplus or of another shape; every one is listed.
     """
-    model = DiT(stored.config, seed=None)
+    _check_magnitude(stored, origin)
+    try:
+        model = DiT(stored.config, seed=None)
+    except ConfigError as error:
+        raise UserError(f"{origin}: {error}") from error
     load_strictly(model, stored.state, origin=origin)
     return model.eval()
+
+
+def _check_magnitude(stored: Stored, origin: object) -> None:
+    """Raise UserError for a network that is many times its weights, before a module or memory is made for it.
+
+    Whatever is closer is compared tensor by tensor later.
+    """
+    config, held = stored.config, sum(tensor.numel() for tensor in stored.state.values())
+    described = config.least_parameters
+    if described > 8 * held + 10**8:
+        raise UserError(
+            f"{origin} describes a network of at least {described:.3g} parameters (depth {config.depth:,}, "
+            f"hidden_size {config.hidden_size:,}), but its weights hold {held:,}; it is damaged, restore it"
+        )
 
 
 def load_strictly(model: DiT, state: Mapping[str, Tensor], *, origin: object) -> None:
@@ -211,19 +233,38 @@ def _checked_meanwhile(stored: Stored, origin: object, *, verify: bool) -> Itera
 
 
 def _find(path: str | Path, weights: str, num_heads: int | None, objective: str | None) -> Stored:
-    place = Path(path)
+    place = localized(path, averages=asked_average(weights) is not None)
     finish(place.absolute())
     if place.is_dir():
         return _says_itself(_from_folder(place, weights, num_heads), objective, path)
     if place.is_file():
         return _from_file(place, weights, num_heads, objective)
-    if HUB_NAME.fullmatch(str(path)) and place.suffix not in SUFFIXES:
-        stored = _from_diffusers(fetch_pipeline(str(path)), weights, num_heads, hub_name=str(path))
-        return _says_itself(stored, objective, path)
+    name = str(path).removeprefix(HUB)
+    if HUB_NAME.fullmatch(name) and (name != str(path) or place.suffix not in SUFFIXES):
+        return _says_itself(_from_hub(name, weights, num_heads), objective, path)
     raise UserError(
         f"there is no checkpoint at {path}; give a run folder, a checkpoint folder, a weight file "
-        f"({', '.join(SUFFIXES)}), a diffusers folder or a Hub name (OWNER/NAME)"
+        f"({', '.join(SUFFIXES)}), a diffusers folder or a Hub name (OWNER/NAME, or hf:OWNER/NAME)"
     )
+
+
+def _from_hub(name: str, weights: str, num_heads: int | None) -> Stored:
+    wanted = "model" if weights == "raw" else weights
+    folder = fetch_network(name, [f"{wanted}.safetensors", f"ema-{weights}.safetensors"])
+    if (folder / "model_index.json").is_file():
+        return _from_diffusers(folder, weights, num_heads, hub_name=name)
+    read_info(folder)
+    names = {weights, f"ema-{weights}"}
+    if asked_average(weights) is None and not names & weight_files(folder).keys():
+        known = [file.removesuffix(".safetensors").replace("model", "raw") for file in recorded_files(folder) or ()]
+        if names & {*known}:
+            raise UserError(
+                f"the {weights} weights of {name} are not in the local Hub cache, and the Hub does not give them; go "
+                f"online once, or give a local folder"
+            )
+        advice = f"--weights {' or '.join(known)}" if known else "other --weights"
+        raise UserError(f"{name} on the Hub has no {weights} weights; pass {advice} (--init-weights to dit-train)")
+    return _from_checkpoint(folder, weights, num_heads)
 
 
 def _from_folder(folder: Path, weights: str, num_heads: int | None) -> Stored:
@@ -243,6 +284,9 @@ def _from_folder(folder: Path, weights: str, num_heads: int | None) -> Stored:
 
 
 def _from_checkpoint(folder: Path, weights: str, num_heads: int | None) -> Stored:
+    asked = asked_average(weights)
+    if asked is not None:
+        return _reconstructed(folder, *asked, weights, num_heads)
     have = weight_files(folder)
     name = weights if weights in have else f"ema-{weights}"
     if name not in have:
@@ -256,21 +300,48 @@ def _from_checkpoint(folder: Path, weights: str, num_heads: int | None) -> Store
     return _own_weights(folder, have[name], name, num_heads)
 
 
-def _own_weights(folder: Path, file: Path, weights: str, num_heads: int | None) -> Stored:
+def _reconstructed(folder: Path, sigma: float, step: int | None, weights: str, num_heads: int | None) -> Stored:
+    """The power-function average of a width, made of those that the run keeps."""
+    info, config = _own_settings(folder, num_heads)
+    state, about, checks = reconstruct(folder, sigma, step, own_step=info.step, held=info.training.ema_sigma)
+    state, config, info = _without_aligners(state, config, info)
+    training = {**info.training, "average": about}
+    names = ("config.json", *(f"{name}.safetensors" for name in weight_files(folder) if name.startswith("ema-sigma-")))
+    own = [] if recorded_files(folder) is None else [partial(find_damage, folder, names)]
+    return Stored(
+        state, config, make_info(info, step=about["step"], training=training), weights, folder, checks=(*own, *checks)
+    )
+
+
+def _own_settings(folder: Path, num_heads: int | None) -> tuple[CheckpointInfo, DiTConfig]:
     info = read_info(folder)
-    try:
-        config = DiTConfig.from_json(info["model"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
-    _check_heads(num_heads, config, folder)
+    _check_heads(num_heads, info.network, folder)
+    return info, info.network
+
+
+def _own_weights(folder: Path, file: Path, weights: str, num_heads: int | None) -> Stored:
+    info, config = _own_settings(folder, num_heads)
     names = ("config.json", file.name)
     checks = () if recorded_files(folder) is None else (partial(find_damage, folder, names),)
-    return Stored(read_safetensors(file), config, info, weights, folder, checks=checks)
+    state = read_safetensors(file)
+    state, config, info = _without_aligners(state, config, info)
+    return Stored(state, config, info, weights, folder, checks=checks)
+
+
+def _without_aligners(
+    state: dict[str, Tensor], config: DiTConfig, info: CheckpointInfo
+) -> tuple[dict[str, Tensor], DiTConfig, CheckpointInfo]:
+    """Without what served training alone."""
+    if not config.align_latent and not config.align_features:
+        return state, config, info
+    config = dataclasses.replace(config, align_latent=False, align_features=0)
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(("aligner.", "projector."))}
+    return kept, config, make_info(info, model=config.to_json())
 
 
 def _says_itself(stored: Stored, objective: str | None, origin: object) -> Stored:
     """The weights of a form that says what they were trained for, if the user does not say something else."""
-    check_objective(objective, stored.info["diffusion"]["objective"], origin)
+    check_objective(objective, stored.info.process.objective, origin)
     return stored
 
 
@@ -291,7 +362,7 @@ def _from_file(file: Path, weights: str, num_heads: int | None, objective: str |
         say(f"{projectors} tensors of REPA's projectors in {file} are set aside; sampling has no use for them")
     config = infer_config(state, num_heads=num_heads, origin=file)
     origin = origin_of(file, content.arguments, config, projectors=bool(projectors), objective=objective)
-    info = {**default_info(config, diffusion=origin.diffusion), "step": content.step}
+    info = make_info(default_info(config, diffusion=origin.diffusion), origin=file, step=content.step)
     return Stored(state, config, info, weights, None, origin=origin, checks=(partial(find_changed, file),))
 
 

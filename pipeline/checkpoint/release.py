@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.folder import FORMAT, VERSION
+from pipeline.checkpoint.info import CheckpointInfo, make_info
 from pipeline.checkpoint.tensor_files import join_names
 from pipeline.dit.config import PRESETS, BlockOptions, ConfigError, DiTConfig
 from pipeline.dit.embeddings import position_table
@@ -23,6 +25,16 @@ KNOWN_HEADS: Final = {sizes["hidden_size"]: sizes["num_heads"] for sizes in PRES
 
 DEFAULT_GRID: Final = 32
 """Latent cells per side where a file has no position table: 256 pixels."""
+
+_SAID: Final = {
+    "qk_norm": "its queries and keys are normalised",
+    "mlp": "its MLP is SwiGLU",
+    "norm": "its norms are RMSNorm",
+    "rotary": "its positions are rotary",
+    "value_residual": "its blocks mix in the first block's values",
+}
+_BARE: Final = ("conditioning", "qk_norm")
+"""Block options that a bare state dict is searched for; others leave no tensor, or are nobody's bare file."""
 
 # The tensors whose shapes tell the configuration, and how many axes they have.
 _TELLING = {
@@ -91,8 +103,11 @@ def unlike_the_release(config: DiTConfig) -> list[str]:
         for name in BlockOptions.choices()
         if (value := getattr(config, name)) != getattr(usual, name)
     }
-    if config.qk_norm:
-        reasons["qk_norm"] = "its queries and keys are normalised"
+    reasons |= {name: said for name, said in _SAID.items() if name in reasons}
+    if config.middle_head:
+        reasons["middle_head"] = "it has a middle head"
+    if config.head_width:
+        reasons["head_width"] = "it has a wide head"
     if config.height != config.width:
         reasons["input_size"] = f"its latent is {config.height}×{config.width}, not square"
     return list(reasons.values())
@@ -106,7 +121,7 @@ def default_info(
     classes: Sequence[str] | None = None,
     class_ids: Sequence[str] | None = None,
     downsample: int = 8,
-) -> dict[str, Any]:
+) -> CheckpointInfo:
     """What a checkpoint's config.json would say of a network that came without one: the release's facts."""
     from pipeline.diffusion import make_process
 
@@ -114,9 +129,9 @@ def default_info(
         variance = "learned-range" if config.learn_sigma else "fixed-large"
         diffusion = {"objective": "ddpm", "variance": variance}
     known_classes, known_ids = _imagenet(config.num_classes)
-    return {
-        "format": "dit-checkpoint",
-        "version": 1,
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
         "step": 0,
         "model": config.to_json(),
         "diffusion": make_process(dict(diffusion)).to_json(),
@@ -133,6 +148,7 @@ def default_info(
         "image": {"size": config.height * downsample, "crop": "adm-center"},
         "training": {},
     }
+    return make_info(values)
 
 
 def _imagenet(count: int) -> tuple[list[str], list[str]]:
@@ -161,11 +177,11 @@ def _heads(hidden_size: int, num_heads: int | None, origin: object) -> int:
 def _block_options(state: Mapping[str, Tensor], usual: DiTConfig) -> dict[str, Any]:
     """How the blocks are built: the options whose network has this state's tensors, or the fewest others.
 
-    Every choice of every option is tried in a network of one block that holds no numbers, so an option that is added
-    to a block is recognised with no more code; of those that fit alike the first counts.
+    Every choice of every option is tried in a network of one block that holds no numbers; of those that fit alike the
+    first counts.
     """
     found = _one_block({name: tensor for name, tensor in state.items() if name != "pos_embed"})
-    choices = BlockOptions.choices()
+    choices = {name: values for name, values in BlockOptions.choices().items() if name in _BARE}
     candidates = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
     def differing(options: dict[str, Any]) -> int:

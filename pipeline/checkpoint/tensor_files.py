@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from pipeline.hub import POINTER_ADVICE, is_pointer
+from pipeline.runtime.console import printable
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes
+from pipeline.runtime.gate import check_regular, parse_json, shortened
 
 PICKLED: Final = (".pt", ".pth", ".bin", ".ckpt")
 PROCESS: Final = "dit_diffusion"
@@ -41,6 +43,8 @@ _HARMLESS = re.compile(
 _MOST_PICKLES = 8
 _SUM, _UNKNOWN_SUM = "sha256", "0" * 64
 _PIECE_BYTES = 1 << 22
+_MOST_HEADER = 100_000_000
+"""Bytes, as in safetensors."""
 
 
 class WeightFile(NamedTuple):
@@ -222,8 +226,14 @@ def contents_sha256(path: Path) -> str:
 
 
 def _header(path: Path) -> dict[str, Any]:
+    check_regular(path)
     with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length, held = int.from_bytes(file.read(8), "little"), path.stat().st_size - 8
+        if length > min(held, _MOST_HEADER):
+            raise UserError(f"{path} is damaged: its header claims {length} bytes, but it holds {max(held, 0)}")
+        header = parse_json(file.read(length), f"the header of {path}")
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise UserError(f"the header of {path} is no JSON object of tensors; restore or remake it")
     return header
 
 
@@ -270,6 +280,7 @@ def join_names(names: Iterable[str]) -> str:
 
 def _check_readable(path: Path) -> None:
     try:
+        check_regular(path)
         with path.open("rb"):
             pass
     except FileNotFoundError as error:
@@ -313,7 +324,7 @@ def _pickle_in(path: Path) -> IO[bytes]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200].rstrip(": ")
+    return printable(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200].rstrip(": "))
 
 
 def _choose(content: Any, weights: str, path: Path) -> dict[str, Tensor]:
@@ -336,4 +347,19 @@ def _only_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds what are no tensors where a state dict is expected: {join_names(others)}")
     if not content:
         raise UserError(f"{path} holds no tensors")
+    odd = [f"{shortened(name)} ({why})" for name, tensor in content.items() if (why := _is_odd(tensor))]
+    if odd:
+        raise UserError(f"{path} holds tensors that are no plain arrays of numbers: {join_names(odd)}; save them dense")
     return {str(name): tensor for name, tensor in content.items()}
+
+
+def _is_odd(tensor: Tensor) -> str | None:
+    """Why a tensor is not an array of numbers that are all there, or None if it is."""
+    if tensor.is_meta:
+        return "meta: a shape without numbers"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized:
+        return "quantised"
+    claims, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    return f"claims {claims} bytes, but {held} are there" if claims > held else None

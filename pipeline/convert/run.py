@@ -1,23 +1,33 @@
 """One form of checkpoint into another: written out of sight, read back, compared, and only then put in place."""
 
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from pipeline.checkpoint.diffusers_write import recorded_vae, write_diffusers
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.forms import Stored, build_model, read_stored
+from pipeline.checkpoint.info import make_info
 from pipeline.checkpoint.release import unlike_the_release
 from pipeline.checkpoint.tensor_files import PROCESS, join_names, not_finite, save_pickled_tensors, save_safetensors
 from pipeline.classes import imagenet_classes
+from pipeline.convert.card import write_card
 from pipeline.convert.options import ConvertOptions
 from pipeline.convert.parity import TOLERANCE, Difference, diffusers_difference, forward_difference
-from pipeline.convert.target import check_sources, check_target
+from pipeline.convert.target import check_repository, check_sources, check_target
+from pipeline.diffusion.process import OF_TRAINING
 from pipeline.dit import DiT, DiTConfig
+from pipeline.hub import push
+from pipeline.latents import Manifest
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, make_folder
+from pipeline.runtime.gate import read_regular, typed
 from pipeline.runtime.publish import making, sweep
 
 FIX = "norm1.emb.time_proj.downscale_freq_shift = 0 and norm3.eps = 1e-6 in every block"
@@ -30,64 +40,114 @@ def convert(options: ConvertOptions) -> list[str]:
         UserError: the source cannot be read, the target exists or cannot hold the network, or the converted network
             does not compute the same, in which case nothing is left behind.
     """
-    target = Path(options.to)
-    sweep(target.absolute())
-    check_target(target, options.format, overwrite=options.overwrite)
-    check_sources(target, [Path(options.from_)], options.from_)
+    target = None if options.hub_name else Path(options.to)
+    if target is None:
+        check_repository(options)
+    else:
+        sweep(target.absolute())
+        check_target(target, options.format, overwrite=options.overwrite)
+        check_sources(target, [Path(options.from_)], options.from_)
     stored = read_stored(
         options.from_,
-        weights=options.weights,
+        weights=options.wanted_weights,
         num_heads=options.num_heads,
         objective=options.objective,
         verify=options.verify_weights,
     )
     if options.format != "facebook":  # which has no place for it
         stored.check_objective_is_known()
-    check_sources(target, [folder for folder in (stored.folder, stored.diffusers) if folder], options.from_)
+    if target is not None:
+        check_sources(target, [folder for folder in (stored.folder, stored.diffusers) if folder], options.from_)
     wrong = not_finite(stored.state)
     if wrong:
         raise UserError(
             f"the {stored.weights} weights of {options.from_} hold values that are not finite: {join_names(wrong)}; "
             f"convert an earlier checkpoint"
         )
-    stored = stored._replace(info={**stored.info, **_given_names(options, stored.config)})
+    if options.average is not None:
+        stored = stored._replace(weights="ema")
+    stored = stored._replace(info=make_info(stored.info, **_given_names(options, stored.config)))
     model = build_model(stored, origin=options.from_)
     lines = [_summary(stored)]
     if stored.diffusers is not None:
         lines += _diffusers_lines(model, stored.diffusers)
-    with explained_writes(target), making(target.absolute(), overwrite=options.overwrite) as stage:
-        lines += _WRITERS[options.format](stage.place(target.absolute()), stored, model, options)
-    say(f"written: {target}")
+    with _published(options) as place:
+        lines += _WRITERS[options.format](place, stored, model, options)
+        if options.writes_card:
+            lines += write_card(place, stored, options)
+    say(f"written: {options.to}")
     return lines
 
 
+@contextmanager
+def _published(options: ConvertOptions) -> Iterator[Path]:
+    """Where to write what then appears whole at --to: on the disk, or as one commit on the Hub."""
+    if options.hub_name is None:
+        target = Path(options.to)
+        with explained_writes(target), making(target.absolute(), overwrite=options.overwrite) as stage:
+            yield stage.place(target.absolute())
+        return
+    with tempfile.TemporaryDirectory(prefix="dit-convert-") as work:
+        place = Path(work) / options.hub_name.rpartition("/")[2]
+        with explained_writes(place):
+            yield place
+        url = push(options.hub_name, place, private=options.private, message=f"dit-convert --format {options.format}")
+        say(f"one commit: {url}")
+
+
 def import_store(options: ConvertOptions) -> list[str]:
-    """Turn a folder of other people's features into a latent store; the lines to print.
+    """Turn other people's latents into a latent store; the lines to print.
 
     Raises:
-        UserError: the folders do not fit together, or the target holds something else.
+        UserError: the files do not fit together, or the target holds something else.
     """
-    from pipeline.convert.features import import_numpy_features
-    from pipeline.vae import STABLE_DIFFUSION, load_vae
+    from pipeline.convert.imports import import_latents
+    from pipeline.vae import load_vae
 
     vae = load_vae(options.vae) if options.vae else None
     names = None
     if options.class_names:
         is_imagenet = options.class_names == "imagenet"
         names = [row.names for row in imagenet_classes()] if is_imagenet else _read_names(options.class_names)
-    manifest = import_numpy_features(
+    manifest = import_latents(
         options.from_,
         options.to,
-        vae=vae.describe() if vae else STABLE_DIFFUSION,
+        layout=options.layout,
+        vae=vae.describe() if vae else None,
         channels=vae.channels if vae else None,
-        downsample=vae.downsample if vae else 8,
+        downsample=vae.downsample if vae else None,
         class_names=names,
         overwrite=options.overwrite,
     )
-    latent, known_vae = manifest.latent, manifest["vae"]
-    what = f"{manifest.samples:,} points of {latent.channels}×{latent.height}×{latent.width}"
-    how = f"unscaled by {known_vae['scaling_factor']} ({known_vae['name']})"
-    return [f"{what} in {len(manifest.shards)} shards, {len(manifest['classes'])} classes, {how}"]
+    return _store_lines(manifest)
+
+
+class _Told(msgspec.Struct, frozen=True):
+    layout: str
+    unknown: tuple[str, ...]
+
+
+class _Imported(msgspec.Struct, frozen=True):
+    told: _Told | None = msgspec.field(name="import", default=None)
+
+
+def _store_lines(manifest: Manifest) -> list[str]:
+    """What was kept, and what is not known."""
+    latent, vae = manifest.latent, manifest.vae
+    told = typed(dict(manifest), _Imported, "the store is damaged", advice="import it again").told
+    kind = "points" if latent.kind == "point" else latent.kind
+    what = f"{manifest.samples:,} {kind} of {latent.channels}×{latent.height}×{latent.width}"
+    views = f" in {len(manifest.views)} views" if len(manifest.views) > 1 else ""
+    size = f"in {len(manifest.shards)} shards, {len(manifest.classes)} classes"
+    if told is None:
+        return [f"{what}{views} {size}, unscaled by {vae.scaling_factor} ({vae.name})"]
+    fed = f"training feeds (z − shift) · scale: scale {vae.scaling_factor}, shift {vae.shift_factor or 0}"
+    pixels = f", of pixels in {list(vae.pixels)}" if vae.pixels else ""
+    return [
+        f"{what}{views} {size}, laid out as {told.layout}'s",
+        f"taken for the VAE {vae.name or 'that nothing names'}{pixels}; {fed}",
+        f"not known: {', '.join(told.unknown)}",
+    ]
 
 
 def _summary(stored: Stored) -> str:
@@ -135,9 +195,10 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
     wrong = unlike_the_release(stored.config)
     if wrong:
         raise UserError(f"the public release cannot hold this network: {'; '.join(wrong)}; keep it with --format dit")
+    _refuse_what_a_flag_cannot_say(path, stored)
     unsaid = _unsaid(stored)
     if unsaid:
-        objective = stored.info["diffusion"]["objective"]
+        objective = stored.info.process.objective
         told = f"; dit-sample has to be told, with --objective {objective}" if objective != "ddpm" else ""
         told = "" if path.suffix == ".safetensors" else told  # whose metadata says it, to us
         warn(
@@ -148,11 +209,22 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
     if path.suffix == ".pt":
         save_pickled_tensors(path, tensors)
     else:
-        diffusion = stored.info["diffusion"]
+        diffusion = stored.info.diffusion
         about = {} if diffusion["objective"] == "ddpm" else {PROCESS: json.dumps(diffusion, sort_keys=True)}
         save_safetensors(path, tensors, sealed=True, about=about)
-    again = stored.info["diffusion"]["objective"] if stored.origin.known else None
+    again = stored.info.process.objective if stored.origin.known else None
     return _read_back(path, model, num_heads=stored.config.num_heads, objective=again)
+
+
+def _refuse_what_a_flag_cannot_say(path: Path, stored: Stored) -> None:
+    """Raise UserError for a flow's settings that a bare .pt loses, and that --objective does not bring back."""
+    diffusion = stored.info.diffusion
+    lost = [f"its {name} is {diffusion[name]}" for name in ("prediction", "time_shift") if name in diffusion]
+    if path.suffix == ".pt" and diffusion["objective"] != "ddpm" and lost:
+        raise UserError(
+            f"a bare .pt has no place for that {'; '.join(lost)}, and whoever loads it would sample nonsense; write "
+            f"--to {path.with_suffix('.safetensors')}, whose metadata says it, or keep it with --format dit"
+        )
 
 
 def _unsaid(stored: Stored) -> list[str]:
@@ -161,12 +233,11 @@ def _unsaid(stored: Stored) -> list[str]:
 
     variance = "learned-range" if stored.config.learn_sigma else "fixed-large"
     usual = {**make_process({"objective": "ddpm"}).to_json(), "variance": variance}
-    diffusion = make_process(stored.info["diffusion"]).to_json()
-    of_training = {"loss", "timestep_law"}
+    diffusion = stored.info.process.to_json()
     unsaid = [
         f"its {name} is {value}"
         for name, value in diffusion.items()
-        if name not in of_training and value != usual.get(name)
+        if name not in OF_TRAINING and value != usual.get(name)
     ]
     if not stored.config.has_null_class:
         unsaid.append("its label table has no row for no class, so its last class would be taken for it")
@@ -194,14 +265,14 @@ def _vae_to_record(stored: Stored, override: str | None) -> dict[str, Any]:
     """What the new checkpoint says of its VAE: the one given, if it can be it, or the recorded one."""
     from pipeline.vae import check_latents, find_vae, load_vae
 
-    recorded = stored.info["vae"]
-    name = str(recorded.get("name") or "")
+    recorded = stored.info.vae
+    name = recorded.name or ""
     if override is not None:
         vae = find_vae(recorded, override)
         check_latents(vae, channels=stored.config.in_channels)
         return vae.describe()
-    known = recorded.get("recorded", {})
-    needed = Path(name).is_dir() and "sha256" not in known
+    known = recorded.recorded or {}
+    needed = name != "" and Path(name).is_dir() and "sha256" not in known
     return recorded_vae(recorded, load_vae(name) if needed else None)
 
 
@@ -219,6 +290,6 @@ def _given_names(options: ConvertOptions, config: DiTConfig) -> dict[str, list[s
 
 def _read_names(path: str) -> list[str]:
     try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in read_regular(Path(path)).decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class-names {path} cannot be read as text: {error}") from error

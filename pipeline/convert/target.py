@@ -4,12 +4,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.folder import FORMAT, weight_files
+from pipeline.checkpoint.folder import FORMAT, WEIGHTS, weight_files
 from pipeline.checkpoint.tensor_files import holds_tensors
+from pipeline.convert.card import PICTURE, README
+from pipeline.convert.options import ConvertOptions
+from pipeline.hub import look_up
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
+from pipeline.runtime.gate import shortened
 
-_PIPELINE = {"model_index.json", "scheduler", "transformer", "vae"}
+_CARD = {README, PICTURE}
+_PIPELINE = {"model_index.json", "scheduler", "transformer", "vae", *_CARD}
 
 
 def check_target(target: Path, form: str, *, overwrite: bool) -> None:
@@ -34,6 +39,27 @@ def check_target(target: Path, form: str, *, overwrite: bool) -> None:
         )
 
 
+def check_repository(options: ConvertOptions) -> None:
+    """Raise UserError unless the Hub's repository is free, or holds what a conversion left and may be replaced."""
+    name = options.hub_name
+    assert name is not None
+    found = look_up(name)
+    if found is None:
+        return
+    if options.private and not found.is_private:
+        raise UserError(f"{options.to} is there and public, so --private cannot hold; make it private on the Hub first")
+    if found.files and not options.overwrite:
+        raise UserError(f"{options.to} holds files; choose another name, or pass --overwrite to replace them")
+    known = {"config.json", *_PIPELINE}
+    others = [file for file in found.files if file.split("/")[0] not in known and not WEIGHTS.fullmatch(file)]
+    if others:
+        there = ", ".join(map(shortened, others[:3]))
+        raise UserError(
+            f"{options.to} is not what a conversion leaves (there is {there}), so it is not replaced; choose another "
+            f"name"
+        )
+
+
 def check_sources(target: Path, sources: Iterable[Path], given: str) -> None:
     """Raise UserError unless replacing the target leaves alone what is read."""
     place = target.resolve()
@@ -49,7 +75,7 @@ def _foreign_files(folder: Path) -> list[str]:
         known, is_ours = _PIPELINE, "_dit" in _settings(folder / "model_index.json")
     else:
         weights = {file.name for file in weight_files(folder).values()}
-        known = {"config.json", *weights}
+        known = {"config.json", *weights, *_CARD}
         is_ours = bool(weights) or _settings(folder / "config.json").get("format") == FORMAT
     return sorted(names - known if is_ours else names) or ([] if is_ours else ["nothing"])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,13 +29,15 @@ BITS_PER_NAT = 1 / math.log(2)
 DIFFUSERS_PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 """What diffusers' schedulers call the predictions."""
 Timesteps = Int[Tensor, " batch"]
+LogVariances = Float[Tensor, "batch #channel #height #width"]
+"""Of each value, or one for all values of a sample."""
 
 
 class StepBack(NamedTuple):
     """p(x_(t-1) | x_t) as a normal, and the x_0 it was made from."""
 
     mean: Latents
-    log_variance: Float[Tensor, "batch #channel #height #width"]
+    log_variance: LogVariances
     x_start: Latents
 
 
@@ -154,6 +157,21 @@ class GaussianDiffusion:
         kept = chosen if self.kept is None else tuple(self.kept[i] for i in chosen)
         return dataclasses.replace(self, kept=kept)
 
+    def with_timesteps(self, timesteps: Sequence[int | float]) -> "GaussianDiffusion":
+        """The same process on these of the original timesteps, given from noise to data.
+
+        Raises:
+            UserError: they do not fall, are not whole, or are none of its own.
+        """
+        own = range(self.steps) if self.kept is None else self.kept
+        rising = tuple(int(t) for t in reversed(timesteps))
+        if list(reversed(timesteps)) != list(rising) or not _rises_within(rising, self.steps) or set(rising) - {*own}:
+            raise UserError(
+                f"--timesteps {','.join(f'{t:g}' for t in timesteps)} must be whole numbers that fall, each of "
+                f"{own[-1]} (noise) … {own[0]} (data), which this checkpoint's process has {len(own)} of"
+            )
+        return dataclasses.replace(self, kept=rising)
+
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Timesteps:
         """Uniform steps of this process, on the generator's device."""
         return torch.randint(self.num_timesteps, (count,), generator=generator, device=generator.device)
@@ -189,6 +207,14 @@ class GaussianDiffusion:
         """The noise that leads from x_0 to x_t: (x_t - sqrt(alpha_bar_t) · x_0) / sqrt(1 - alpha_bar_t)."""
         alpha_bar = self._at("alphas_cumprod", t)
         return (_like((1 / alpha_bar).sqrt(), x_t) * x_t - x_start) / _like((1 / alpha_bar - 1).sqrt(), x_t)
+
+    def output_for(self, x_start: Latents, x_t: Latents, t: Timesteps) -> Latents:
+        """What a network would give at x_t that knows x_0: the inverse of `predict_x_start`."""
+        epsilon = self.predict_epsilon(x_start, x_t, t)
+        if self.prediction == "v":
+            alpha_bar = self._at("alphas_cumprod", t)
+            return _like(alpha_bar.sqrt(), x_t) * epsilon - _like((1 - alpha_bar).sqrt(), x_t) * x_start
+        return x_start if self.prediction == "x0" else epsilon
 
     def p_mean_variance(self, output: Tensor, x_t: Latents, t: Timesteps, *, clip: bool = False) -> StepBack:
         """p(x_(t-1) | x_t) for the network's output at x_t.
@@ -260,9 +286,7 @@ class GaussianDiffusion:
         of_x_start, of_x_t = self._at("posterior_mean_coef1", t), self._at("posterior_mean_coef2", t)
         return _like(of_x_start, x_t) * x_start + _like(of_x_t, x_t) * x_t
 
-    def _log_variance(
-        self, fraction: Latents | None, x_t: Latents, t: Timesteps
-    ) -> Float[Tensor, "batch #channel #height #width"]:
+    def _log_variance(self, fraction: Latents | None, x_t: Latents, t: Timesteps) -> LogVariances:
         smallest = _like(self._at("posterior_log_variance_clipped", t), x_t)
         if self.variance == "fixed-small":
             return smallest

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,11 @@ Variance = Literal["learned-range", "fixed-small", "fixed-large"]
 Loss = Literal["mse", "rescaled-mse", "kl", "rescaled-kl"]
 TimestepLaw = Literal["logit-normal", "uniform"]
 FlowPath = Literal["linear", "cosine"]
+
+OF_TRAINING = frozenset({"loss", "timestep_law", "time_mean", "time_std"})
+"""Settings that say how a network was trained, and nothing of what it predicts or how it is sampled from."""
+OF_SAMPLING = frozenset({"times"})
+"""Settings that whoever samples makes, and no checkpoint has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +61,10 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         flags={"schedule": "noise_schedule", "prediction": "prediction", "variance": "variance", "loss": "loss"},
     ),
     "flow": ObjectiveSpec(
-        module="flow", kind="RectifiedFlow", help="rectified flow", flags={"timestep_law": "timestep_law"}
+        module="flow",
+        kind="RectifiedFlow",
+        help="rectified flow",
+        flags={name: name for name in ("timestep_law", "prediction", "time_mean", "time_std", "time_shift")},
     ),
     "sit": ObjectiveSpec(module="sit", kind="SiTFlow", help="the flow of SiT's networks", flags={"path": "flow_path"}),
     "repa": ObjectiveSpec(
@@ -81,10 +90,11 @@ def make_process(settings: Mapping[str, Any]) -> Process:
     }
     objective = values.pop("objective", None)
     if not isinstance(objective, str) or objective not in OBJECTIVES:
-        raise UserError(f"the objective is {objective!r}, but only {', '.join(OBJECTIVES)} exist")
+        raise UserError(f"the objective is {shortened(objective)}, but only {', '.join(OBJECTIVES)} exist")
     kind = OBJECTIVES[objective].load()
     _check_settings(kind, values)
-    return kind(**values)
+    hints = get_type_hints(kind)
+    return kind(**{name: float(value) if hints[name] is float else value for name, value in values.items()})
 
 
 def process_from_flags(objective: str, options: object) -> Process:
@@ -104,17 +114,20 @@ def _check_settings(kind: type, values: Mapping[str, Any]) -> None:
 
     Only here: what Python code writes is checked by its types, and what belongs together by the process itself.
     """
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in OF_SAMPLING]
     hints = get_type_hints(kind)
-    wrong = [f"{name} is no setting of it (they are {', '.join(names)})" for name in values if name not in names]
+    told = [name if name.isidentifier() else shortened(name) for name in values if name not in names]
+    wrong = [f"{name} is no setting of it (they are {', '.join(names)})" for name in told]
     for name in (name for name in names if name in values):
         value, choices = values[name], get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
         if choices and value not in choices:
-            wrong.append(f"{name} is {value!r} but must be one of {', '.join(choices)}")
+            wrong.append(f"{name} is {shortened(value)} but must be one of {', '.join(choices)}")
+        if hints[name] is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+            wrong.append(f"{name} is {shortened(value)} but must be a number")
         if hints[name] is int and type(value) is not int:
-            wrong.append(f"{name} is {value!r} but must be a whole number")
+            wrong.append(f"{name} is {shortened(value)} but must be a whole number")
         if hints[name] == tuple[int, ...] | None and not (value is None or _are_whole(value)):
-            wrong.append(f"{name} is {value!r} but must be whole numbers")
+            wrong.append(f"{name} is {shortened(value)} but must be whole numbers")
     if wrong:
         raise UserError(f"this {kind.__name__} cannot be made: {'; '.join(wrong)}")
 

@@ -6,9 +6,10 @@ options can ask the table; the shapes of what goes in and out are checked by the
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.diffusion.flow_samplers import dpm_solver_flow, sde
 from pipeline.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class SamplerSpec:
         *,
         steps: int,
         eta: float = 0.0,
+        timesteps: Sequence[int | float] | None = None,
         on_step: OnStep = told_no_one,
     ) -> Latents:
         """The x_0 [N, C, H, W] that the starting noise leads to, without gradients.
@@ -70,6 +72,8 @@ class SamplerSpec:
             draw: further noise, for the samplers that use any.
             steps: how many steps back are made.
             eta: how much of that noise is added, by the samplers that take it.
+            timesteps: where they begin, from noise to data: a flow's times, or timesteps of a diffusion's training; as
+                the sampler chooses, where none are given.
             on_step: told the progress, and what the result looks like so far.
 
         Raises:
@@ -77,18 +81,26 @@ class SamplerSpec:
         """
         import torch
 
-        check_request(self, process, steps=steps, eta=eta)
+        check_request(self, process, steps=steps, eta=eta, timesteps=timesteps)
+        if timesteps is not None:
+            process = process.with_timesteps(timesteps)
         options = {"eta": eta} if self.takes_eta else {}
         with torch.no_grad():
             return self.function(process, denoise, noise, draw, steps=steps, on_step=on_step, **options)
 
 
-def check_request(spec: SamplerSpec, process: Process, *, steps: int, eta: float = 0.0) -> None:
-    """Raise UserError unless the sampler can make that many steps of the process, and takes eta if any is given."""
+def check_request(
+    spec: SamplerSpec, process: Process, *, steps: int, eta: float = 0.0, timesteps: Sequence[int | float] | None = None
+) -> None:
+    """Raise UserError unless the sampler can make these steps of the process, and takes eta if any is given."""
     name, most = name_of(spec), spec.most_steps(process)
     if steps < 1:
         raise UserError(f"--steps {steps} must be at least 1")
-    if most is not None and steps > most:
+    if timesteps is not None:
+        process.with_timesteps(timesteps)
+        if steps != len(timesteps):
+            raise UserError(f"--steps {steps} does not fit the {len(timesteps)} of --timesteps; leave it away")
+    elif most is not None and steps > most:
         raise UserError(f"--steps {steps} is more than --sampler {name} can take here: at most {most}")
     if eta != 0 and not spec.takes_eta:
         raise UserError(f"--eta {eta} is for --sampler {takes_eta()}, not {name}; drop one of the two")
@@ -168,7 +180,7 @@ def dpm_solver(
     """x_0 by DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, second order: diffusers' scheduler."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-    settings = _solver_settings(process)
+    settings = _solver_settings(process, steps)
     scheduler = _started(DPMSolverMultistepScheduler(**settings, algorithm_type="dpmsolver++", solver_order=2), steps)
     x = process.start(noise)
     for k, timestep in enumerate(scheduler.timesteps):
@@ -195,7 +207,7 @@ def unipc(
     """
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-    scheduler = _started(UniPCMultistepScheduler(**_solver_settings(process), solver_order=2), steps)
+    scheduler = _started(UniPCMultistepScheduler(**_solver_settings(process, steps), solver_order=2), steps)
     points = [_Point.at(ratio) for ratio in scheduler.sigmas]  # of every step and the end
     x = start = process.start(noise)
     x_starts: list[Tensor] = []  # of the two steps before
@@ -266,13 +278,13 @@ def _unipc_step(
     return first_order, weight, (x_starts[-2] - x_starts[-1]) / ratio, list(coefficients)
 
 
-def _solver_settings(process: GaussianDiffusion) -> dict[str, Any]:
+def _solver_settings(process: GaussianDiffusion, steps: int) -> dict[str, Any]:
     """What diffusers' schedulers have to know of the process."""
     return {
         "num_train_timesteps": process.num_timesteps,
         "trained_betas": process.betas.numpy(),
         "prediction_type": process.diffusers_scheduler()["prediction_type"],
-        "timestep_spacing": "linspace",
+        "timestep_spacing": "trailing" if steps == process.num_timesteps else "linspace",  # which spares the last
     }
 
 
@@ -303,13 +315,13 @@ def euler(
     steps: int,
     on_step: OnStep = told_no_one,
 ) -> Latents:
-    """x_0 by equal steps along the velocity; one evaluation each, error of first order in the step."""
+    """x_0 by steps along the velocity, equal but for the time shift; one evaluation each, error of first order."""
     x = process.start(noise)
-    for k in range(steps):
-        t = process.timesteps(1 - k / steps, x)
+    for k, (at, per_unit) in enumerate(process.steps_back(steps)):
+        t = process.timesteps(at, x)
         velocity = process.velocity(denoise, x, t)
         on_step(k, steps, process.predict_x_start(velocity, x, t))
-        x = x - velocity / steps
+        x = x - velocity / per_unit
     return x
 
 
@@ -322,19 +334,19 @@ def heun(
     steps: int,
     on_step: OnStep = told_no_one,
 ) -> Latents:
-    """x_0 by equal steps along the mean of the velocities at both ends; two evaluations each, error of second order.
+    """x_0 by such steps along the mean of the velocities at both ends; two evaluations each, error of second order.
 
     The last step takes one evaluation: at t = 0 itself training has hardly been.
     """
     x = process.start(noise)
-    for k in range(steps):
-        t = process.timesteps(1 - k / steps, x)
+    for k, (at, per_unit) in enumerate(process.steps_back(steps)):
+        t = process.timesteps(at, x)
         velocity = process.velocity(denoise, x, t)
         on_step(k, steps, process.predict_x_start(velocity, x, t))
         if k < steps - 1:
-            end = process.timesteps(1 - k / steps, x, less=1 / steps)
-            velocity = (velocity + process.velocity(denoise, x - velocity / steps, end)) / 2
-        x = x - velocity / steps
+            end = process.timesteps(at, x, less=1 / per_unit)
+            velocity = (velocity + process.velocity(denoise, x - velocity / per_unit, end)) / 2
+        x = x - velocity / per_unit
     return x
 
 
@@ -345,6 +357,8 @@ SAMPLERS: dict[str, SamplerSpec] = {
     "unipc": SamplerSpec(function=unipc, objective="ddpm", help="good from 20 steps", spares_steps=1),
     "heun": SamplerSpec(function=heun, objective="flow", help="second order, two passes a step"),
     "euler": SamplerSpec(function=euler, objective="flow", help="first order"),
+    "sde": SamplerSpec(function=sde, objective="flow", help="with noise, as SiT's and REPA's tables: 250 steps"),
+    "dpm++2m": SamplerSpec(function=dpm_solver_flow, objective="flow", help="second order, one pass a step"),
 }
 """By name; the first one of an objective is its default."""
 

@@ -1,6 +1,7 @@
 """Noise schedules: how much noise each timestep adds, which timesteps a respaced process keeps, and what follows.
 
-Timestep 0 is the cleanest, T - 1 the noisiest. All tables are float64; a kernel rounds what it looks up.
+Timestep 0 is the cleanest, T - 1 the noisiest. All tables are float64 (float32 where a device has no other); a kernel
+rounds what it looks up.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.diffusion.process import Schedule
+from pipeline.runtime.devices import widest_float
 from pipeline.runtime.errors import UserError
 
 PerStep = Float[Tensor, " step"]
@@ -126,7 +128,9 @@ def tables_of(schedule: Schedule, steps: int, kept: tuple[int, ...] | None, devi
         posterior_mean_coef1=betas * alpha_bar_prev.sqrt() / (1 - alpha_bar),
         posterior_mean_coef2=(1 - alpha_bar_prev) * (1 - betas).sqrt() / (1 - alpha_bar),
     )
-    return Tables(**{field.name: getattr(tables, field.name).to(device) for field in dataclasses.fields(tables)})
+    values = {field.name: getattr(tables, field.name) for field in dataclasses.fields(tables)}
+    widest = widest_float(device)
+    return Tables(**{name: (v.to(widest) if v.is_floating_point() else v).to(device) for name, v in values.items()})
 
 
 def _shifted(alpha_bar: PerStep) -> PerStep:

@@ -33,6 +33,7 @@ class REPAFlow(RectifiedFlow):
     """How data and noise are mixed at time t."""
 
     objective: ClassVar[str] = "repa"
+    may_predict_data: ClassVar[bool] = False
 
     @property
     def time_scale(self) -> float:
@@ -75,6 +76,12 @@ class REPAFlow(RectifiedFlow):
         """x_0 from x_t = alpha · x_0 + sigma · noise and its derivative, two equations for two unknowns."""
         alpha, sigma, alpha_slope, sigma_slope = self._mix(columns(t, x_t))
         return (sigma_slope * x_t - sigma * velocity) / (alpha * sigma_slope - sigma * alpha_slope)
+
+    def output_for(self, x_start: Latents, x_t: Latents, t: PerSample) -> Latents:
+        """What a network would give at x_t that knows x_0: the path's velocity there, by the time it is told."""
+        alpha, sigma, _, _ = self._mix(columns(t, x_t))
+        velocity = self.target(x_start, t, (x_t - alpha * x_start) / sigma)
+        return -velocity if self.noise_first else velocity
 
     def target(self, x_start: Latents, t: PerSample, noise: Latents) -> Latents:
         """dx / dt on the path."""

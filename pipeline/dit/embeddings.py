@@ -36,6 +36,34 @@ def position_table(rows: int, columns: int, width: int) -> Float[Tensor, "1 toke
     return table.float().to(torch.get_default_device())
 
 
+def rotary_table(
+    rows: int, columns: int, head_size: int, added_tokens: int = 0
+) -> Float[Tensor, "2 tokens {head_size}/2"]:
+    """Cosines and sines of the angles by which `rotate` turns a head's pairs of channels (2-D RoPE).
+
+    The first half of the pairs turns with the row, the second with the column, by place · 10000^(-i / n) for
+    i = 0 … n - 1 with n = head_size / 4 (Su et al. 2021, arXiv 2104.09864, equation 34, once per axis; as in EVA-02,
+    arXiv 2303.11331). Tokens that are added behind the image's have no place: they are not turned.
+    """
+    n = head_size // 4
+    frequencies, row, column = (torch.arange(count, dtype=torch.float64, device="cpu") for count in (n, rows, columns))
+    places = torch.meshgrid(row, column, indexing="ij")
+    angles = torch.cat([place.flatten()[:, None] * 10000.0 ** -(frequencies / n) for place in places], dim=1)
+    angles = torch.cat([angles, angles.new_zeros(added_tokens, 2 * n)])
+    return torch.stack([angles.cos(), angles.sin()]).float().to(torch.get_default_device())
+
+
+def rotate(x: Float[Tensor, "batch head token channel"], table: Float[Tensor, "2 token half"]) -> Tensor:
+    """Queries or keys with channel i and channel half + i turned by the token's angle i, in float32 at least.
+
+    So a query's product with a key depends on the differences of their rows and columns alone, and norms stay.
+    """
+    cos, sin = table[:, :, None]
+    first, second = x.transpose(1, 2).chunk(2, dim=-1)  # tokens before heads, as they lie in memory
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype).transpose(1, 2)
+
+
 class PatchEmbedder(nn.Module):
     """One token per patch of the latent, row by row."""
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.dit.config import Conditioning, DiTConfig
+from pipeline.dit.config import BLOCKS, PRESETS, Conditioning, DiTConfig
 from pipeline.dit.model import on_meta
 
 
@@ -54,15 +56,17 @@ _PAPER: dict[tuple[str, Conditioning, int], tuple[float, int]] = {
 @functools.lru_cache
 def count_parameters(config: DiTConfig) -> int:
     """Trainable parameters."""
-    return sum(parameter.numel() for parameter in on_meta(config).parameters())
+    return _at_depth(config, lambda network: sum(parameter.numel() for parameter in on_meta(network).parameters()))
 
 
 def count_macs(config: DiTConfig) -> int:
-    """Multiply-adds of one forward pass of one sample, as torch's own counter finds them (it counts each as two).
+    """Multiply-adds of one forward pass of one sample, as torch's own counter finds them (it counts each as two)."""
+    return _at_depth(config, _counted)
 
-    Every block costs the same, so that networks of one and of two blocks tell the cost of any depth.
-    """
-    one, two = (_counted(dataclasses.replace(config, depth=depth)) for depth in (1, 2))
+
+def _at_depth(config: DiTConfig, count: Callable[[DiTConfig], int]) -> int:
+    """A count for any depth: every block but the first is like the others, so networks of one and two blocks tell."""
+    one, two = (count(dataclasses.replace(config, depth=depth)) for depth in (1, 2))
     return one + (config.depth - 1) * (two - one)
 
 
@@ -91,6 +95,34 @@ def models_table() -> list[ModelRow]:
         )
         rows.append(row)
     return rows
+
+
+class ModernRow(NamedTuple):
+    """A network with the blocks of `--blocks modern`, beside which no paper prints figures."""
+
+    model: str
+    input: str
+    parameters: int
+    gflops: float
+    """10⁹ multiply-adds of one forward pass of one sample."""
+
+
+def modern_table() -> list[ModernRow]:
+    """The presets of patch 2 with modern blocks at 256 pixels, and XL/2 at 512."""
+    networks = [*((model, 32) for model in PRESETS if model.endswith("/2")), ("DiT-XL/2", 64)]
+    configs = [(model, DiTConfig.from_preset(model, input_size=side, **BLOCKS["modern"])) for model, side in networks]
+    return [
+        ModernRow(model, f"{config.in_channels}×{config.height}×{config.width}", count_parameters(config), macs / 1e9)
+        for model, config in configs
+        for macs in [count_macs(config)]
+    ]
+
+
+def modern_markdown(rows: list[ModernRow]) -> str:
+    """The rows as a Markdown table, one line each under two lines of heading."""
+    lines = [["model", "input", "parameters", "GFLOPs"], ["---"] * 2 + ["---:"] * 2]
+    lines += [[row.model, row.input, f"{row.parameters:,}", f"{row.gflops:.6f}"] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def models_markdown(rows: list[ModelRow]) -> str:

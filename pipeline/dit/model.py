@@ -1,7 +1,7 @@
 """The Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748), under the public release's parameter names."""
 
 import math
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -9,16 +9,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import randomness
-from pipeline.dit.blocks import Block, FinalLayer, introduce
-from pipeline.dit.config import DiTConfig
-from pipeline.dit.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder, position_table
+from pipeline.dit.blocks import Aligner, Block, FinalLayer, Projector, WideHead, introduce, register_tables
+from pipeline.dit.config import ConfigError, DiTConfig
+from pipeline.dit.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
+from pipeline.runtime.devices import machine_bytes
 
+_MOST_BYTES: Final = 10**16
+"""Of a network that is only counted, or lies elsewhere than in this machine's memory."""
 # Drawn from a normal of this spread in the release; every other weight matrix is Xavier uniform.
 _NORMAL_WEIGHTS = {
     "y_embedder.embedding_table.weight": 0.02,
     "t_embedder.mlp.0.weight": 0.02,
     "t_embedder.mlp.2.weight": 0.02,
 }
+
+
+class Outputs(NamedTuple):
+    """What one forward pass gives where its middle is looked at; each [batch, …, height, width]."""
+
+    final: Tensor
+    """The network's output."""
+    middle: Tensor | None = None
+    """The same from the middle head (internal guidance, Zhou et al. 2025, arXiv 2512.24176)."""
+    aligned: Tensor | None = None
+    """The clean latent from the middle's tokens (SRA 2, arXiv 2601.17830)."""
+    features: Tensor | None = None
+    """An encoder's features from the middle's tokens, [batch, token, feature] (REPA, arXiv 2410.06940)."""
 
 
 class DiT(nn.Module):
@@ -29,23 +45,41 @@ class DiT(nn.Module):
     """
 
     pos_embed: Tensor
+    rotary: Tensor | None
 
     def __init__(self, config: DiTConfig, *, seed: int | None = 0) -> None:
-        """Weights at their start for training, a function of the seed alone; None leaves them unset, for loading."""
+        """Weights at their start for training, a function of the seed alone; None leaves them unset, for loading.
+
+        Raises:
+            ConfigError: this machine's memory does not hold them.
+        """
         super().__init__()
+        device = torch.get_default_device()
+        _check_memory(config, machine_bytes(), is_here=device.type == "cpu")
         self.config = config
         self.gradient_checkpointing = False
-        device = torch.get_default_device()
         with torch.device("meta"):  # PyTorch's own start would cost time and draws from its global generator
             self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, config.hidden_size)
             self.t_embedder = TimestepEmbedder(config.hidden_size)
             self.y_embedder = LabelEmbedder(config.label_rows, config.hidden_size)
-            self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
-            self.final_layer = FinalLayer(config)
+            self.blocks = nn.ModuleList([Block(config, first=number == 0) for number in range(config.depth)])
+            self.final_layer = FinalLayer(config.head or config)
+            # last, so that the others' starting weights are drawn as without them
+            self.middle_layer = FinalLayer(config) if config.middle_head else None
+            self.aligner = Aligner(config) if config.align_latent else None
+            self.projector = Projector(config) if config.align_features else None
+            self.head = WideHead(config) if config.head else None
         self.to_empty(device=device)
-        self.register_buffer("pos_embed", position_table(*config.grid, config.hidden_size), persistent=False)
+        register_tables(self, config)
+        if self.head is not None and config.head is not None:
+            register_tables(self.head, config.head)
         if seed is not None and device.type != "meta":
             initialize(self, seed)
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks, and then those of a wide head."""
+        return [*self.blocks, *(self.head.blocks if self.head is not None else ())]
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DiT":
@@ -61,31 +95,68 @@ class DiT(nn.Module):
         x: Float[Tensor, "batch channel height width"],
         t: Tensor,
         y: Int[Tensor, " batch"] | None = None,
-    ) -> Float[Tensor, "batch out height width"]:
+        *,
+        middle: bool = False,
+    ) -> Float[Tensor, "batch out height width"] | Outputs:
         """The network's output on noisy latents: C predicted channels, then C variance channels if it learns them.
 
         Args:
             x: noisy, normalised latents.
             t: one timestep per sample in the original process's units, 0 (data) to 1000 (noise), whole or not.
             y: one label per sample, `config.null_class` for none; None only where the network has no classes.
+            middle: give what the middle says, too, as `Outputs`; else its layers cost nothing.
 
         Raises:
             ValueError: a shape or a label that this network does not take.
         """
         y = self._checked(x, t, y)
-        tokens = self.x_embedder(x) + self.pos_embed
-        tokens, condition = introduce(self.config.design, tokens, self.t_embedder(t), self.y_embedder(y))
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(tokens, condition)
-        tokens = tokens[:, : self.config.tokens]
-        return self._unpatchify(self.final_layer(tokens, condition))
+        tokens, time = self.x_embedder(x) + self.pos_embed, self.t_embedder(t)
+        tokens, condition = introduce(self.config.design, tokens, time, self.y_embedder(y))
+        values, seen = None, None
+        for number, block in enumerate(self.blocks, 1):
+            made = self._run(block, tokens, condition, self.rotary, values)
+            tokens, values = made if block.gives_values else (made, values)
+            if number == self.config.middle_block:
+                seen = tokens[:, : self.config.tokens]
+        tokens, last = tokens[:, : self.config.tokens], condition
+        if self.head is not None:
+            tokens, last = self.head.begin(x, tokens, time)
+            for block in self.head.blocks:
+                tokens = self._run(block, tokens, last, self.head.rotary)
+        final = self._unpatchify(self.final_layer(tokens, last), self.config.out_channels)
+        return self._with_middle(final, seen, condition) if middle else final
 
-    def _unpatchify(self, patches: Float[Tensor, "batch token patch"]) -> Tensor:
+    def forward_with_middle(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None
+    ) -> tuple[Float[Tensor, "batch out height width"], Float[Tensor, "batch out height width"]]:
+        """(the output, the middle head's) from one forward pass; the arguments are `forward`'s.
+
+        Raises:
+            ValueError: the network has no middle head.
+        """
+        if self.middle_layer is None:
+            raise ValueError("this network has no middle head")
+        made = self(x, t, y, middle=True)
+        return made.final, made.middle
+
+    def _with_middle(self, final: Tensor, tokens: Tensor | None, condition: Tensor | None) -> Outputs:
+        said = aligned = features = None
+        if self.middle_layer is not None:
+            said = self._unpatchify(self.middle_layer(tokens, condition), self.config.out_channels)
+        if self.aligner is not None:
+            aligned = self._unpatchify(self.aligner(tokens), self.config.in_channels)
+        if self.projector is not None:
+            features = self.projector(tokens)
+        return Outputs(final, said, aligned, features)
+
+    def _run(self, block: nn.Module, *arguments: Tensor | None) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(*arguments)
+
+    def _unpatchify(self, patches: Float[Tensor, "batch token patch"], channels: int) -> Tensor:
         rows, columns = self.config.grid
-        side, channels = self.config.patch_size, self.config.out_channels
+        side = self.config.patch_size
         grid = patches.view(-1, rows, columns, side, side, channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * side, columns * side)
 
@@ -117,6 +188,23 @@ class DiT(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def _check_memory(config: DiTConfig, there: int, *, is_here: bool) -> None:
+    """Raise ConfigError for a network that is larger than memory, before a module is made for it.
+
+    Args:
+        there: bytes of this machine's memory.
+        is_here: whether weights are to lie in it; the table of positions does in any case.
+    """
+    count, positions = config.least_parameters, math.prod(config.grid) * config.hidden_size
+    held = 4 * (positions + (count if is_here else 0))
+    if held > there or 4 * count > _MOST_BYTES:
+        raise ConfigError(
+            f"a network of at least {count:.3g} parameters (depth {config.depth:,}, hidden_size "
+            f"{config.hidden_size:,}, {math.prod(config.grid):,} tokens) takes {4e-9 * (positions + count):,.1f} GB, "
+            f"but this machine has {there / 1e9:,.1f} GB of memory; take a smaller one"
+        )
+
+
 def on_meta(config: DiTConfig) -> DiT:
     """The network with its shapes but without memory for its weights."""
     with torch.device("meta"):
@@ -127,14 +215,16 @@ def initialize(model: DiT, seed: int) -> None:
     """Set every weight as the release does, as a function of the seed alone.
 
     Weight matrices are Xavier uniform (the patch embedding as a matrix too), biases 0, norms the identity; the
-    tables and the timestep MLP normal with deviation 0.02; the final layer 0. With adaln-zero the modulation
-    layers are 0, so every block begins as the identity.
+    tables and the timestep MLP normal with deviation 0.02; the final layers 0. With adaln-zero the modulation
+    layers are 0, so every block begins as the identity. The shares of a value residual are 0.5.
     """
     draws = randomness.generator(seed, "network weights")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if _starts_at_zero(name, model.config):
                 parameter.zero_()
+            elif name.endswith("value_lambda"):
+                parameter.fill_(0.5)
             elif parameter.ndim == 1:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif name in _NORMAL_WEIGHTS:
@@ -146,8 +236,12 @@ def initialize(model: DiT, seed: int) -> None:
 
 
 def _starts_at_zero(name: str, config: DiTConfig) -> bool:
-    is_modulation = "adaLN_modulation" in name and config.design.zero_start
-    return is_modulation or name.startswith("final_layer.linear") or name.endswith("bias")
+    design = config.design
+    if config.head is not None and name.startswith(("head.", "final_layer.")):
+        design = config.head.design
+    is_modulation = "adaLN_modulation" in name and design.zero_start
+    is_output = name.startswith(("final_layer.linear", "middle_layer.linear"))
+    return is_modulation or is_output or name.endswith("bias")
 
 
 def compile_blocks(model: DiT, **options: Any) -> DiT:
@@ -155,6 +249,6 @@ def compile_blocks(model: DiT, **options: Any) -> DiT:
 
     Blocks share their code, so one compilation serves all of them and start-up takes seconds, not minutes.
     """
-    for block in model.blocks:
+    for block in model.all_blocks:
         block.compile(**options)
     return model

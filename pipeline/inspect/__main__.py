@@ -25,13 +25,14 @@ def run(options: InspectOptions) -> None:
     if options.path is None:
         return
     if is_store(options.path):
-        from pipeline.inspect.store import describe_store, draw_store, verify_store
+        from pipeline.inspect.store import describe_store, draw_store, store_beside, verify_store
 
-        show(describe_store(options.path))
+        path = store_beside(options.path)
+        show(describe_store(path))
         if options.verify:
-            show(verify_store(options.path))
+            show(verify_store(path))
         if options.grid is not None:
-            show(draw_store(options.path, Path(options.grid), options))
+            show(draw_store(path, Path(options.grid), options))
         return
     if options.grid is not None:
         raise UserError(f"--grid draws a store, and {options.path} is none; draw a checkpoint's images with dit-sample")

@@ -1,19 +1,21 @@
 """A checkpoint or a run in words: network, step, objective, classes, VAE, weights and their checksums."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from pipeline.checkpoint.folder import checkpoint_folders, find_damage, weight_files
 from pipeline.checkpoint.forms import Stored, build_model, read_stored
+from pipeline.checkpoint.remote import localized
 from pipeline.checkpoint.tensor_files import not_finite
 from pipeline.dit import PRESETS, DiTConfig
 from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.inspect.tables import facts, shortened
+from pipeline.recorded import RecordedVae
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
-from pipeline.runtime.units import size
+from pipeline.runtime.units import factors, size
 
 
 def describe_checkpoint(path: str, *, verify: bool, asked: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
@@ -26,7 +28,7 @@ def describe_checkpoint(path: str, *, verify: bool, asked: Mapping[str, Any] = M
         UserError: it cannot be read, or, if it is to be verified, its tensors do not fit or are not finite.
     """
     lines = []
-    run = Path(path)
+    run = localized(path, whole=verify)
     steps = checkpoint_folders(run)
     if steps:
         kept = "  ".join(f"{step:,}" for step, _ in steps)
@@ -56,31 +58,40 @@ def _any_weights(path: str, asked: Mapping[str, Any]) -> Stored:
 def _facts_of(path: str, stored: Stored) -> dict[str, object]:
     config, info = stored.config, stored.info
     where = stored.folder or path
-    training = ", ".join(
-        f"{key} {value}" for key, value in info["training"].items() if not isinstance(value, dict | list)
-    )
+    training = ", ".join(f"{key} {value}" for key, value in info.training.items() if not isinstance(value, dict | list))
     return {
         "checkpoint": where,
-        "step": f"{info['step']:,}" if stored.folder is not None or info["step"] else "not recorded",
-        "model": f"{_preset_name(config)}, {config.conditioning}",
+        "step": f"{info.step:,}" if stored.folder is not None or info.step else "not recorded",
+        "model": f"{preset_name(config)}, {config.conditioning}",
         "parameters": f"{count_parameters(config):,}",
         "operations": f"{count_macs(config) / 1e9:.3f} GFLOPs (10⁹ multiply-adds of one forward pass)",
         "network": (
             f"width {config.hidden_size}, depth {config.depth}, {config.num_heads} heads, patch {config.patch_size}, "
-            f"MLP ×{config.mlp_ratio:g}{', normalised queries and keys' * config.qk_norm}"
+            f"MLP ×{config.mlp_ratio:g}{''.join(f', {said}' for said in _special_blocks(config))}"
         ),
-        "latent": f"{config.in_channels}×{config.height}×{config.width} ({info['latent']['kind']})",
-        "image": f"{info['image']['size']} px, {info['image']['crop']}",
-        "objective": _objective(info["diffusion"]) if stored.origin.known else "not recorded",
+        "latent": f"{config.in_channels}×{config.height}×{config.width} ({info.latent.kind})",
+        "image": f"{info.image.size} px, {info.image.crop}",
+        "objective": _objective(info.diffusion) if stored.origin.known else "not recorded",
         "note": stored.origin.note,
-        "classes": shortened([str(name) for name in info["classes"]]) if config.num_classes else "none (unconditional)",
+        "classes": shortened(list(info.classes)) if config.num_classes else "none (unconditional)",
         "guidance": "possible" if config.has_null_class and config.num_classes else "not possible (no null class)",
-        "VAE": _vae(info["vae"]),
+        "VAE": _vae(info.vae),
         "training": training,
     }
 
 
-def _preset_name(config: DiTConfig) -> str:
+def _special_blocks(config: DiTConfig) -> Iterator[str]:
+    """How the blocks differ from the release's."""
+    yield from ["normalised queries and keys"] * config.qk_norm
+    yield from ["SwiGLU"] * (config.mlp == "swiglu")
+    yield from ["RMSNorm"] * (config.norm == "rms")
+    yield from ["rotary positions"] * config.rotary
+    yield from ["value residual"] * config.value_residual
+    yield from [f"a head of width {config.head_width}, depth {config.head_depth}"] * bool(config.head_width)
+
+
+def preset_name(config: DiTConfig) -> str:
+    """What the paper's table calls a network of this size."""
     sizes = {key: getattr(config, key) for key in ("hidden_size", "depth", "num_heads", "patch_size")}
     names = [name for name, preset in PRESETS.items() if preset == sizes]
     return names[0] if names else "of no published size"
@@ -91,12 +102,10 @@ def _objective(diffusion: dict[str, Any]) -> str:
     return f"{diffusion['objective']} ({settings})"
 
 
-def _vae(vae: dict[str, Any]) -> str:
-    mark = vae.get("sha256")
+def _vae(vae: RecordedVae) -> str:
     return (
-        f"{vae.get('name') or 'not recorded'} ({vae.get('class', 'class not recorded')}), "
-        f"scale {vae.get('scaling_factor')}, shift {vae.get('shift_factor')}, "
-        f"{f'sha256 {mark}' if mark else 'fingerprint not recorded'}"
+        f"{vae.name or 'not recorded'} ({vae.class_name}), scale {factors(vae.scaling_factor)}, "
+        f"shift {factors(vae.shift_factor)}, {f'sha256 {vae.sha256}' if vae.sha256 else 'fingerprint not recorded'}"
     )
 
 

@@ -1,22 +1,39 @@
 """A latent store in words and pictures: what it is, counts per class, statistics, checksums, a contact sheet."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.classes import describe_class, find_classes, short_name
+from pipeline.features.manifest import FeatureManifest
+from pipeline.features.store import features_faults, features_of
 from pipeline.inspect.options import InspectOptions
 from pipeline.inspect.tables import facts, shortened, table
-from pipeline.latents import LatentStore
+from pipeline.latents import LatentStore, Manifest
+from pipeline.latents.manifest import FORMAT, VERSION
+from pipeline.latents.names import FEATURES_FOLDER, is_store
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.publish import making
-from pipeline.runtime.units import size
+from pipeline.runtime.units import factors, size
 
 _SHOWN_CLASSES = 10
 _DECODED_AT_ONCE = 16
+
+
+def store_beside(path: str) -> str:
+    """The store whose features a folder holds; the path itself where it is no such folder.
+
+    Raises:
+        UserError: the features are not finished.
+    """
+    folder, _, last = path.rstrip("/").rpartition("/")
+    if last != FEATURES_FOLDER or not folder or not is_store(folder):
+        return path
+    if features_of(folder) is None:
+        raise UserError(f"the features in {path} are not finished; run the command that began them again")
+    return folder
 
 
 def describe_store(path: str) -> list[str]:
@@ -27,14 +44,15 @@ def describe_store(path: str) -> list[str]:
     """
     with LatentStore(path) as store:
         manifest, labels = store.manifest, store.labels().numpy()
-    counts = _counts(manifest["classes"], manifest["class_ids"], labels)
-    statistics = manifest["statistics"]
+    counts = counts_of(manifest.classes, manifest.class_ids, labels)
+    statistics = manifest.statistics
     rows = [
         (str(channel), f"{mean:+.6f}", f"{std:.6f}")
-        for channel, (mean, std) in enumerate(zip(statistics["mean"], statistics["std"], strict=True))
+        for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True))
     ]
+    features = features_of(path)
     return [
-        *facts(_facts_of(path, manifest)),
+        *facts(facts_of(path, manifest, features)),
         "",
         *table(("channel", "mean", "std"), rows),
         "",
@@ -42,28 +60,43 @@ def describe_store(path: str) -> list[str]:
     ]
 
 
-def _facts_of(path: str, manifest: Mapping[str, Any]) -> dict[str, object]:
-    latent, vae, image = manifest["latent"], manifest["vae"], manifest["image"]
-    total = sum(shard["bytes"] for shard in manifest["shards"])
-    shape = f"{latent['channels']}×{latent['height']}×{latent['width']}"
+def facts_of(path: str, manifest: Manifest, features: FeatureManifest | None) -> dict[str, object]:
+    """What a store is, by name, in words, and the features beside it."""
+    latent, vae, image = manifest.latent, manifest.vae, manifest.image
+    total = sum(shard.bytes for shard in manifest.shards)
+    shape = f"{latent.channels}×{latent.height}×{latent.width}"
     return {
         "store": path,
-        "format": f"{manifest['format']} version {manifest['version']}, {manifest['shard_format']} shards",
-        "samples": f"{manifest['samples']:,} ({manifest['split']}), {manifest['skipped']:,} inputs skipped",
-        "views": f"{len(manifest['views'])}: {', '.join(manifest['views'])}",
-        "latent": f"{shape} {latent['kind']}, {latent['dtype']}, one cell for {latent['downsample']} px",
-        "image": f"{image['size']} px, {image['crop']}",
-        "classes": shortened(list(manifest["classes"])) if manifest["classes"] else "none (unlabelled)",
+        "format": f"{FORMAT} version {VERSION}, {manifest.shard_format} shards",
+        "samples": f"{manifest.samples:,} ({manifest.split}), {manifest.skipped:,} inputs skipped",
+        "views": f"{len(manifest.views)}: {', '.join(manifest.views)}",
+        "latent": f"{shape} {latent.kind}, {latent.dtype}, one cell for {latent.downsample} px",
+        "image": f"{image.size} px, {image.crop}",
+        "classes": shortened(list(manifest.classes)) if manifest.classes else "none (unlabelled)",
         "VAE": (
-            f"{vae['name']} ({vae['class']}), scale {vae['scaling_factor']}, shift {vae['shift_factor']}, "
-            f"sha256 {vae.get('sha256') or 'not recorded'}"
+            f"{vae.name or 'not recorded'} ({vae.class_name}), scale {factors(vae.scaling_factor)}, "
+            f"shift {factors(vae.shift_factor)}, sha256 {vae.sha256 or 'not recorded'}"
         ),
-        "seed": manifest["seed"],
-        "size": f"{size(total)} in {len(manifest['shards']):,} shards",
+        "seed": manifest.seed,
+        "size": f"{size(total)} in {len(manifest.shards):,} shards",
+        **({} if features is None else _facts_of_features(features)),
     }
 
 
-def _counts(
+def _facts_of_features(features: FeatureManifest) -> dict[str, object]:
+    encoder, columns, pca = features.encoder, features.columns, features.pca
+    total = sum(shard.bytes for shard in features.shards)
+    reduced = f" of {encoder.width}, which keep {pca.kept_variance:.2%} of the variance" if pca else ""
+    return {
+        "features": (
+            f"{encoder.grid[0]}×{encoder.grid[1]} patches of {columns.dim} numbers{reduced}, {columns.dtype}; "
+            f"{f'class token of {columns.cls}' if columns.cls else 'no class token'}; {size(total)}"
+        ),
+        "encoder": f"{encoder.name} ({encoder.class_name}), {encoder.resolution} px, sha256 {encoder.sha256}",
+    }
+
+
+def counts_of(
     classes: Sequence[str], class_ids: Sequence[str], labels: NDArray[np.int64]
 ) -> list[tuple[str, str, str, str]]:
     """(label, folder name, readable name, samples) of every class, and of what has none."""
@@ -87,7 +120,9 @@ def verify_store(path: str) -> list[str]:
     """
     from pipeline.latents.verify import verify
 
-    faults = verify(path)
+    with LatentStore(path) as store:
+        manifest = store.manifest
+    faults = [*verify(path), *features_faults(path, manifest)]
     if faults:
         raise UserError(f"{path} is damaged: {'; '.join(faults)}; remove what is named and run dit-extract again")
     return ["", "verified: every shard has the checksum that the manifest and its record give"]
@@ -108,16 +143,16 @@ def draw_store(path: str, picture: Path, options: InspectOptions) -> list[str]:
     columns = options.per_class
     if None not in rows:
         images = _padded(images, [len(indices) for indices in rows.values()], columns)
-    names = [short_name(label, manifest["classes"], manifest["class_ids"]) for label in rows if label is not None]
+    names = [short_name(label, manifest.classes, manifest.class_ids) for label in rows if label is not None]
     sheet = grid(images, columns, row_labels=names or None, title=f"{Path(path).name}: decoded latents")
     with making(picture.absolute(), overwrite=True) as stage:
-        save_png(stage.place(picture.absolute()), sheet, {"vae": str(manifest["vae"]["name"])})
+        save_png(stage.place(picture.absolute()), sheet, {"vae": str(manifest.vae.name)})
     return ["", f"written: {picture}, {len(images)} images"]
 
 
 def _rows(store: LatentStore, options: InspectOptions, path: str) -> dict[int | None, NDArray[np.int64]]:
     """The samples to draw of each class; of a store without classes, {None: the first ones}."""
-    classes, class_ids = store.manifest["classes"], store.manifest["class_ids"]
+    classes, class_ids = store.manifest.classes, store.manifest.class_ids
     labels = store.labels().numpy()
     count = max(len(classes), len(class_ids))
     if not count and options.classes is not None:
@@ -141,8 +176,8 @@ def _decoded(store: LatentStore, indices: NDArray[np.int64], vae: str | None) ->
     """The images of these samples' first views, from the means of their posteriors."""
     from pipeline.vae import find_vae
 
-    decoder = find_vae(store.manifest["vae"], vae)
-    channels = store.manifest["latent"]["channels"]
+    decoder = find_vae(store.manifest.vae, vae)
+    channels = store.manifest.latent.channels
     batches = []
     for start in range(0, len(indices), _DECODED_AT_ONCE):
         latents, _ = store.gather(indices[start : start + _DECODED_AT_ONCE])

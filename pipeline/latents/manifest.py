@@ -2,55 +2,48 @@
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pipeline.latents.names import FORMATS, MANIFEST_FILE, WORK_FOLDER, is_plain_name
+from msgspec import Meta
+
+from pipeline.latents.names import FORMATS, MANIFEST_FILE, STORE_FORMAT, WORK_FOLDER, ShardFormat, is_plain_name
+from pipeline.recorded import LatentGrid, RecordedImage, RecordedVae
+from pipeline.runtime.bounds import Seed
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import write_bytes
+from pipeline.runtime.gate import (
+    MOST_FAULTS,
+    Count,
+    Finite,
+    NotNegative,
+    Passed,
+    Sha256,
+    parse_json,
+    read_regular,
+    shortened,
+    typed,
+)
 
-FORMAT = "dit-latents"
+FORMAT = STORE_FORMAT
 VERSION = 1
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-KINDS = ("moments", "point")
+if TYPE_CHECKING:
+    StoredType = str
+else:
+    StoredType = Literal[tuple(DTYPE_BYTES)]
 _SEAL = "checksum"
-_REQUIRED: dict[str, type | tuple[type, ...]] = {
-    "shard_format": str,
-    "split": str,
-    "samples": int,
-    "skipped": int,
-    "classes": list,
-    "class_ids": list,
-    "image": dict,
-    "views": list,
-    "latent": dict,
-    "vae": dict,
-    "statistics": dict,
-    "seed": int,
-    "shards": list,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LatentSpec:
+class LatentSpec(LatentGrid):
     """What one latent of a store is."""
 
-    kind: str
-    """`moments`: mean and log-variance of the posterior, 2C values per cell; `point`: one latent, C values."""
-    channels: int
-    """C, the channels of a latent drawn from it."""
-    height: int
-    """Cells from top to bottom."""
-    width: int
-    """Cells from left to right."""
-    dtype: str
-    """`float16`, `bfloat16` or `float32`."""
-    downsample: int
-    """Pixels along one side of a cell."""
+    dtype: StoredType
 
     @property
     def values(self) -> int:
@@ -76,94 +69,92 @@ class ShardEntry:
     """One shard as the manifest lists it."""
 
     file: str
-    samples: int
-    bytes: int
-    sha256: str
+    samples: Count
+    bytes: Count
+    sha256: Sha256
 
 
-class Manifest(Mapping[str, Any]):
-    """The contents of a manifest: a mapping over the JSON, and the same with types as properties."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics(Passed):
+    """Of the sampled, unscaled latents, one number for each channel."""
 
-    def __init__(self, values: Mapping[str, Any], *, origin: str = MANIFEST_FILE) -> None:
-        """Check the values and keep them.
+    mean: tuple[Finite, ...]
+    std: tuple[NotNegative, ...]
 
-        Raises:
-            UserError: an unknown format or version, or a value that is missing or makes no sense; names all of them.
-        """
-        self._values = dict(values)
-        _check(self._values, origin)
-        self.latent = LatentSpec(**{name: self._values["latent"][name] for name in LatentSpec.__dataclass_fields__})
-        self.shards = tuple(
-            ShardEntry(**{name: entry[name] for name in ShardEntry.__dataclass_fields__})
-            for entry in self._values["shards"]
-        )
 
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Manifest(Passed):
+    """What a store says of itself."""
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+    shard_format: ShardFormat
+    split: str
+    samples: Count
+    skipped: Count
+    classes: tuple[str, ...]
+    """Readable names, index = label; empty for unlabelled data."""
+    class_ids: tuple[str, ...]
+    """Folder names or synsets, in the order of `classes`."""
+    image: RecordedImage
+    views: Annotated[tuple[str, ...], Meta(min_length=1)]
+    latent: LatentSpec
+    vae: RecordedVae
+    statistics: Statistics
+    seed: Seed
+    shards: tuple[ShardEntry, ...]
+    plan: str = ""
+    """The plan that every record must name."""
+    extraction: dict[str, Any] = field(default_factory=dict)
+    """The flags of the extraction that made it."""
 
-    def __len__(self) -> int:
-        return len(self._values)
+    def __post_init__(self) -> None:
+        channels, names = self.latent.channels, [shard.file for shard in self.shards]
+        suffix, total = FORMATS[self.shard_format], sum(shard.samples for shard in self.shards)
+        faults = [
+            f"shards[{number}].file is {shortened(name)}, which is no plain file name of a shard"
+            for number, name in enumerate(names)
+            if not is_plain_name(name) or not name.endswith(suffix)
+        ]
+        faults += [f"the shard {name} is listed twice" for name, count in Counter(names).items() if count > 1]
+        if self.classes and self.class_ids and len(self.classes) != len(self.class_ids):
+            faults.append(f"there are {len(self.classes)} classes and {len(self.class_ids)} class_ids")
+        if total != self.samples:
+            faults.append(f"samples is {self.samples}, but the shards have {total}")
+        faults += [
+            f"{name} is {shortened(list(values))}, but must be {channels} numbers, one for each channel"
+            for name, values in (
+                ("statistics.mean", self.statistics.mean),
+                ("statistics.std", self.statistics.std),
+                *self.vae.factors_by_channel(),
+            )
+            if len(values) != channels
+        ]
+        if faults:
+            raise ValueError("; ".join(faults[:MOST_FAULTS]))
 
     def __repr__(self) -> str:
         latent = self.latent
         shape = f"{latent.channels}×{latent.height}×{latent.width}"
         return f"Manifest({self.samples} samples, {len(self.shards)} shards, {shape} {latent.kind})"
 
-    @property
-    def samples(self) -> int:
-        return int(self._values["samples"])
-
-    @property
-    def skipped(self) -> int:
-        return int(self._values["skipped"])
-
-    @property
-    def split(self) -> str:
-        return str(self._values["split"])
-
-    @property
-    def shard_format(self) -> str:
-        return str(self._values["shard_format"])
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Readable names, index = label; empty for unlabelled data."""
-        return tuple(self._values["classes"])
-
-    @property
-    def class_ids(self) -> Sequence[str]:
-        """Folder names or synsets, in the order of `classes`."""
-        return tuple(self._values["class_ids"])
-
-    @property
-    def image(self) -> Mapping[str, Any]:
-        """`size` in pixels, and `crop`."""
-        return dict(self._values["image"])
-
-    @property
-    def views(self) -> Sequence[str]:
-        return tuple(self._values["views"])
-
-    @property
-    def vae(self) -> Mapping[str, Any]:
-        """`name`, `class`, `sha256`, `scaling_factor`, `shift_factor`."""
-        return dict(self._values["vae"])
-
-    @property
-    def statistics(self) -> Mapping[str, Sequence[float]]:
-        """`mean` and `std` per channel of the sampled, unscaled latents."""
-        return dict(self._values["statistics"])
-
-    @property
-    def seed(self) -> int:
-        return int(self._values["seed"])
-
     def to_bytes(self) -> bytes:
         """The file: the same values give the same bytes."""
-        return sealed(self._values)
+        return sealed(self)
+
+
+def make_manifest(values: Mapping[str, Any], *, origin: str = MANIFEST_FILE) -> Manifest:
+    """The manifest of these values, checked.
+
+    Raises:
+        UserError: an unknown format or version, or values that are missing or make no sense; names all of them.
+    """
+    if values.get("format") != FORMAT:
+        raise UserError(f"{origin} says format {shortened(values.get('format'))}, but a latent store says {FORMAT!r}")
+    if values.get("version") != VERSION:
+        raise UserError(
+            f"{origin} says version {shortened(values.get('version'))} of the latent store, but this program knows "
+            f"version {VERSION} only; install a dit-pipeline that knows it, or extract again"
+        )
+    return typed(values, Manifest, f"{origin} is damaged", advice="restore it or extract again")
 
 
 def parse_manifest(data: bytes, origin: str, *, check_seal: bool = True) -> Manifest:
@@ -177,13 +168,10 @@ def parse_manifest(data: bytes, origin: str, *, check_seal: bool = True) -> Mani
     Raises:
         UserError: it is damaged, or of a format or version that is not known.
     """
-    try:
-        values = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{origin} is not valid JSON ({error}); it is damaged, restore it or extract again") from error
+    values = parse_json(data, origin, advice="restore it or extract again")
     if not isinstance(values, dict):
         raise UserError(f"{origin} holds no JSON object, so it is no manifest of a latent store; check the path")
-    manifest = Manifest(values, origin=origin)
+    manifest = make_manifest(values, origin=origin)
     if check_seal and not is_intact(data):
         raise UserError(
             f"{origin} was changed after it was written: it does not fit its `{_SEAL}`; restore it, or, if it was "
@@ -209,7 +197,7 @@ def read_manifest_bytes(folder: Path) -> bytes:
     """
     path = folder / MANIFEST_FILE
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(_why_missing(folder)) from error
     except OSError as error:
@@ -242,7 +230,7 @@ def write_manifest(folder: Path, manifest: Manifest, *, work_folder: Path | None
 
 def latent_json(latent: LatentSpec) -> dict[str, Any]:
     """The manifest's `latent` object."""
-    return asdict(latent)
+    return {name: getattr(latent, name) for name in ("kind", "channels", "height", "width", "dtype", "downsample")}
 
 
 def sealed(values: Mapping[str, Any]) -> bytes:
@@ -275,120 +263,3 @@ def is_intact(data: bytes) -> bool:
 
 def _json_bytes(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
-def _check(values: Mapping[str, Any], origin: str) -> None:
-    if values.get("format") != FORMAT:
-        raise UserError(f"{origin} says format {values.get('format')!r}, but a latent store says {FORMAT!r}")
-    if values.get("version") != VERSION:
-        raise UserError(
-            f"{origin} says version {values.get('version')!r} of the latent store, but this program knows version "
-            f"{VERSION} only; install a dit-pipeline that knows it, or extract again"
-        )
-    faults = [f"{key} is missing" for key in _REQUIRED if key not in values]
-    faults += [
-        f"{key} is {_short(values[key])}"
-        for key, kind in _REQUIRED.items()
-        if key in values and (not isinstance(values[key], kind) or isinstance(values[key], bool))
-    ]
-    if not faults:
-        faults = [*_latent_faults(values["latent"]), *_shape_faults(values), *_shard_faults(values)]
-    if not faults:
-        faults = _number_faults(values, values["latent"]["channels"])
-    if faults:
-        raise UserError(f"{origin} is damaged: {'; '.join(faults[:8])}; restore it or extract again")
-
-
-def _latent_faults(latent: Mapping[str, Any]) -> list[str]:
-    faults = [
-        f"latent.{key} is {_short(latent.get(key))}"
-        for key in ("channels", "height", "width", "downsample")
-        if not _is_count(latent.get(key)) or latent[key] == 0
-    ]
-    for key, known in (("kind", KINDS), ("dtype", tuple(DTYPE_BYTES))):
-        if latent.get(key) not in known:
-            faults.append(f"latent.{key} is {_short(latent.get(key))}, known are {', '.join(known)}")
-    return faults
-
-
-def _shape_faults(values: Mapping[str, Any]) -> list[str]:
-    faults = []
-    if values["shard_format"] not in FORMATS:
-        faults.append(f"shard_format is {_short(values['shard_format'])}, known are {', '.join(FORMATS)}")
-    if not values["views"] or not all(isinstance(view, str) for view in values["views"]):
-        faults.append("views is no list of names")
-    faults += [
-        f"{key} is no list of names"
-        for key in ("classes", "class_ids")
-        if not all(isinstance(name, str) for name in values[key])
-    ]
-    if len(values["classes"]) != len(values["class_ids"]) and values["classes"] and values["class_ids"]:
-        faults.append(f"there are {len(values['classes'])} classes and {len(values['class_ids'])} class_ids")
-    return faults
-
-
-def _shard_faults(values: Mapping[str, Any]) -> list[str]:
-    faults = []
-    total = 0
-    seen = set()
-    for number, entry in enumerate(values["shards"]):
-        if not isinstance(entry, dict):
-            faults.append(f"shards[{number}] is no object")
-            continue
-        name = entry.get("file")
-        if not is_plain_name(name) or not str(name).endswith(FORMATS.get(values["shard_format"], "")):
-            faults.append(f"shards[{number}].file is {_short(name)}, which is no plain file name of a shard")
-        elif name in seen:
-            faults.append(f"shards[{number}].file {name} is listed twice")
-        seen.add(str(name))
-        faults += [
-            f"shards[{number}].{key} is {_short(entry.get(key))}"
-            for key in ("samples", "bytes")
-            if not _is_count(entry.get(key))
-        ]
-        if not isinstance(entry.get("sha256"), str) or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
-            faults.append(f"shards[{number}].sha256 is {_short(entry.get('sha256'))}")
-        total += entry["samples"] if _is_count(entry.get("samples")) else 0
-    if total != values["samples"]:
-        faults.append(f"samples is {values['samples']}, but the shards have {total}")
-    return faults
-
-
-def _number_faults(values: Mapping[str, Any], channels: int) -> list[str]:
-    """What cannot be true of the statistics and of the VAE's factors, whoever wrote them."""
-    statistics, vae = values["statistics"], values["vae"]
-    scale, shift = vae.get("scaling_factor"), vae.get("shift_factor")
-    means, deviations = statistics.get("mean"), statistics.get("std")
-    checks = (
-        ("statistics.mean", means, _are_numbers(means, channels)),
-        ("statistics.std", deviations, _are_numbers(deviations, channels) and min(deviations) >= 0),
-        ("vae.scaling_factor", scale, _is_factor(scale, channels) and 0 not in (scale if _is_list(scale) else [scale])),
-        ("vae.shift_factor", shift, shift is None or _is_factor(shift, channels)),
-    )
-    return [f"{name} is {_short(value)}" for name, value, is_good in checks if not is_good]
-
-
-def _is_factor(value: Any, channels: int) -> bool:
-    """Whether it is one finite number, or one for each channel."""
-    return _are_numbers(value if _is_list(value) else [value] * channels, channels)
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    return (
-        _is_list(values)
-        and len(values) == count
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,7 +1,8 @@
 """Names in a store's folder: the manifest, and of every shard its file and its commit record. Free of torch.
 
 `FORMATS` is the one list of shard formats: a new one is a row here and a file `NAME_shards.py` beside this one, with
-the verbs of the two that are there (`pieces`, `read_layout`, `decode_integers`).
+the verbs of the two that are there (`pieces`, `read_layout`, `decode_integers`; `dataset_card` where `datasets` reads
+it).
 """
 
 import importlib
@@ -11,10 +12,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from pipeline.runtime.remote_files import UrlFolder, is_url
+
 MANIFEST_FILE = "manifest.json"
 SKIPPED_FILE = "skipped.jsonl"
+CARD_FILE = "README.md"
 WORK_FOLDER = ".work"
 RECORD_SUFFIX = ".json"
+FEATURES_FOLDER = "features"
+"""Within a store: an encoder's features of the same samples, with a manifest, shards and records of their own."""
+PCA_FILE = "pca.safetensors"
+"""Among them: the directions that features were reduced to."""
+STORE_FORMAT, FEATURES_FORMAT = "dit-latents", "dit-features"
+FeatureDtype = Literal["float16", "int8"]
 FORMATS = {"safetensors": ".safetensors", "webdataset": ".tar"}
 """Shard formats by name, each with the suffix of its files."""
 
@@ -73,8 +83,12 @@ def is_plain_name(name: Any) -> bool:
 
 
 def is_store(path: str) -> bool:
-    """Whether a path is, or was going to be, a latent store: it has a manifest, or shards with their records."""
-    if "://" in path:
-        return True
-    folder = Path(path)
+    """Whether a path is, or was going to be, a latent store: it has a manifest, or shards with their records.
+
+    Behind a URL everything is one that is no run and no checkpoint, which have settings.
+    """
+    if is_url(path):
+        far = UrlFolder(path)
+        return far.read("config.json") is None and far.read("config.yaml") is None
+    folder = Path(path.removeprefix("file://"))
     return (folder / MANIFEST_FILE).exists() or any(folder.glob(f"*-[0-9][0-9][0-9][0-9][0-9]{RECORD_SUFFIX}"))

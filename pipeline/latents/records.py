@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Shaped
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from torch import Tensor
 from pipeline.latents.manifest import is_intact
 from pipeline.latents.names import is_plain_name, record_name, recorded_shards
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import Count, Crc32, parse_json, read_regular, typed
 
 _LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' clamp
 _SAMPLES_AT_ONCE = 32  # part of the definition: it fixes the order in which the sums are taken
@@ -125,6 +127,26 @@ class ShardRecord:
         }
 
 
+class _Skipped(msgspec.Struct, frozen=True):
+    key: str
+    reason: str
+
+
+class _RecordFile(msgspec.Struct, frozen=True, kw_only=True):
+    """The record as it stands in its file."""
+
+    file: str
+    samples: Count
+    bytes: Count
+    sha256: str
+    plan: str = ""
+    sums: Sums
+    skipped: tuple[_Skipped, ...] = ()
+    crc32: tuple[Crc32, ...] = ()
+    input_crc32: tuple[Crc32, ...] = ()
+    keys: tuple[str, ...]
+
+
 def read_record(folder: Path, split: str, shard: int, *, plan: str | None = None) -> ShardRecord | None:
     """A shard's commit record, or None if the shard is not there (it has no record, or is not of the recorded size).
 
@@ -134,7 +156,7 @@ def read_record(folder: Path, split: str, shard: int, *, plan: str | None = None
     path = folder / record_name(split, shard)
     if not path.exists():
         return None
-    record = parse_record(path.read_bytes(), path)
+    record = parse_record(read_regular(path), path)
     if plan is not None and record.plan != plan:
         raise UserError(
             f"{path} belongs to a store of other settings or inputs; "
@@ -156,23 +178,21 @@ def parse_record(data: bytes, path: Path) -> ShardRecord:
     again = "remove it and run dit-extract again"
     if not is_intact(data):
         raise UserError(f"{path} was changed after it was written (its checksum differs); {again}")
-    try:
-        value = json.loads(data)
-        record = ShardRecord(
-            file=value["file"],
-            samples=int(value["samples"]),
-            bytes=int(value["bytes"]),
-            sha256=str(value["sha256"]),
-            plan=str(value.get("plan", "")),
-            sums=Sums(**value["sums"]),
-            skipped=tuple((entry["key"], entry["reason"]) for entry in value.get("skipped", ())),
-            crc32=tuple(value.get("crc32", ())),
-            input_crc32=tuple(value.get("input_crc32", ())),
-            keys=tuple(value["keys"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no commit record ({error!r}); {again}") from error
-    if not is_plain_name(record.file) or len(record.keys) != record.samples:
+    file = typed(parse_json(data, path, advice=again), _RecordFile, f"{path} is no commit record", advice=again)
+    record = ShardRecord(
+        file=file.file,
+        samples=file.samples,
+        bytes=file.bytes,
+        sha256=file.sha256,
+        plan=file.plan,
+        sums=file.sums,
+        skipped=tuple((entry.key, entry.reason) for entry in file.skipped),
+        crc32=file.crc32,
+        input_crc32=file.input_crc32,
+        keys=file.keys,
+    )
+    sums = (*record.sums.mean, *record.sums.mean_square, *record.sums.variance)
+    if not is_plain_name(record.file) or len(record.keys) != record.samples or not all(map(math.isfinite, sums)):
         raise UserError(f"{path} is damaged: it contradicts itself; {again}")
     return record
 

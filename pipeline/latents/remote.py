@@ -1,36 +1,26 @@
 """Where a store's files are: in a local folder, or behind a URL with copies of its shards in a local cache.
 
 Copies are named by their SHA-256, so they are checked once, when they arrive, and never out of date; stores and
-processes share them. A copy arrives under another name and is renamed, so half a copy is never read. fsspec's own
-caches are not used: they write under the final name, hold no lock between processes, and take a file of HTTP for one
-that never changes (2026.9), so that half a copy and an old one are read as if they were whole and new.
+processes share them. A copy arrives under another name and is renamed, so half a copy is never read.
 """
 
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from pipeline.latents.manifest import ShardEntry, read_manifest_bytes
 from pipeline.latents.names import MANIFEST_FILE
 from pipeline.latents.shards import size_fault
+from pipeline.latents.store_files import complete_replacement
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import make_folder, replacing, sha256_of
+from pipeline.runtime.files import make_folder
+from pipeline.runtime.remote_files import UrlFolder, is_url
 from pipeline.runtime.work_queue import exclusive
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-else:
-    AbstractFileSystem = object
-
 CACHE_VARIABLE = "DIT_LATENTS_CACHE"
-SILENCE_S = 60.0
-"""How long a server may say nothing before a read from it fails."""
-_ATTEMPTS = 3
-_PIECE = 1 << 20
-_LARGEST_LIST = 1 << 28  # manifests, records and lists of what was skipped; that of 100 million samples has 4 MB
 _STAT_THREADS = 16
 
 
@@ -63,7 +53,7 @@ def open_folder(path: str | Path, cache: str | Path | None = None) -> Folder:
         UserError: fsspec does not know such a URL, or misses a library for it.
     """
     text = str(path)
-    if "://" not in text or text.startswith("file://"):
+    if not is_url(text):
         return LocalFolder(Path(text.removeprefix("file://")).expanduser())
     return RemoteFolder(text.rstrip("/"), cache_folder(cache))
 
@@ -75,47 +65,6 @@ def cache_folder(given: str | Path | None) -> Path:
     if given is not None:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dit-pipeline" / "latents"
-
-
-def open_files(url: str) -> tuple[AbstractFileSystem, str]:
-    """(the file system of a URL, the place in it); over HTTP a server that falls silent is an error, a slow one not.
-
-    Raises:
-        ImportError: a library is missing for such URLs.
-        ValueError: fsspec does not know such URLs.
-    """
-    import fsspec
-
-    limits: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
-        import aiohttp
-
-        silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
-        limits = {"client_kwargs": {"timeout": silence}}
-    files, place = fsspec.core.url_to_fs(url, **limits)
-    return files, place
-
-
-def pieces_of(files: AbstractFileSystem, place: str, *, size: int | None, limit: int | None = None) -> Iterator[bytes]:
-    """What is there from beginning to end; never more than a piece beyond what was promised.
-
-    Args:
-        files: the file system.
-        place: the file in it.
-        size: the bytes that it should have, if that is known.
-        limit: the bytes that it may have at most; `size`, if not said.
-    """
-    is_http = bool({"http", "https"} & set(files.protocol if isinstance(files.protocol, tuple) else [files.protocol]))
-    # Not every server can give a part of a file; a size, whichever, keeps fsspec from asking for it first.
-    streaming = {"block_size": 0, "size": size or 1} if is_http else {}
-    limit = size if limit is None else limit
-    total = 0
-    with files.open(place, "rb", **streaming) as remote:
-        while piece := remote.read(_PIECE):
-            yield piece
-            total += len(piece)
-            if limit is not None and total > limit:
-                return
 
 
 class LocalFolder:
@@ -130,6 +79,9 @@ class LocalFolder:
         return str(self.path / name)
 
     def manifest_bytes(self) -> bytes:
+        if not (self.path / MANIFEST_FILE).exists():  # a kill may have interrupted the change to another store
+            with suppress(UserError):
+                complete_replacement(self.path)
         return read_manifest_bytes(self.path)
 
     def small_file(self, name: str) -> bytes | None:
@@ -163,13 +115,10 @@ class RemoteFolder:
 
     def __init__(self, url: str, cache: Path) -> None:
         self.url, self.cache = url, cache
-        try:
-            self._files, self._root = open_files(url)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{url} cannot be opened: {error}") from error
+        self._folder = UrlFolder(url)
 
     def describe(self, name: str) -> str:
-        return f"{self.url}/{name}"
+        return self._folder.describe(name)
 
     def manifest_bytes(self) -> bytes:
         data = self.small_file(MANIFEST_FILE)
@@ -181,71 +130,31 @@ class RemoteFolder:
         return data
 
     def small_file(self, name: str) -> bytes | None:
-        try:
-            data: bytes = self._retry(lambda: self._small_file(name), name)
-        except FileNotFoundError:
-            return None
-        return data
-
-    def _small_file(self, name: str) -> bytes:
-        data = b"".join(pieces_of(self._files, f"{self._root}/{name}", size=None, limit=_LARGEST_LIST))
-        if len(data) > _LARGEST_LIST:
-            raise UserError(f"{self.describe(name)} goes on beyond {_LARGEST_LIST:,} bytes; check the URL")
-        return data
+        return self._folder.read(name)
 
     def fetch(self, shard: ShardEntry) -> Path:
         copy = self.cache / f"{shard.sha256}{Path(shard.file).suffix}"
-        if _has_size(copy, shard.bytes):
-            return copy
-        make_folder(self.cache)
-        with exclusive(copy.with_name(f".{copy.name}.lock"), needed=False):
-            if not _has_size(copy, shard.bytes):
-                for left in self.cache.glob(f".{copy.name}.*.partial"):  # of a process that was killed
-                    left.unlink(missing_ok=True)
-                self._retry(lambda: self._download(shard, copy), shard.file)
+        fetch_copy(self._folder, shard.file, copy, size=shard.bytes, sha256=shard.sha256)
         return copy
 
     def size_faults(self, _shards: Sequence[ShardEntry]) -> list[str]:
         return []  # a shard is checked when it arrives
 
-    def _download(self, shard: ShardEntry, copy: Path) -> None:
-        with replacing(copy) as temporary, temporary.open("wb") as file:
-            try:
-                for piece in pieces_of(self._files, f"{self._root}/{shard.file}", size=shard.bytes):
-                    file.write(piece)
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"{self.describe(shard.file)} is missing, but the manifest lists it; copy the store there anew"
-                ) from error
-            file.flush()
-            size = file.tell()
-            if size != shard.bytes:
-                raise _DamagedCopyError(size_fault(self.describe(shard.file), size, shard.bytes))
-            if sha256_of(temporary) != shard.sha256:
-                raise _DamagedCopyError(
-                    f"{self.describe(shard.file)} has not the SHA-256 that the manifest gives; it is damaged there "
-                    "or on the way: copy the store anew"
-                )
 
-    def _retry(self, action: Any, name: str) -> Any:
-        """What the action gives; tried again after failures that may pass."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                return action()
-            except (FileNotFoundError, UserError):
-                raise
-            except Exception as error:  # every file system of fsspec has errors of its own
-                if attempt + 1 < _ATTEMPTS:
-                    time.sleep(0.2 * 4**attempt)
-                    continue
-                if isinstance(error, _DamagedCopyError):
-                    raise UserError(str(error)) from error
-                raise UserError(f"{self.describe(name)} cannot be read ({type(error).__name__}: {error})") from error
-        raise AssertionError
+def fetch_copy(folder: UrlFolder, name: str, copy: Path, *, size: int, sha256: str) -> None:
+    """Have a copy of a file, made once: of several processes one fetches it, and the others wait.
 
-
-class _DamagedCopyError(Exception):
-    """What arrived is not what the manifest promises."""
+    Raises:
+        UserError: it is missing or damaged there, or the server cannot be reached.
+    """
+    if _has_size(copy, size):
+        return
+    make_folder(copy.parent)
+    with exclusive(copy.with_name(f".{copy.name}.lock"), needed=False):
+        if not _has_size(copy, size):
+            for left in copy.parent.glob(f".{copy.name}.*.partial"):  # of a process that was killed
+                left.unlink(missing_ok=True)
+            folder.fetch(name, copy, size=size, sha256=sha256)
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -6,7 +6,7 @@ the bytes must not change with the library's version. Any safetensors reader ope
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.latents.shards import Column, Layout, RowType, ShardFile
 from pipeline.runtime.errors import UserError
 
-_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _LARGEST_HEADER = 1 << 20
 
 
@@ -23,29 +23,34 @@ def pieces(
     rows: NDArray[np.uint8], labels: NDArray[np.int64], indices: NDArray[np.int64], row: RowType
 ) -> Iterator[bytes | memoryview]:
     """The shard's bytes, piece by piece, from each sample's bytes [N, row.bytes]."""
-    yield _header(len(rows), row)
+    yield header(_tensors(len(rows), row))
     yield indices.astype("<i8").tobytes()
     yield labels.astype("<i8").tobytes()
     if rows.size:
         yield np.ascontiguousarray(rows).data.cast("B")
 
 
-def _header(samples: int, row: RowType) -> bytes:
-    tensors: dict[str, Any] = {}
+Described = tuple[str, str, tuple[int, ...], int]
+"""(name, dtype as safetensors calls it, shape, bytes) of a tensor."""
+
+
+def header(tensors: Sequence[Described]) -> bytes:
+    """The beginning of a file that holds these tensors one after the other."""
+    entries: dict[str, Any] = {}
     end = 0
-    for name, dtype, shape, length in _tensors(samples, row):
-        tensors[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + length]}
+    for name, dtype, shape, length in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + length]}
         end += length
-    text = json.dumps(tensors, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensors(samples: int, row: RowType) -> list[tuple[str, str, tuple[int, ...], int]]:
+def _tensors(samples: int, row: RowType) -> list[Described]:
     return [
         ("index", "I64", (samples,), 8 * samples),
         ("label", "I64", (samples,), 8 * samples),
-        (row.tensor, _DTYPES[row.dtype], (samples, *row.shape), row.bytes * samples),
+        (row.tensor, DTYPES[row.dtype], (samples, *row.shape), row.bytes * samples),
     ]
 
 
@@ -55,26 +60,35 @@ def read_layout(file: ShardFile, samples: int, row: RowType) -> Layout:
     Raises:
         UserError: the header is damaged, or does not hold the tensors that the manifest promises.
     """
+    starts = starts_of(file, _tensors(samples, row))
+    return Layout(
+        latents=Column(start=starts[row.tensor], stride=row.bytes, bytes=row.bytes),
+        labels=Column(start=starts["label"], stride=8, bytes=8),
+        indices=Column(start=starts["index"], stride=8, bytes=8),
+    )
+
+
+def starts_of(file: ShardFile, tensors: Sequence[Described]) -> dict[str, int]:
+    """The byte at which each of the tensors begins.
+
+    Raises:
+        UserError: the header is damaged, or does not hold just these tensors so.
+    """
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else _LARGEST_HEADER + 1
     if length > min(_LARGEST_HEADER, file.size - 8):
         raise UserError(f"{file.path} is no safetensors file: its header cannot be {length} bytes long; extract again")
     try:
-        header = json.loads(bytes(file.read(8, length)))
+        entries = json.loads(bytes(file.read(8, length)))
         starts = {
-            name: _start(header[name], dtype, shape, bytes_, file.size - 8 - length)
-            for name, dtype, shape, bytes_ in _tensors(samples, row)
+            name: 8 + length + _start(entries[name], dtype, shape, bytes_, file.size - 8 - length)
+            for name, dtype, shape, bytes_ in tensors
         }
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file.path} does not hold what the manifest promises ({error}); "
             "it is damaged or of another store, restore it or extract again"
         ) from error
-    first = 8 + length
-    return Layout(
-        latents=Column(start=first + starts[row.tensor], stride=row.bytes, bytes=row.bytes),
-        labels=Column(start=first + starts["label"], stride=8, bytes=8),
-        indices=Column(start=first + starts["index"], stride=8, bytes=8),
-    )
+    return starts
 
 
 def _start(entry: Any, dtype: str, shape: tuple[int, ...], length: int, size: int) -> int:

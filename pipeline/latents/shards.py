@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from pipeline.latents.manifest import DTYPE_BYTES, LatentSpec
 from pipeline.runtime.errors import UserError
@@ -44,6 +45,14 @@ class Column:
     start: int
     stride: int
     bytes: int
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Where the rows of a shard stand."""
+
+    def row_at(self, offset: int) -> int:
+        """The sample that a byte belongs to, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +90,7 @@ class ShardFile:
             UserError: it is missing, unreadable, or not of that size.
         """
         self.path, self.size = path, size
-        self.layout: Layout | None = None
+        self.layout: Rows | None = None
         self.descriptor = -1
         self.can_tell_what_is_cached = bool(_NO_WAIT)
         try:

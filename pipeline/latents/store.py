@@ -1,10 +1,7 @@
 """Reading a latent store: any samples, in any order, by one sorted read per batch."""
 
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -17,16 +14,13 @@ from torch import Tensor
 
 from pipeline.latents.manifest import parse_manifest
 from pipeline.latents.names import MANIFEST_FILE, format_of
-from pipeline.latents.remote import Folder, open_folder
+from pipeline.latents.remote import open_folder
+from pipeline.latents.shard_reader import THREADS, Indices, ShardReader
 from pipeline.latents.shards import Column, Layout, Range, Run, ShardFile, read_runs, row_type, runs_of
 from pipeline.latents.writer import DTYPES
 from pipeline.runtime.errors import UserError
 
-_MOST_OPEN_SHARDS = 512
-_THREADS = 16
 _NOT_READ = np.iinfo(np.int32).min
-
-Indices = int | np.integer[Any] | slice | Sequence[Any] | NDArray[Any] | Tensor
 
 
 class _Unread:
@@ -39,7 +33,7 @@ class _Unread:
         self.data = np.empty((len(rows), width), dtype=np.uint8)
 
 
-class LatentStore:
+class LatentStore(ShardReader[Layout]):
     """A finished latent store: `len(store)`, `store.manifest`, `store[i]`, `store[indices]`, `store.gather(…)`.
 
     Samples are read with `pread` at known offsets, whatever the shard format; no latent is kept in memory. Labels that
@@ -58,23 +52,14 @@ class LatentStore:
             UserError: the store is not there, not finished, of an unknown version, or a shard has not its size.
         """
         self._arguments = (path, cache)
-        self._folder: Folder = open_folder(path, cache)
         self.path = str(path)
-        self.manifest = parse_manifest(self._folder.manifest_bytes(), self._folder.describe(MANIFEST_FILE))
-        self._shards = self.manifest.shards
+        folder = open_folder(path, cache)
+        self.manifest = parse_manifest(folder.manifest_bytes(), folder.describe(MANIFEST_FILE))
+        super().__init__(folder, self.manifest.shards)
         self._module = format_of(self.manifest.shard_format)
         self._row = row_type(self.manifest.latent, len(self.manifest.views))
         self._dtype = DTYPES[self.manifest.latent.dtype]
-        self._ends = np.cumsum([0, *(shard.samples for shard in self._shards)], dtype=np.int64)[1:]
-        self._layouts: dict[int, Layout] = {}
         self._labels: dict[int, NDArray[np.int32]] = {}
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._most_open = _open_limit()
-        self._lock = threading.Lock()
-        self._check_sizes()
-
-    def __len__(self) -> int:
-        return self.manifest.samples
 
     def __repr__(self) -> str:
         return f"LatentStore({self.path!r}: {self.manifest!r})"
@@ -90,11 +75,6 @@ class LatentStore:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[number] for number in range(len(self)))
-
-    def close(self) -> None:
-        """Close the shards; the store opens them again if it is used again."""
-        with self._lock:
-            self._open.clear()
 
     def __getitem__(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """(latents, labels) in store order: [n, V, 2C, H, W] and [n] int64; one integer drops the first axis of both.
@@ -148,11 +128,6 @@ class LatentStore:
         """Every sample's position in the sorted listing of the inputs, in store order."""
         return torch.from_numpy(self._column("indices"))
 
-    def download(self) -> None:
-        """Copy every shard of a remote store to the local cache now, several at a time; nothing for a local one."""
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(self._folder.fetch, self._shards))
-
     def verify(self) -> None:
         """Raise UserError unless every byte of the store is what was written.
 
@@ -165,39 +140,17 @@ class LatentStore:
         if faults:
             raise UserError(f"{self.path} is damaged: {'; '.join(faults)}; restore what is named, or extract it again")
 
-    def _positions(self, indices: Any) -> NDArray[np.int64]:
-        """Positions 0 … N − 1; negative ones count from the end."""
-        samples = len(self)
-        if isinstance(indices, slice):
-            return np.arange(*indices.indices(samples), dtype=np.int64)
-        array = np.asarray(indices)
-        if array.dtype == np.bool_ and array.shape == (samples,):
-            return np.flatnonzero(array)
-        if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.size == 0):
-            raise TypeError(f"indices are one list of whole numbers, not {array.dtype} of shape {array.shape}")
-        array = array.astype(np.int64, copy=False)
-        if array.size and (array.min() < -samples or array.max() >= samples):
-            raise IndexError(
-                f"index {array[(array < -samples) | (array >= samples)][0]} is outside the {samples} samples"
-            )
-        return np.where(array < 0, array + samples, array) if array.size and array.min() < 0 else array
-
     def _read(self, rows: NDArray[np.int64], views: NDArray[np.int64], width: int, out: Tensor) -> Tensor:
         """Read `width` bytes of each sample from its view's offset on into `out`; gives the labels."""
         labels = np.empty(len(rows), dtype=np.int64)
         if not len(rows):
             return torch.from_numpy(labels)
         target = out.view(-1).view(torch.uint8).numpy().data
-        order = np.argsort(rows, kind="stable")
-        shards = np.searchsorted(self._ends, rows[order], side="right")
-        borders = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
-        groups = [(int(shards[first]), order[first:last]) for first, last in pairwise(borders)]
-        self._fetch([shard for shard, _ in groups])
         runs: list[Run] = []
         unread: list[_Unread] = []
-        for shard, places in groups:
+        for shard, places in self._by_shard(rows):
             file, layout = self._file(shard)
-            local = rows[places] - (self._ends[shard] - self._shards[shard].samples)
+            local = self._local(shard, rows[places])
             starts = layout.latents.start + local * layout.latents.stride + views[places] * width
             part = [
                 (start, target[place * width : (place + 1) * width])
@@ -216,29 +169,9 @@ class LatentStore:
             labels[some.places] = self._labels[some.shard][some.rows] = _narrow(self._decode(some.shard, some.data))
         return torch.from_numpy(labels)
 
-    def _fetch(self, shards: Sequence[int]) -> None:
-        """Bring shards of a remote store to the cache, several at a time."""
-        absent = [self._shards[shard] for shard in shards if shard not in self._open and self._folder.is_remote]
-        if absent:
-            with ThreadPoolExecutor(min(_THREADS, len(absent))) as threads:
-                list(threads.map(self._folder.fetch, absent))
-
-    def _file(self, shard: int) -> tuple[ShardFile, Layout]:
-        """The open shard and its layout; the shards used longest ago are closed."""
-        with self._lock:
-            file = self._open.get(shard)
-            if file is not None:
-                self._open.move_to_end(shard)
-        if file is None:
-            entry = self._shards[shard]
-            file = ShardFile(self._folder.fetch(entry), size=entry.bytes)
-            layout = self._layouts.get(shard) or self._module.read_layout(file, entry.samples, self._row)
-            file.layout = self._layouts[shard] = layout
-            with self._lock:
-                self._open[shard] = file
-                while len(self._open) > self._most_open:
-                    self._open.popitem(last=False)
-        return file, self._layouts[shard]
+    def _layout_of(self, shard: int, file: ShardFile) -> Layout:
+        layout: Layout = self._module.read_layout(file, self._shards[shard].samples, self._row)
+        return layout
 
     def _known_labels(self, shard: int, file: ShardFile, layout: Layout) -> NDArray[np.int32]:
         """A shard's labels; where they stand beside the latents, those that were read already."""
@@ -275,7 +208,7 @@ class LatentStore:
             samples, end = self._shards[shard].samples, self._ends[shard]
             values[end - samples : end] = self._integers(shard, file, getattr(layout, name))
 
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(fill, [number for number, shard in enumerate(self._shards) if shard.samples]))
         return values
 
@@ -288,12 +221,6 @@ class LatentStore:
         else:
             read_runs(runs_of(file, _column_ranges(column, np.arange(samples), data)))
         return self._decode(shard, data)
-
-    def _check_sizes(self) -> None:
-        faults = self._folder.size_faults(self._shards)
-        if faults:
-            more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-            raise UserError("; ".join(faults[:3]) + more)
 
 
 def _narrow(labels: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -313,11 +240,3 @@ def _column_ranges(column: Column, rows: NDArray[np.int64], data: NDArray[np.uin
         (column.start + row * column.stride, flat[place * width : (place + 1) * width])
         for place, row in enumerate(rows.tolist())
     ]
-
-
-def _open_limit() -> int:
-    """How many shards to keep open: a quarter of what the system allows this process, at most 512."""
-    import resource
-
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_OPEN_SHARDS if allowed < 0 else max(16, min(_MOST_OPEN_SHARDS, allowed // 4))

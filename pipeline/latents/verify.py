@@ -105,7 +105,7 @@ def _totals_faults(folder: Folder, manifest: Manifest, records: list[ShardRecord
     if manifest.samples:
         expected = combine(record.sums for record in records)
         found = manifest.statistics
-        if not all(np.allclose(found.get(name, ()), expected[name], rtol=1e-9, atol=1e-12) for name in expected):
+        if not all(np.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected):
             faults.append(f"{folder.describe(MANIFEST_FILE)}: the statistics are not those of the records")
     listed = folder.small_file(SKIPPED_FILE)
     if listed is None:

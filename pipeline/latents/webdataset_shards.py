@@ -9,6 +9,7 @@ NumPy has no bfloat16: such a member has the type `<V2`, and its values are read
 """
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 
@@ -26,6 +27,22 @@ _LABEL_BYTES = 20  # more digits than an int64 has
 _LABEL_AT = _BLOCK
 _ARRAY_AT = 3 * _BLOCK
 _DESCRIPTIONS = {"float16": "<f2", "bfloat16": "<V2", "float32": "<f4"}
+_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: "{name}"
+    path: "{split}-*.tar"
+---
+
+# A latent store
+
+Images as a VAE encoded them, for training diffusion transformers. `manifest.json` says of which VAE they are, in which
+scale, views and classes; the tars hold `KEY.cls` and `KEY.moments.npy` (or `KEY.latent.npy`) of every sample.
+
+The lines above tell the Hugging Face Hub and `datasets.load_dataset("FOLDER")` that the tars are the data, not the
+records beside them.
+"""
 
 
 def pieces(
@@ -43,6 +60,11 @@ def pieces(
             buffer.seek(0)
             buffer.truncate()
     yield buffer.getvalue()
+
+
+def dataset_card(split: str) -> bytes:
+    """A README.md by which the Hub and `datasets` take the tars for the data, where they would take the records."""
+    return _CARD.format(name=re.sub(r"\W", "_", split), split=split).encode()
 
 
 def _array_header(row: RowType) -> bytes:

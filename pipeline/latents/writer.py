@@ -24,17 +24,18 @@ from pipeline.latents.manifest import (
     LatentSpec,
     Manifest,
     latent_json,
+    make_manifest,
     read_manifest,
     sealed,
     write_manifest,
 )
 from pipeline.latents.names import (
+    CARD_FILE,
     MANIFEST_FILE,
     SKIPPED_FILE,
     WORK_FOLDER,
     format_of,
     is_plain_name,
-    parse_name,
     record_name,
     shard_name,
 )
@@ -42,20 +43,16 @@ from pipeline.latents.records import (
     ShardRecord,
     combine,
     missing_shards,
-    parse_record,
     read_record,
     row_checksums,
     skipped_lines,
     sums_of,
 )
 from pipeline.latents.shards import row_type_of
+from pipeline.latents.store_files import card_of
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import (
-    explained_writes,
-    flush_folder,
     make_folder,
-    read_json,
-    remove_folder,
     replacing,
     write_bytes,
 )
@@ -95,7 +92,7 @@ class StoreDescription:
     """Further keys for the manifest, as they are."""
 
 
-def unstorable_rows(latents: Shaped[Tensor, "sample view values height width"], dtype: str) -> NDArray[np.int64]:
+def unstorable_rows(latents: Shaped[Tensor, "sample ..."], dtype: str) -> NDArray[np.int64]:
     """The samples with a value that is not finite once it is rounded to the store's dtype (65,504 is float16's end)."""
     finite = torch.isfinite(latents.to(DTYPES[dtype])).flatten(1).all(1)
     return np.flatnonzero(~finite.cpu().numpy())
@@ -142,7 +139,7 @@ def write_shard(
     work = folder / WORK_FOLDER
     make_folder(work)
     name = shard_name(split, shard, shard_format)
-    size, sha256 = _publish(folder / name, format_of(shard_format).pieces(rows, labels, indices, row), work)
+    size, sha256 = publish_pieces(folder / name, format_of(shard_format).pieces(rows, labels, indices, row), work)
     record = ShardRecord(
         file=name,
         samples=len(rows),
@@ -174,7 +171,7 @@ def _check_finite(latents: Tensor, keys: Sequence[str], dtype: str) -> None:
         )
 
 
-def _publish(path: Path, pieces: Iterable[bytes | memoryview], work: Path) -> tuple[int, str]:
+def publish_pieces(path: Path, pieces: Iterable[bytes | memoryview], work: Path) -> tuple[int, str]:
     """Write, flush and rename; (bytes, SHA-256)."""
     digest, size = hashlib.sha256(), 0
     with replacing(path, work_folder=work) as temporary, temporary.open("wb") as file:
@@ -195,7 +192,7 @@ def finish_store(folder: Path, description: StoreDescription, *, shards: int) ->
     """
     if (folder / MANIFEST_FILE).exists():
         manifest = read_manifest(folder)
-        if manifest.get("plan", "") != description.plan:
+        if manifest.plan != description.plan:
             raise UserError(
                 f"{folder} holds a finished store of other settings or inputs; name another folder, or start anew with "
                 f"--overwrite"
@@ -209,17 +206,25 @@ def finish_store(folder: Path, description: StoreDescription, *, shards: int) ->
         if record is None:
             return None
         records.append(record)
-    manifest = _manifest_of(description, records)
+    manifest = manifest_of(description, records)
     work = folder / WORK_FOLDER
     make_folder(work)
     write_bytes(folder / SKIPPED_FILE, skipped_lines(records), work_folder=work)
+    card = card_of(description.shard_format, description.split)
+    if card is not None and not (folder / CARD_FILE).exists():
+        write_bytes(folder / CARD_FILE, card, work_folder=work)
     write_manifest(folder, manifest, work_folder=work)
     with suppress(OSError):  # it goes now, unless someone keeps something in it
         work.rmdir()
     return manifest
 
 
-def _manifest_of(description: StoreDescription, records: Sequence[ShardRecord]) -> Manifest:
+def manifest_of(description: StoreDescription, records: Sequence[ShardRecord]) -> Manifest:
+    """The manifest of a store with these shards.
+
+    Raises:
+        UserError: no sample is left.
+    """
     samples = sum(record.samples for record in records)
     if not samples:
         raise UserError("not one input could be encoded, so there is no store to finish; see the reasons above")
@@ -242,82 +247,4 @@ def _manifest_of(description: StoreDescription, records: Sequence[ShardRecord]) 
         "plan": description.plan,
         "shards": [{"file": r.file, "samples": r.samples, "bytes": r.bytes, "sha256": r.sha256} for r in records],
     }
-    return Manifest(values)
-
-
-def store_files(folder: Path, *, split: str | None = None) -> list[Path]:
-    """The files of the store in a folder, finished or not, in the order to remove them; none if it holds no store.
-
-    Shards and records are known by the split that their names begin with, and the split by the manifest or by a sound
-    commit record, so that files of other programs are not taken for them.
-
-    Args:
-        split: one that is known to be the store's.
-    """
-    if not folder.is_dir():
-        return []
-    names = sorted(path.name for path in folder.iterdir())
-    splits = ({split} if split else set()) | _split_of_manifest(folder / MANIFEST_FILE)
-    numbered = [(name, found) for name in names if (found := parse_name(name))]
-    for name, found in numbered:
-        if found.is_record and found.split not in splits and _is_record(folder / name):
-            splits.add(found.split)
-    ours = [(name, found.is_record) for name, found in numbered if found.split in splits]
-    shards = [name for name, is_record in ours if not is_record]
-    records = [name for name, is_record in ours if is_record]
-    last = [name for name in (SKIPPED_FILE, MANIFEST_FILE) if splits and name in names]
-    return [folder / name for name in (*shards, *records, *last)]
-
-
-def remove_files(files: Iterable[Path]) -> None:
-    """Remove what `store_files` gave.
-
-    Raises:
-        UserError: there is no permission.
-    """
-    for file in files:
-        with explained_writes(file):
-            file.unlink(missing_ok=True)
-
-
-def replace_store(folder: Path, ready: Path) -> None:
-    """Let the finished store in `ready`, a folder on the same disk, take the place of the one in `folder`.
-
-    The old manifest goes first and the new one comes last, so that no manifest ever stands over shards of the other
-    store. Called again after a kill, it goes on where it was.
-
-    Raises:
-        UserError: there is no permission.
-    """
-    old = ready / "old"
-    with explained_writes(folder):
-        if (folder / MANIFEST_FILE).exists() and (ready / MANIFEST_FILE).exists():
-            (folder / MANIFEST_FILE).rename(old)
-            flush_folder(folder)
-        if old.exists():
-            remove_files(store_files(folder, split=next(iter(_split_of_manifest(old)), None)))
-            flush_folder(folder)
-            old.unlink()
-        for path in store_files(ready):  # the manifest comes last
-            if path.name == MANIFEST_FILE:
-                flush_folder(folder)
-            path.rename(folder / path.name)
-        flush_folder(folder)
-        remove_folder(ready)
-
-
-def _split_of_manifest(path: Path) -> set[str]:
-    try:
-        manifest = read_json(path)
-    except UserError:
-        return set()
-    is_ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    return {str(manifest["split"])} if is_ours and "split" in manifest else set()
-
-
-def _is_record(path: Path) -> bool:
-    try:
-        parse_record(path.read_bytes(), path)
-    except (OSError, UserError):
-        return False
-    return True
+    return make_manifest(values)

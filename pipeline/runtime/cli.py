@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,14 @@ _GOOD_MATCH = 0.85
 
 SeenConfig = Callable[[Path, dict[str, Any]], dict[str, Any]]
 """(file, {flag: value} as it says them) → what counts."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)  # annotations are hashed: by identity, as this holds dicts
+class StandsFor:
+    """Annotated to a flag each of whose values stands for values of other flags."""
+
+    flags: Mapping[str, Mapping[str, Any]]
+    """{value: {flag: its value}}."""
 
 
 class _Flag(NamedTuple):
@@ -90,19 +99,33 @@ def parse_options(
     """
     flags = dict(_flags(options_class))
     configs, arguments = _take_configs(list(arguments))
-    from_files = [
-        word
-        for config in configs
-        for word in _config_arguments(find_config(config, presets), flags, prog=prog, seen_config=seen_config)
-    ]
+    from_files: list[str] = []
+    for config in configs:
+        written = _config_arguments(find_config(config, presets), flags, prog=prog, seen_config=seen_config)
+        from_files += [*_stood_for(written, flags), *written]
     if _bare_words(arguments, flags):  # the command line overrides the file
         from_files = [argument for argument in from_files if argument.startswith("-")]
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and name != "--help":
             _check_flag(name, flags, f"unknown flag {name}", prog=prog)
-    words = [_expand_home(word) for word in (*from_files, *arguments)]
+    words = [_expand_home(word) for word in (*from_files, *_stood_for(arguments, flags), *arguments)]
     return real(options_class, _tyro(_with_config(options_class), words, prog=prog, description=description).options)
+
+
+def _stood_for(words: Sequence[str], flags: Mapping[str, _Flag]) -> list[str]:
+    """What the words' flags like --blocks stand for, as words to put before them: a flag given beside them wins."""
+    said: list[str] = []
+    for name, (_, extras) in flags.items():
+        for bundle in (extra for extra in extras if isinstance(extra, StandsFor)):
+            values = [
+                word.partition("=")[2] if "=" in word else "".join(words[place + 1 : place + 2])
+                for place, word in enumerate(words)
+                if word.partition("=")[0] == f"--{name}"
+            ]
+            for flag, value in bundle.flags.get(values[-1], {}).items() if values else ():
+                said += as_words(_flag_name(flag), value, *flags[_flag_name(flag)], Path(f"--{name}"))
+    return said
 
 
 def _expand_home(word: str) -> str:
@@ -138,6 +161,8 @@ def _with_config(options_class: type) -> type:
 
 def _tyro(wrapper: type, arguments: list[str], *, prog: str, description: str) -> Any:
     messages = io.StringIO()
+    if os.environ.get("NO_COLOR"):  # https://no-color.org, which tyro does not ask
+        tyro._experimental_options["ansi_codes"] = False
     try:
         with contextlib.redirect_stderr(messages):
             return tyro.cli(

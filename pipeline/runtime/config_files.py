@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, get_origin
+from typing import Any, Final, TypeAlias, get_origin
 
 import yaml
 
 from pipeline.runtime.described import without_none
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import typed
 
 BY_COMMAS: Final = "values separated by commas"
 """Annotated to an option whose text is a list with commas: in a file it may be a list."""
+Scalar: TypeAlias = bool | int | float | str | None
+Setting: TypeAlias = Scalar | list[Scalar]
+MOST_SETTINGS: Final = 1 << 20
+"""Bytes of the settings of a run."""
 _TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 
@@ -42,8 +47,8 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
 
 
-def find_config(config: str, presets: Path | None) -> Path:
-    """The file that --config names, or the preset of that name.
+def find_config(config: str, presets: Path | None, *, flag: str = "--config", suffix: str = ".yaml") -> Path:
+    """The file that a flag names, or the preset of that name, which is a file with that suffix.
 
     Raises:
         UserError: there is neither.
@@ -51,14 +56,14 @@ def find_config(config: str, presets: Path | None) -> Path:
     path = Path(config).expanduser()
     if path.is_file():
         return path
-    named = sorted(preset.stem for preset in presets.glob("*.yaml")) if presets else []
+    named = sorted(preset.stem for preset in presets.glob(f"*{suffix}")) if presets else []
     if presets and config in named:
-        return presets / f"{config}.yaml"
+        return presets / f"{config}{suffix}"
     known = f"; the names that need no file are {', '.join(named)}" if named else ""
-    raise UserError(f"--config {config} is not a file{known}")
+    raise UserError(f"{flag} {config} is not a file{known}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, flag: str = "--config") -> dict[str, Any]:
     """A file's keys, as they are written, and values.
 
     Raises:
@@ -67,12 +72,26 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)  # noqa: S506 - it is a SafeLoader
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{flag} {path}: {error}") from error
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{flag} {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
+        raise UserError(f"{flag} {path} must hold `flag: value` lines, not a {type(content).__name__}")
     return {str(key): value for key, value in (content or {}).items()}
+
+
+def parse_settings(text: str, place: object) -> dict[str, Setting]:
+    """What a config.yaml that a command wrote says: flags and values, no more.
+
+    Raises:
+        UserError: it is no such text.
+    """
+    refusal, advice = f"{place} cannot be read as this project's settings", "restore it, or choose another folder"
+    try:
+        content = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{refusal} ({' '.join(str(error)[:300].split())}); {advice}") from error
+    return typed(content, dict[str, Setting], refusal, advice=advice)
 
 
 def as_words(name: str, value: Any, kind: Any, extras: tuple[Any, ...], path: Path) -> list[str]:

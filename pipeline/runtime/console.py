@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import logging
+import math
 import os
 import re
 import signal
@@ -46,8 +47,41 @@ class _BesideBars(logging.Handler):
     """Writes each message above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        _write_line(self.format(record))
         sys.stderr.flush()
+
+
+def _write_line(text: str) -> None:
+    """A line on stderr; on a terminal the bars make room for it."""
+    if sys.stderr.isatty():
+        tqdm.write(text, file=sys.stderr)
+    else:
+        sys.stderr.write(f"{text}\n")
+
+
+class _LineByLine(tqdm):  # type: ignore[type-arg]
+    """A bar for a log: each look at it is a line of its own, without a picture of the bar or a carriage return."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """Writes what has changed since the last look."""
+        last = ""
+
+        def show(text: str) -> None:
+            nonlocal last
+            if text.strip() not in {"", last}:
+                last = text.strip()
+                file.write(f"{last}\n")
+                file.flush()
+
+        return show
+
+    def close(self) -> None:
+        """The last look; not tqdm's own, which ends the line once more."""
+        if not self.disable:
+            self.display()
+            self.delay = math.inf
+        super().close()
 
 
 def run_command(
@@ -101,10 +135,10 @@ def _say_ending(prog: str, error: BaseException) -> int | None:
     if isinstance(error, OSError) and (explained := explain_path_error(error)) is not None:
         return _refused(prog, *explained)
     if isinstance(error, Interrupted):
-        tqdm.write(f"{prog}: stopped by {error}; run the same command again to continue", file=sys.stderr)
+        _write_line(f"{prog}: stopped by {error}; run the same command again to continue")
         return 128 + error.number
     if isinstance(error, KeyboardInterrupt):
-        tqdm.write(f"{prog}: interrupted; run the same command again to continue", file=sys.stderr)
+        _write_line(f"{prog}: interrupted; run the same command again to continue")
         return 128 + signal.SIGINT
     if isinstance(error, SystemExit) and in_process_group():  # the main process says it for all
         return error.code if isinstance(error.code, int) else 0
@@ -116,7 +150,7 @@ def _refused(prog: str, sentence: str, status: int) -> int:
     with contextlib.suppress(UserError):
         place = launch()
         process = f" (process {place.rank} of {place.world_size})" if place.world_size > 1 else ""
-    tqdm.write(f"{prog}{process}: error: {printable(sentence)}", file=sys.stderr)
+    _write_line(f"{prog}{process}: error: {printable(sentence)}")
     return status
 
 
@@ -149,10 +183,10 @@ class _LastingStream:
                 raise
             self.lost = True
         except OSError as error:
+            self._lose()
             # Notes are worth no run that goes well; a result that cannot be written where it should go is an error.
             if self._name == "standard output" and error.errno not in _GONE:
                 raise OSError(error.errno, error.strerror, self._name) from error
-            self._lose()
 
     def _lose(self) -> None:
         """Send what is in buffers still, and what libraries write, nowhere."""
@@ -266,15 +300,17 @@ def progress(total: int | None, *, unit: str, description: str, initial: int = 0
         initial: how many were done before this run.
     """
     live = sys.stderr.isatty()
-    return tqdm(
+    known = "{percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {remaining} to go" if total else "{n_fmt}{unit}"
+    return (tqdm if live else _LineByLine)(
         total=total,
         initial=initial,
         desc=description,
         unit=f" {unit}",
         file=sys.stderr,
         disable=not launch().is_main,
-        mininterval=0.2 if live else 10.0,
-        maxinterval=1.0 if live else 20.0,
+        mininterval=0.2 if live else 30.0,
+        maxinterval=1.0 if live else 60.0,
+        bar_format=None if live else f"{{desc}}: {known}, {{elapsed}} so far, {{rate_noinv_fmt}}{{postfix}}",
         dynamic_ncols=live,
         smoothing=0.1,
     )

@@ -66,7 +66,7 @@ def without_none(kind: Any) -> tuple[Any, bool]:
     """A type without None, and whether None was among it."""
     if get_origin(kind) not in {typing.Union, types.UnionType}:
         return kind, False
-    kinds = [inner for inner in get_args(kind) if inner is not type(None)]
+    kinds = [type_and_extras(inner)[0] for inner in get_args(kind) if inner is not type(None)]
     return (kinds[0] if len(kinds) == 1 else kind), len(kinds) < len(get_args(kind))
 
 

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -97,6 +98,11 @@ def default_precision(device: torch.device) -> tuple[Precision, str]:
     return "no", "default here"
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """The peak of matrix products at 16 bits in FLOP/s; None if unknown, or if they are computed in float32."""
     if device.type != "cuda" or precision == "no":
@@ -122,6 +128,15 @@ def set_tf32(device: torch.device, on: bool) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if on else "highest")
         torch.backends.cudnn.allow_tf32 = on
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, or what a container may take of it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with suppress(OSError, ValueError):  # of another system; without a limit it says "max"
+            found.append(int(limit.read_bytes()))
+    return min(found)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

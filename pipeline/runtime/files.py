@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.errors import WRITE_REASONS, UserError
+from pipeline.runtime.gate import parse_json, read_regular
 from pipeline.runtime.units import size
 
 
@@ -81,6 +82,14 @@ def flush_file(path: Path) -> None:
     _flush(path, os.O_RDWR)
 
 
+def flush_tree(folder: Path) -> None:
+    """Make everything in the folder survive a power cut, all but its own name."""
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            flush_file(Path(inner, name))
+        flush_folder(Path(inner))
+
+
 def _flush(path: Path, access: int) -> None:
     descriptor = os.open(path, access)
     try:
@@ -130,14 +139,12 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
     Raises:
-        UserError: the file is missing, unreadable, or not JSON.
+        UserError: the file is missing, unreadable, no regular file, or not JSON within the gate's limits.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(read_regular(path), path)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it is damaged, restore or remake it") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its rights") from error
 
@@ -155,10 +162,7 @@ def publish_folder(temporary: Path, final: Path) -> None:
         UserError: the disk is full or read-only, or there is no permission.
     """
     with explained_writes(final):
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                flush_file(Path(folder, name))
-            flush_folder(Path(folder))
+        flush_tree(temporary)
         temporary.rename(final)
         flush_folder(final.parent)
 

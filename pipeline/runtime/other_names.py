@@ -104,7 +104,6 @@ _TRAIN: Final = {
     "use-checkpoint": "--gradient-checkpointing",
     "random-flip": "--flip",
     "torch-compile": "--compile",
-    "num-heads": "--model, whose sizes are fixed",
     "dynamo-backend": "--compile",
     "precision-type": "--mixed-precision",
     "scheduler": "--lr-schedule, or --noise-schedule",
@@ -208,6 +207,16 @@ _EVALUATE: Final = {
     "checkpoint": "--samples, which takes a run or checkpoint too",
     "output": "--out",
 }
+_TUNE: Final = {
+    **_REVERSE,
+    "ckpt": "--checkpoint",
+    "samples": "--checkpoint",
+    "ref": "--reference",
+    "ema-std": "--sigma",
+    "outdir": "--out FOLDER",
+    "output": "--out FOLDER",
+    "num": "--num-samples",
+}
 _CONVERT: Final = {
     "ckpt": "--from",
     "checkpoint": "--from",
@@ -227,6 +236,16 @@ _INSPECT: Final = {
     "store": "the path itself, without a flag",
     "check": "--verify",
 }
+_VIEW: Final = {
+    "ckpt": "--checkpoint",
+    "run": "--checkpoint",
+    "logdir": "--checkpoint, which takes the folder of a run",
+    "store": "--latents",
+    "server-name": "--host",
+    "listen": "--host 0.0.0.0",
+    "server-port": "--port",
+    "share": "the page is shared with nobody; --host 0.0.0.0 opens it to whoever reaches this machine",
+}
 
 OTHER_NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -234,8 +253,10 @@ OTHER_NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "dit-sample": _SAMPLE,
         "dit-extract": _EXTRACT,
         "dit-evaluate": _EVALUATE,
+        "dit-tune": _TUNE,
         "dit-convert": _CONVERT,
         "dit-inspect": _INSPECT,
+        "dit-view": _VIEW,
     }
 )
 """{command: {another program's flag, without dashes: ours}}."""

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from pipeline.runtime.errors import UserError
 # A signal so soon after the first is the same one, passed on by a launcher or sent to every process of a job.
 SAME_SECONDS = 2.0
 _END_SECONDS = 4.0
+_LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,27 +130,25 @@ def second_signal_ends() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         os.close(writer)
-        watcher.join()
-        os.close(reader)
+        watcher.join(_LOOK_SECONDS)  # not for long: after a second signal it stays until the process ends
 
 
 def _end_late(reader: int, numbers: set[int]) -> None:
-    """End the process some seconds after the second signal, unless the pipe is closed first."""
-    first, deadline, last = 0.0, 0.0, 0
-    while True:
-        left = max(0.0, deadline - time.monotonic()) if deadline else None
-        if not select.select([reader], [], [], left)[0]:
-            with contextlib.suppress(OSError):
-                os.write(2, f"ended by a second {signal.Signals(last).name} while it waited\n".encode())
-            os._exit(128 + last)
-        data = os.read(reader, 1)
-        if not data:
-            return
+    """End the process some seconds after the second signal; without one, return when the pipe is closed.
+
+    That the command has ended meanwhile changes nothing: its process may still wait for a thread that waits.
+    """
+    first = 0.0
+    while data := os.read(reader, 1):
         now = time.monotonic()
         if data[0] in numbers and not first:
             first = now
-        elif data[0] in numbers and not deadline and now - first >= SAME_SECONDS:
-            last, deadline = data[0], now + _END_SECONDS
+        elif data[0] in numbers and now - first >= SAME_SECONDS:
+            time.sleep(_END_SECONDS)
+            with contextlib.suppress(OSError):
+                os.write(2, f"ended by a second {signal.Signals(data[0]).name} while it waited\n".encode())
+            os._exit(128 + data[0])
+    os.close(reader)
 
 
 def in_process_group() -> bool:

@@ -28,6 +28,7 @@ from pipeline.runtime.files import (
     explained_writes,
     flush_file,
     flush_folder,
+    flush_tree,
     make_folder,
     read_json,
     remove_folder,
@@ -218,10 +219,7 @@ def _drop(ready: Path) -> None:
 
 def _flush(made: Path) -> None:
     if made.is_dir():
-        for folder, _, files in os.walk(made):
-            for name in files:
-                flush_file(Path(folder, name))
-            flush_folder(Path(folder))
+        flush_tree(made)
     else:
         flush_file(made)
     flush_folder(made.parent)

@@ -7,6 +7,8 @@ One kind of lock (filelock's, held by the system) serves shards, chunks, run fol
     with Presence(folder) as here:      be known to work in a folder
         with here.gate():               be the one who decides what happens to the folder
             if here.is_alone(): …
+        with here.last() as alone:      go, and the last one out may take the folder away
+            if alone: here.remove_folder()
 
 On a disk without locks, work that is shared out by them is refused; a lock that only keeps a second command away is
 gone without, and that is said once (`needed=False`).
@@ -155,6 +157,18 @@ class Presence:
         except (FileNotFoundError, FileExistsError):  # the folder is being removed
             return False
         return True
+
+    @contextlib.contextmanager
+    def last(self) -> Iterator[bool]:
+        """Go; whether nobody else is here. Who is not the last has left before another can ask.
+
+        Were it to ask and leave in two steps, two that go at once would each see the other, and both leave everything.
+        """
+        with self.gate():
+            alone = self.is_alone()
+            if not alone:
+                self.leave()
+            yield alone
 
     def is_alone(self) -> bool:
         """Whether no other process is at work here; ask inside `gate`. Marks of processes that died are removed."""

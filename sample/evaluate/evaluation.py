@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from torch.nn import Module
+
 from pipeline.runtime.cli import flag_values
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.devices import memory_explained
@@ -13,15 +15,16 @@ from pipeline.runtime.processes import Launch, launch
 from pipeline.runtime.publish import making
 from pipeline.runtime.work_queue import Presence, exclusive
 from sample.evaluate import report
-from sample.evaluate.features import DIGESTS, Blocks, make_features
+from sample.evaluate.encoder import EncoderFeatures, describe
+from sample.evaluate.features import DIGESTS, make_features
 from sample.evaluate.image_set import pixels_fingerprint
-from sample.evaluate.inception import FIDInception
 from sample.evaluate.inception_weights import load_inception
-from sample.evaluate.job import REFERENCE_FEATURES, EvaluationJob, resolve_job
+from sample.evaluate.job import REFERENCE_FEATURES, EvaluationJob, Extraction, resolve_job
 from sample.evaluate.metrics import FEWEST_FOR_FID
 from sample.evaluate.options import EvaluateOptions
+from sample.evaluate.pixels import PixelFeatures
 from sample.evaluate.reference import write_statistics
-from sample.evaluate.scoring import Comparison, Side, compute_scores, warn_of_few
+from sample.evaluate.scoring import Comparison, Side, compute_scores, over_seeds, warn_of_few
 from sample.run import too_large
 from sample.sidecar import sidecar_of
 from sample.work_folder import WorkFolder, begin
@@ -54,7 +57,7 @@ def evaluate(options: EvaluateOptions) -> int:
 
 def _begin(
     options: EvaluateOptions, place: Launch, at_the_end: ExitStack
-) -> tuple[EvaluationJob, FIDInception | None, dict[Path, WorkFolder]]:
+) -> tuple[EvaluationJob, Module | None, dict[Path, WorkFolder]]:
     """The job, its network if it needs one, and its work folders, which every process has opened when this returns."""
     with _from_main(place) as from_main:
         # The main process alone downloads weights and VAEs and reads all images for their key; the others are told.
@@ -70,7 +73,9 @@ def _begin(
         for flag, side in job.sides.items():
             side.images_key = keys[flag]
             at_the_end.callback(side.close)
-        network = load_inception(job.weights) if job.weights is not None and job.extractions else None
+        network: Module | None = None
+        if job.extractions:
+            network = network_of(job)
         work: dict[Path, WorkFolder] = {}
         for is_turn in (place.is_main, not place.is_main):  # the main process puts the plans there
             for folder, made in job.extractions.items() if is_turn else ():
@@ -79,6 +84,14 @@ def _begin(
             from_main({})
         from_main({})  # nobody comes late to a folder that the main process has finished and removed
     return job, network, work
+
+
+def network_of(job: EvaluationJob) -> Module:
+    """What makes the job's features of images."""
+    if job.encoder is not None:
+        wanted = {name for extraction in job.extractions.values() for name in extraction.wanted}
+        return EncoderFeatures(job.encoder, sorted(wanted), job.device)
+    return PixelFeatures() if job.weights is None else load_inception(job.weights)
 
 
 @contextmanager
@@ -103,8 +116,8 @@ def _drop_superseded(job: EvaluationJob) -> None:
     if job.work_base.exists():
         with _one_at_a_time(job):
             for folder in filter(Path.exists, job.superseded()):
-                with Presence(folder) as here, here.gate():
-                    if here.is_alone():
+                with Presence(folder) as here, here.last() as alone:
+                    if alone:
                         here.remove_folder()
 
 
@@ -114,23 +127,38 @@ def _tell_again(job: EvaluationJob) -> None:
     say(f"{' and '.join(named)}: there already, made from these very inputs; nothing to do")
     if job.metrics:
         result = read_json(Path(job.options.out or ""))
-        print(report.table(result["metrics"], result["std"]))
+        print(report.in_words(result))
 
 
-def _make_all_features(job: EvaluationJob, network: FIDInception, work: dict[Path, WorkFolder], place: Launch) -> None:
+def fill_with_features(
+    job: EvaluationJob, extraction: Extraction, network: Module, work: WorkFolder, *, place: Launch, wait: bool
+) -> None:
+    """Make the parts of a job's features that nobody else is at.
+
+    Args:
+        wait: whether to return when all are there, whoever makes them.
+
+    Raises:
+        UserError: an image cannot be read, its features are not finite, or memory ends.
+    """
+    with memory_explained(lambda: too_large(job.batch_size)):
+        make_features(
+            extraction.images,
+            network,
+            extraction.wanted,
+            work,
+            place=place,
+            wait=wait,
+            batch_size=job.batch_size,
+            device=job.device,
+        )
+
+
+def _make_all_features(job: EvaluationJob, network: Module, work: dict[Path, WorkFolder], place: Launch) -> None:
     for folder, extraction in job.extractions.items():
         again = True
         while again:
-            with memory_explained(lambda: too_large(job.batch_size)):
-                make_features(
-                    extraction.images,
-                    network,
-                    extraction.wanted,
-                    work[folder],
-                    place=place,
-                    batch_size=job.batch_size,
-                    device=job.device,
-                )
+            fill_with_features(job, extraction, network, work[folder], place=place, wait=place.is_main)
             again = (  # for a part that is not as it was written
                 place.is_main and work[folder].is_open() and work[folder].drop_damaged() > 0
             )
@@ -152,11 +180,7 @@ def _finish(job: EvaluationJob, work: dict[Path, WorkFolder]) -> None:
         raise UserError("the same command ran beside this one and has removed the features; give the command again")
 
     # Only now are the features complete.
-    for side in job.sides.values():
-        folder = job.folder_of(side)
-        if folder is not None:
-            names = (*job.extractions[folder].wanted, DIGESTS)
-            side.blocks = {name: Blocks(work=work[folder], name=name) for name in names}
+    job.read_features(work)
     if writes:
         _write_reference(job)
     if scores:
@@ -191,28 +215,37 @@ def _write_reference(job: EvaluationJob) -> None:
 
 def _score(job: EvaluationJob) -> None:
     options = job.options
-    samples, reference = job.sides["--samples"], job.sides.get("--reference")
+    reference = job.sides.get("--reference")
     if reference is not None:
-        warn_of_few(job.metrics, samples, reference)
-    scores = compute_scores(
-        job.metrics,
-        Comparison(
-            samples=samples,
-            reference=reference or samples,
-            seed=options.reverse.seed,
-            kid_subsets=options.kid_subsets,
-            kid_subset_size=options.kid_subset_size,
-            device=job.device,
-        ),
+        warn_of_few(job.metrics, job.samples[0], reference)
+    scores = over_seeds(
+        [
+            compute_scores(
+                job.metrics,
+                Comparison(
+                    samples=samples,
+                    reference=reference or samples,
+                    seed=options.reverse.seed,
+                    kid_subsets=options.kid_subsets,
+                    kid_subset_size=options.kid_subset_size,
+                    device=job.device,
+                    encoder=job.encoder_name,
+                ),
+            )
+            for samples in job.samples
+        ],
+        first_seed=options.reverse.seed,
     )
     result = report.build(
         scores,
         request=job.score_request,
+        protocol=report.protocol(job.samples[0].given.recipe, seeds=len(job.samples)),
         inputs={
             flag.removeprefix("--"): report.describe_input(side.given, fingerprint=_fingerprint(side))
             for flag, side in job.sides.items()
         },
         inception=None if job.weights is None else job.weights.describe(),
+        encoder=None if job.encoder is None else describe(job.encoder),
         options=flag_values(options),
         device=job.device,
         batch_size=job.batch_size,
@@ -221,7 +254,7 @@ def _score(job: EvaluationJob) -> None:
         with making(Path(options.out), overwrite=options.overwrite, wait=True) as stage:
             write_json(stage.place(Path(options.out)), result)
         say(f"wrote {options.out}")
-    print(report.table(result["metrics"], result["std"]))
+    print(report.in_words(result))
 
 
 def _fingerprint(side: Side) -> str | None:

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from pipeline.runtime.console import progress
+from pipeline.runtime.devices import float32_products
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import Launch
 from pipeline.runtime.threads import CPU_MICRO_BATCH, one_thread_each
 from sample.evaluate.image_set import ImageSet, image_digests, names_of
-from sample.evaluate.inception import FIDInception
 from sample.evaluate.metrics import FeatureName
 from sample.work_folder import WorkFolder
 
@@ -45,15 +45,19 @@ class Blocks:
 
 def make_features(
     images: ImageSet,
-    network: FIDInception,
+    network: torch.nn.Module,
     wanted: Sequence[FeatureName],
     work: WorkFolder,
     *,
     place: Launch,
+    wait: bool,
     batch_size: int,
     device: str,
 ) -> None:
-    """Put every part of the features into the work folder; the main process returns when all are there, others earlier.
+    """Put every part of the features into the work folder.
+
+    Args:
+        wait: whether to return when all are there, in place of when all are there or in other processes' hands.
 
     Raises:
         UserError: an image cannot be read, or its features are not finite; it is named.
@@ -72,7 +76,7 @@ def make_features(
         bar.n = finished()
         bar.refresh()
 
-    for part in work.unclaimed(rank=place.rank, world_size=place.world_size, wait=place.is_main, idle=show):
+    for part in work.unclaimed(rank=place.rank, world_size=place.world_size, wait=wait, idle=show):
         start = part * images.part_size
         stop = min(start + images.part_size, images.count)
         work.write(part, _features_of_part(images, start, stop, network, wanted, batch_size, device))
@@ -85,7 +89,7 @@ def _features_of_part(
     images: ImageSet,
     start: int,
     stop: int,
-    network: FIDInception,
+    network: torch.nn.Module,
     wanted: Sequence[FeatureName],
     batch_size: int,
     device: str,
@@ -102,16 +106,18 @@ def _features_of_part(
 
 
 def _features_of_batch(
-    batch: NDArray[np.uint8], network: FIDInception, wanted: Sequence[FeatureName], device: str
+    batch: NDArray[np.uint8], network: torch.nn.Module, wanted: Sequence[FeatureName], device: str
 ) -> dict[FeatureName, NDArray[np.float32]]:
     def lane(part: torch.Tensor) -> dict[FeatureName, torch.Tensor]:
-        # TF32 would move features by a thousandth; FIDs are compared to the second decimal.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pixels = part.to(device).permute(0, 3, 1, 2)
-            return {name: rows.cpu() for name, rows in network(pixels, wanted).items()}
+        with torch.inference_mode():
+            found = network(part.permute(0, 3, 1, 2), wanted)
+            together = torch.cat(list(found.values()), dim=1).cpu()  # one copy, as a GPU's host waits for each
+            return dict(zip(found, together.split([rows.shape[1] for rows in found.values()], dim=1), strict=True))
 
     size = CPU_MICRO_BATCH if device == "cpu" else len(batch)
-    with one_thread_each(torch.device(device)) as in_lanes:
+    place = torch.device(device)
+    # TF32 would move features by a thousandth; FIDs are compared to the second decimal.
+    with float32_products(place, tf32=False), one_thread_each(place) as in_lanes:
         parts = list(in_lanes(lane, torch.from_numpy(batch).split(size)))
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in wanted}
 

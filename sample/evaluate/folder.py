@@ -12,26 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.image_names import is_litter, named_like_image
 from pipeline.images import FORMATS, ImageError, center_crop, decode_image
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
 from sample.evaluate.options import PART_IMAGES
 
-SUFFIXES = frozenset(
-    {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg"}
-    | {".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
 _BATCHES_AHEAD = 2
 
 
 def list_images(folder: Path) -> list[str]:
-    """The relative paths of all image files at any depth, sorted; hidden files and folders are left out."""
+    """The relative paths of all image files at any depth, sorted; without hidden ones and litter, folders likewise."""
     found: list[str] = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        wanted = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
+        folders[:] = filter(_may_be_data, folders)
+        wanted = (name for name in filter(_may_be_data, names) if named_like_image(name))
         found += [Path(place, name).relative_to(folder).as_posix() for name in wanted]
     return sorted(found)
+
+
+def _may_be_data(name: str) -> bool:
+    return not name.startswith(".") and not is_litter(name)
 
 
 @contextmanager
@@ -102,6 +103,10 @@ class FolderImages:
                 yield np.stack(
                     [self._checked(waiting.popleft().result(), at + i) for i in range(min(batch_size, stop - at))]
                 )
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """No label is told by a file's name."""
+        return None
 
     def close(self) -> None:
         """Nothing is open between batches."""

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.latents import LatentStore
-from pipeline.runtime.devices import choose_device
+from pipeline.latents.manifest import latent_json
+from pipeline.runtime.devices import choose_device, float32_products
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.threads import finite_rows, one_thread_each
 from pipeline.vae import Vae, check_latents, find_vae
@@ -16,7 +17,7 @@ from sample.decode import NotFiniteError, decode_in_lanes, decode_lane
 from sample.evaluate.image_set import digest_of, names_of
 from sample.evaluate.options import PART_IMAGES, EvaluateOptions
 from sample.options import ImageOptions, SampleOptions
-from sample.resolve import SamplingJob, resolve
+from sample.resolve import SamplingJob, resolve, resolve_again
 
 
 class StoreImages:
@@ -29,10 +30,11 @@ class StoreImages:
     part_size = PART_IMAGES
     sorted_by_name = False
 
-    def __init__(self, path: str, store: LatentStore, vae: Vae) -> None:
+    def __init__(self, path: str, store: LatentStore, vae: Vae, *, tf32: bool = True) -> None:
         self.path = path
         self.store = store
         self.vae = vae
+        self._tf32 = tf32
         self.count = len(store)
         latent = store.manifest.latent
         self.size = (latent.width * latent.downsample, latent.height * latent.downsample)
@@ -41,12 +43,13 @@ class StoreImages:
         return f"sample {index} of {self.path}"
 
     def key(self) -> str:
-        return digest_of([dict(self.store.manifest), self.vae.sha256, str(self.vae.dtype)])
+        on_gpu = [] if self.vae.device.type == "cpu" else [self._tf32]
+        return digest_of([dict(self.store.manifest), self.vae.sha256, str(self.vae.dtype), *on_gpu])
 
     def describe(self) -> dict[str, Any]:
         return {
             "view": self.store.manifest.views[0],
-            "latent": dict(self.store.manifest["latent"]),
+            "latent": latent_json(self.store.manifest.latent),
             "decoded": "mean of the posterior" if self._has_moments else "latent",
             "decode_dtype": str(self.vae.dtype).removeprefix("torch."),
             "vae": self.vae.describe(),
@@ -67,7 +70,7 @@ class StoreImages:
             stored, _ = self.store.gather(np.arange(at, min(at + batch_size, stop), dtype=np.int64))
             latents = stored.float().chunk(2, dim=1)[0] if self._has_moments else stored.float()
             self._check_finite(finite_rows(latents), at, "latents")
-            with one_thread_each(self.vae.device) as in_lanes:
+            with float32_products(self.vae.device, tf32=self._tf32), one_thread_each(self.vae.device) as in_lanes:
                 finite, images = decode_in_lanes(self.vae, latents.contiguous(), size=size, in_lanes=in_lanes)
             self._check_finite(finite, at, "decoded pixels")
             yield images.numpy()
@@ -79,6 +82,10 @@ class StoreImages:
                 f"{what} are not finite (NaN or infinity) for {names_of(self, first, broken)}; "
                 f"dit-inspect --verify checks the store; --decode-dtype float32 is the safest"
             )
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Those of the store."""
+        return self.store.labels().numpy()
 
     def close(self) -> None:
         """Close the store's files."""
@@ -101,7 +108,7 @@ def open_store(path: str, options: EvaluateOptions) -> StoreImages:
     )
     latent = store.manifest.latent
     check_latents(vae, channels=latent.channels, downsample=latent.downsample)
-    return StoreImages(path, store, vae)
+    return StoreImages(path, store, vae, tf32=options.compute.mixed_precision != "no")
 
 
 class CheckpointImages:
@@ -142,12 +149,17 @@ class CheckpointImages:
     def _sample(self, first: int, labels: NDArray[np.int64]) -> NDArray[np.uint8]:
         generator = self.job.generator
         try:
-            return generator.pixels(generator.latents(first, labels))
+            with generator.arithmetic():
+                return generator.pixels(generator.latents(first, labels))
         except NotFiniteError as error:
             raise UserError(
                 f"{error.what} are not finite with --seed {generator.plan.seed}: {names_of(self, first, error.rows)}; "
                 f"try --mixed-precision no, --decode-dtype float32, a lower --guidance or other --weights"
             ) from error
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Those that are asked for."""
+        return self.job.labels.values
 
     def close(self) -> None:
         """No file is open."""
@@ -159,7 +171,20 @@ def open_checkpoint(path: str, options: EvaluateOptions) -> CheckpointImages:
     Raises:
         UserError: the checkpoint, its VAE or the settings are not as they must be.
     """
-    asked = SampleOptions(
+    return CheckpointImages(path, resolve(_asked(path, options)))
+
+
+def with_settings(images: CheckpointImages, options: EvaluateOptions) -> CheckpointImages:
+    """What the same networks make with another seed or another reverse process.
+
+    Raises:
+        UserError: the settings do not fit the checkpoint.
+    """
+    return CheckpointImages(images.path, resolve_again(_asked(images.path, options), images.job))
+
+
+def _asked(path: str, options: EvaluateOptions) -> SampleOptions:
+    return SampleOptions(
         checkpoint=path,
         out="evaluated.npz",
         weights=options.weights,
@@ -169,4 +194,3 @@ def open_checkpoint(path: str, options: EvaluateOptions) -> CheckpointImages:
         reverse=options.reverse,
         compute=options.compute,
     )
-    return CheckpointImages(path, resolve(asked))

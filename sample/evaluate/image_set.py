@@ -34,6 +34,9 @@ class ImageSet(Protocol):
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[NDArray[np.uint8]]:
         """Give images start … stop − 1 as uint8 [n, H, W, 3], n at most `batch_size`."""
 
+    def labels(self) -> NDArray[np.int64] | None:
+        """The class of every image, below 0 for none; None where nothing says them."""
+
     def close(self) -> None:
         """Close what is open."""
 

@@ -206,7 +206,7 @@ class FIDInception(nn.Module):
 
     def _to_17x17(self, images: Tensor) -> Tensor:
         """What enters Mixed_6d: [N, 768, 17, 17]."""
-        x = resize_bilinear(images, height=INPUT_PX, width=INPUT_PX)
+        x = resize_bilinear(images.to(self.fc.weight.device), height=INPUT_PX, width=INPUT_PX)
         x = (x - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = functional.max_pool2d(x, 3, stride=2)

@@ -1,14 +1,16 @@
 """What --samples and --reference may be, told apart by what lies there: images to look at, statistics to take."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.forms import HUB_NAME
+from pipeline.hub import HUB, HUB_NAME
 from pipeline.latents.names import is_store
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.publish import finish
+from pipeline.runtime.remote_files import is_url
 from sample.evaluate.folder import FolderImages
 from sample.evaluate.image_set import ImageSet
 from sample.evaluate.npz import NpzImages, list_arrays
@@ -20,7 +22,7 @@ _OF_CHECKPOINTS = ("checkpoints", "config.yaml", "config.json", "model_index.jso
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Input:
     """One side of the comparison."""
 
@@ -39,23 +41,44 @@ class Input:
             return self.statistics.count
         return None if self.images is None else self.images.count
 
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """What dit-sample says that the images were made of, or would, of those made here; empty where nothing does."""
+        said = self.made_by or ({} if self.images is None else self.images.describe())
+        return dict(said.get("recipe", {}))
+
 
 def open_inputs(options: EvaluateOptions) -> dict[str, Input]:
     """What --samples and --reference name, by flag; folders come last, as they may take the other side's image size.
 
+    With --repeat what a checkpoint gives by further seeds follows.
+
     Raises:
-        UserError: a path is missing or of no kind that is known here.
+        UserError: a path is missing or of no kind that is known here, or is no checkpoint where one is needed.
     """
     named = {"--samples": options.samples, "--reference": options.reference}
     given = {flag: path for flag, path in named.items() if path is not None}
     for path in given.values():
         finish(Path(path))  # of several files of one output, a kill may have left some without their names
     kinds = {flag: kind_of(path, flag) for flag, path in given.items()}
+    if options.repeat > 1 and kinds.get("--samples") != "checkpoint":
+        raise UserError(
+            f"--repeat {options.repeat} samples with so many seeds, but --samples {options.samples} is no run or "
+            f"checkpoint; leave it away, or give the checkpoint itself"
+        )
     inputs: dict[str, Input] = {}
     for flag in sorted(given, key=lambda flag: kinds[flag] == "folder"):
         size = options.image_size or _square_size_of_others(inputs, kinds)
         inputs[flag] = _open(flag, given[flag], kinds[flag], size, options)
-    return {flag: inputs[flag] for flag in given}
+    ordered = {flag: inputs[flag] for flag in given}
+    for seed in range(options.reverse.seed + 1, options.reverse.seed + options.repeat):
+        from sample.evaluate.generated import CheckpointImages, with_settings
+
+        first = inputs["--samples"]
+        assert isinstance(first.images, CheckpointImages)
+        asked = replace(options, reverse=replace(options.reverse, seed=seed))
+        ordered[f"--samples, seed {seed}"] = replace(first, images=with_settings(first.images, asked))
+    return ordered
 
 
 def kind_of(path: str, flag: str) -> str:
@@ -67,11 +90,13 @@ def kind_of(path: str, flag: str) -> str:
     place = Path(path)
     if is_store(path):
         return "store"
+    if is_url(path):
+        return "checkpoint"
     if place.is_dir():
         is_checkpoint = place.name == "checkpoints" or any((place / name).exists() for name in _OF_CHECKPOINTS)
         return "checkpoint" if is_checkpoint else "folder"
     if not place.exists():
-        if HUB_NAME.fullmatch(path):
+        if HUB_NAME.fullmatch(path.removeprefix(HUB)):
             return "checkpoint"
         raise UserError(f"{flag} {path} does not exist; check the path")
     if place.suffix.lower() == ".npz":

@@ -7,19 +7,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pipeline.features.encoder import EncoderFolder, find_encoder
 from pipeline.runtime.console import warn
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, sha256_of
 from pipeline.runtime.publish import sweep
 from sample.evaluate import report
+from sample.evaluate.encoder import CLIPS, name_of
+from sample.evaluate.features import DIGESTS, Blocks
 from sample.evaluate.image_set import ImageSet, digest_of
 from sample.evaluate.inception_weights import InceptionWeights, cache_folder, find_inception
 from sample.evaluate.inputs import open_inputs
-from sample.evaluate.metrics import METRICS, FeatureName
+from sample.evaluate.metrics import METRICS, FeatureName, feature_kind
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.scoring import Side, resolve_metrics
 from sample.sidecar import sidecar_of
+from sample.work_folder import WorkFolder
 
 FEATURE_BATCH = {"cpu": 32, "cuda": 256}
 REFERENCE_FEATURES: tuple[FeatureName, ...] = ("features_2048", "spatial")
@@ -47,28 +51,46 @@ class EvaluationJob:
     sides: Mapping[str, Side]
     metrics: tuple[str, ...]
     weights: InceptionWeights | None
-    """None where files of statistics say everything."""
+    """None where files of statistics say everything, and on other features."""
+    encoder: EncoderFolder | None
+    """The encoder of --features, if it is one."""
     device: str
     batch_size: int
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """What makes the features: the digest of its weights, None for pixels."""
+        made_by = self.weights or self.encoder
+        return None if made_by is None else made_by.sha256
+
+    @property
+    def encoder_name(self) -> str:
+        """What the encoder is called in metrics' names."""
+        return "encoder" if self.encoder is None else name_of(self.encoder)
 
     @property
     def reference_source(self) -> Side:
         """The side that --make-reference describes."""
         return self.sides.get("--reference") or self.sides["--samples"]
 
+    @property
+    def samples(self) -> list[Side]:
+        """The images that are judged: one set, or one of each seed."""
+        return [side for flag, side in self.sides.items() if flag != "--reference"]
+
     @cached_property
     def score_request(self) -> str:
         """A digest of all that the numbers depend on but the libraries' versions."""
         sides = {flag: side.key for flag, side in self.sides.items()}
         kid = [self.options.reverse.seed, self.options.kid_subsets, self.options.kid_subset_size]
-        weights = None if self.weights is None else self.weights.sha256
-        return digest_of([sides, self.metrics, kid if "kid" in self.metrics else None, weights, self.batch_size])
+        kid_asked = kid if "kid" in self.metrics else None
+        return digest_of([sides, self.metrics, kid_asked, self.weights_sha256, self.batch_size])
 
     @cached_property
     def reference_request(self) -> str:
         """A digest of all that the reference depends on but the libraries' versions."""
-        weights = None if self.weights is None else self.weights.sha256
-        return digest_of([self.reference_source.key, weights, self.batch_size, self.options.reference_features])
+        made_of = [self.reference_source.key, self.weights_sha256]
+        return digest_of([*made_of, self.batch_size, self.options.reference_features])
 
     @cached_property
     def writes_reference(self) -> bool:
@@ -142,7 +164,7 @@ class EvaluationJob:
                 "count": images.count,
                 "part_size": images.part_size,
                 "features": sorted(wanted),
-                "inception": None if self.weights is None else self.weights.sha256,
+                "inception": self.weights_sha256,
                 "batch_size": self.batch_size,
                 "device": self.device.partition(":")[0],
             }
@@ -156,11 +178,19 @@ class EvaluationJob:
             return None
         return next(folder for folder, made in self.extractions.items() if made.plan["images"] == side.images_key)
 
+    def read_features(self, work: Mapping[Path, WorkFolder]) -> None:
+        """Let every side read its features from the work folders, which are complete."""
+        for side in self.sides.values():
+            folder = self.folder_of(side)
+            if folder is not None:
+                names = (*self.extractions[folder].wanted, DIGESTS)
+                side.blocks = {name: Blocks(work=work[folder], name=name) for name in names}
+
     def _wanted_of(self, side: Side, reference: bool, scores: bool) -> set[FeatureName]:
         """The features that have to be made of a side's images for the reference, the numbers, or both."""
         wanted: set[FeatureName] = set()
         for metric in self.metrics if scores else ():
-            if METRICS[metric].compares or side is self.sides["--samples"]:
+            if METRICS[metric].compares or side is not self.sides.get("--reference"):
                 wanted |= {name for name in [side.needs(metric)] if name is not None}
         if reference and side is self.reference_source:
             wanted |= set(REFERENCE_FEATURES)
@@ -182,35 +212,72 @@ def resolve_job(options: EvaluateOptions) -> EvaluationJob:
         UserError: an input is not what it must be, or the weights of the network are missing.
     """
     sides = {flag: Side(given) for flag, given in open_inputs(options).items()}
-    metrics = _resolve_metrics(options, sides)
+    encoder = find_encoder(options.features) if feature_kind(options.features) == "encoder" else None
+    metrics = _resolve_metrics(options, sides, encoder)
     source = sides.get("--reference") or sides["--samples"]
     if options.make_reference is not None and source.given.images is None:
         raise UserError(f"--make-reference needs images, but {source.label} holds statistics alone; give the images")
-    needs_network = options.make_reference is not None or any(
-        side.needs(metric)
-        for metric in metrics
-        for side in sides.values()
-        if METRICS[metric].compares or side is sides.get("--samples")
+    needs_network = options.features == "inception" and (
+        options.make_reference is not None
+        or any(
+            side.needs(metric)
+            for metric in metrics
+            for side in sides.values()
+            if METRICS[metric].compares or side is sides.get("--samples")
+        )
     )
     weights = find_inception(options.inception) if needs_network else None
     _check_same_network(sides, weights)
-    _warn_of_sizes(sides)
+    _check_sizes(sides, options, encoder)
     for path in (options.out, options.make_reference):
         if path is not None:
             make_folder(Path(path).parent)
     device = str(choose_device(options.compute.device)[0])
     batch_size = options.compute.batch_size or FEATURE_BATCH.get(device.partition(":")[0], 256)
     return EvaluationJob(
-        options=options, sides=sides, metrics=metrics, weights=weights, device=device, batch_size=batch_size
+        options=options,
+        sides=sides,
+        metrics=metrics,
+        weights=weights,
+        encoder=encoder,
+        device=device,
+        batch_size=batch_size,
     )
 
 
-def _resolve_metrics(options: EvaluateOptions, sides: Mapping[str, Side]) -> tuple[str, ...]:
+def _resolve_metrics(
+    options: EvaluateOptions, sides: Mapping[str, Side], encoder: EncoderFolder | None
+) -> tuple[str, ...]:
     if options.only_makes_reference:
         return ()
-    return resolve_metrics(
-        options.wanted, sides["--samples"], sides.get("--reference"), asked=options.metrics is not None
-    )
+    wanted, asked = options.wanted, options.metrics is not None
+    if encoder is not None and encoder.kind in CLIPS:
+        wanted = wanted if asked else (*wanted, "cmmd")
+    elif "cmmd" in wanted:
+        raise UserError(f"cmmd is of CLIP's image embeddings, but --features {options.features} is no CLIP")
+    if "recognised" in wanted and encoder is not None:
+        _check_recognisable(sides["--samples"], encoder)
+    return resolve_metrics(wanted, sides["--samples"], sides.get("--reference"), asked=asked)
+
+
+def _check_recognisable(side: Side, encoder: EncoderFolder) -> None:
+    """Refuse to count what a classifier recognises where there is none, or where it does not know the classes."""
+    if not encoder.classes:
+        raise UserError(
+            f"recognised is what a classifier names, but --features {encoder.name} has none (its config.json says no "
+            f"…ForImageClassification); leave recognised out"
+        )
+    labels = side.labels
+    if labels is None or labels.min() < 0:
+        raise UserError(
+            f"recognised compares with the classes that images were made for, which {side.label} does not say; give "
+            f"a checkpoint, a store or an .npz with arr_1, or leave recognised out"
+        )
+    if labels.max() >= encoder.classes:
+        raise UserError(
+            f"{side.label} has classes up to {labels.max()}, but the classifier of --features {encoder.name} knows "
+            f"{encoder.classes}; give one that was trained on the same classes"
+        )
 
 
 def _check_same_network(sides: Mapping[str, Side], weights: InceptionWeights | None) -> None:
@@ -228,11 +295,14 @@ def _check_same_network(sides: Mapping[str, Side], weights: InceptionWeights | N
         )
 
 
-def _warn_of_sizes(sides: Mapping[str, Side]) -> None:
+def _check_sizes(sides: Mapping[str, Side], options: EvaluateOptions, encoder: EncoderFolder | None) -> None:
     sizes = {side.label: side.given.images.size for side in sides.values() if side.given.images is not None}
     if len(set(sizes.values())) > 1:
         found = " and ".join(f"{label} has {width}×{height} pixels" for label, (width, height) in sizes.items())
+        if options.features == "pixels":
+            raise UserError(f"{found}, but --features pixels compares images of one size; give --image-size")
+        side = 299 if encoder is None else encoder.resolution
         warn(
-            f"{found}: both are resized to the network's 299, but sizes that differ move FID; "
+            f"{found}: both are resized to the network's {side}, but sizes that differ move the distance; "
             f"--image-size crops folders alike"
         )

@@ -15,8 +15,20 @@ if TYPE_CHECKING:
 else:
     Comparison = object
 
-FeatureName = Literal["features_768", "features_2048", "spatial", "logits_unbiased", "logits"]
-"""What the FID network gives of an image: pooled features, a map's first channels, class scores."""
+FeatureName = Literal[
+    "features_768", "features_2048", "spatial", "logits_unbiased", "logits", "pixels", "encoder", "embedding"
+]
+"""What is made of an image: the FID network's pooled features, a map's first channels, class scores; its pixels; an
+encoder's class token, CLIP's embedding; `logits` are also those of an encoder's classifier."""
+
+FeatureKind = Literal["inception", "pixels", "encoder"]
+"""Where features come from: the FID network, small pixels, which need no weights, or a vision encoder of the user's."""
+
+
+def feature_kind(features: str) -> FeatureKind:
+    """Of which kind a --features is: its name, or the name of an encoder."""
+    return "inception" if features == "inception" else "pixels" if features == "pixels" else "encoder"
+
 
 Rows = NDArray[np.floating]
 """Features [n, width]."""
@@ -26,6 +38,7 @@ FEWEST_FOR_FID = 2048
 INCEPTION_SCORE_SPLIT = 5_000
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1_000
+CMMD_WIDTH, CMMD_ROWS = 10.0, 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -173,6 +186,25 @@ def _mean_off_diagonal(kernel: NDArray[np.float64]) -> np.float64:
     return np.float64((kernel.sum() - np.trace(kernel)) / (n * (n - 1)))
 
 
+def clip_mmd(first: Rows, second: Rows) -> float:
+    """CMMD: 1000 times the squared MMD of embeddings under exp(−‖x − y‖² / 200), the biased estimate (all pairs).
+
+    Jayasumana et al. 2024 (arXiv 2401.09603); in blocks of rows, so that no table of all pairs is held.
+    """
+    x, y = (rows.astype(np.float64) for rows in (first, second))
+    return 1000 * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y))
+
+
+def _mean_kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    lengths = (y * y).sum(1)
+    total = 0.0
+    for start in range(0, len(x), CMMD_ROWS):
+        rows = x[start : start + CMMD_ROWS]
+        distances = (rows * rows).sum(1)[:, None] + lengths - 2 * rows @ y.T
+        total += np.exp(-distances / (2 * CMMD_WIDTH**2)).sum()
+    return total / (len(x) * len(y))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """What a metric gives."""
@@ -189,7 +221,7 @@ class MetricSpec:
     """A metric: all that help, checks, plans and results know of it."""
 
     title: str
-    """Its name in results; the number of images is added to it."""
+    """Its name in results, {encoder} in it for the encoder's; the number of images is added to it."""
     function: Callable[[Comparison], Outcome]
     features: FeatureName
     """What it needs of every image."""
@@ -201,6 +233,8 @@ class MetricSpec:
     """What a file of statistics has to hold for it, as words."""
     fewest: int = 1
     """The fewest images on either side."""
+    kind: FeatureKind = "inception"
+    """The --features it is of."""
     standard: bool = True
     """Whether ADM's protocol has it: what is computed when nothing is asked for."""
 
@@ -237,6 +271,50 @@ def _share(which: int) -> Callable[[Comparison], Outcome]:
     return compute
 
 
+def _frechet_of_pixels(compared: Comparison) -> Outcome:
+    first, second = compared.pixel_gaussians
+    details = {"features": "pixels", "axes": len(first.mean), "covariance": "unbiased"}
+    return Outcome(value=frechet_distance(first, second), details=details)
+
+
+def _share_of_pixels(which: int) -> Callable[[Comparison], Outcome]:
+    def compute(compared: Comparison) -> Outcome:
+        return Outcome(
+            value=compared.pixel_shares_inside[which], details={"features": "pixels", "neighbours": NEIGHBOURS}
+        )
+
+    return compute
+
+
+def _pixel_metric(title: str, function: Callable[[Comparison], Outcome], fewest: int) -> MetricSpec:
+    return MetricSpec(
+        title=f"{title}-pixels", function=function, features="pixels", kind="pixels", arrays="images", fewest=fewest
+    )
+
+
+def _share_of_encoder(which: int) -> Callable[[Comparison], Outcome]:
+    def compute(compared: Comparison) -> Outcome:
+        return Outcome(value=compared.encoder_shares_inside[which], details={"neighbours": NEIGHBOURS})
+
+    return compute
+
+
+def _clip_mmd(compared: Comparison) -> Outcome:
+    ours, theirs = (side.blocks["embedding"].rows() for side in (compared.samples, compared.reference))
+    return Outcome(value=clip_mmd(ours, theirs), details={"kernel": "exp(-|x - y|^2 / 200)", "scale": 1000})
+
+
+def _recognised(compared: Comparison) -> Outcome:
+    scores = compared.samples.blocks["logits"].rows()
+    right = scores.argmax(axis=1) == compared.samples.labels
+    return Outcome(value=float(right.mean()), details={"classes": scores.shape[1]})
+
+
+def _encoder_metric(title: str, function: Callable[[Comparison], Outcome], fewest: int, **about: Any) -> MetricSpec:
+    about = {"features": "encoder", **about}
+    return MetricSpec(title=title, function=function, kind="encoder", arrays="images", fewest=fewest, **about)
+
+
 METRICS: dict[str, MetricSpec] = {
     "fid": MetricSpec(
         title="FID",
@@ -258,11 +336,22 @@ METRICS: dict[str, MetricSpec] = {
     "precision": MetricSpec(title="Precision", function=_share(0), features="features_2048", fewest=NEIGHBOURS + 1),
     "recall": MetricSpec(title="Recall", function=_share(1), features="features_2048", fewest=NEIGHBOURS + 1),
     "kid": MetricSpec(title="KID", function=_kernel, features="features_2048", fewest=2, standard=False),
+    "fd-pixels": _pixel_metric("FD", _frechet_of_pixels, 2),
+    "precision-pixels": _pixel_metric("Precision", _share_of_pixels(0), NEIGHBOURS + 1),
+    "recall-pixels": _pixel_metric("Recall", _share_of_pixels(1), NEIGHBOURS + 1),
+    "fd-encoder": _encoder_metric("FD-{encoder}", _frechet_of("encoder"), 2),
+    "precision-encoder": _encoder_metric("Precision-{encoder}", _share_of_encoder(0), NEIGHBOURS + 1),
+    "recall-encoder": _encoder_metric("Recall-{encoder}", _share_of_encoder(1), NEIGHBOURS + 1),
+    "cmmd": _encoder_metric("CMMD", _clip_mmd, 1, features="embedding", standard=False),
+    "recognised": _encoder_metric(
+        "Recognised-{encoder}", _recognised, 1, features="logits", compares=False, standard=False
+    ),
 }
 """By name, in the order in which they are reported."""
 
+_STANDARD = [name for name, spec in METRICS.items() if spec.standard and spec.kind == "inception"]
 METRICS_HELP = (
-    f"Metrics, separated by commas: {', '.join(METRICS)}. Default "
-    f"{','.join(name for name, spec in METRICS.items() if spec.standard)}, as far as a reference of statistics alone "
-    "allows."
+    f"Metrics of --features, separated by commas: {', '.join(METRICS)}. Default {','.join(_STANDARD)} on inception, "
+    "all on pixels, those of its kind on an encoder (cmmd on CLIP alone; recognised where it is named), as far as a "
+    "reference of statistics alone allows."
 )

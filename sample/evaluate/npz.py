@@ -4,6 +4,8 @@ Nothing is unpickled: an array of Python objects is refused before its data is l
 """
 
 import hashlib
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,11 +17,18 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from pipeline.runtime.arrays import check_member, load_member
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
+from pipeline.runtime.gate import check_regular
 from sample.evaluate.options import PART_IMAGES
 
 _SCAN_IMAGES = 64
+# RuntimeError is what zipfile says of encrypted members, KeyError of missing ones, the last four numpy of odd headers
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, KeyError),
+    *(tokenize.TokenError, SyntaxError, TypeError, struct.error),
+)
 
 
 @contextmanager
@@ -29,8 +38,9 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path") from error
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise UserError(f"{path} is not a readable .npz ({error}); restore it or make it again") from error
+    except _DAMAGE as error:
+        why = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error)[:300])
+        raise UserError(f"{path} is not a readable .npz ({why}); restore it or make it again") from error
 
 
 def list_arrays(path: Path) -> dict[str, tuple[int, int]]:
@@ -39,12 +49,14 @@ def list_arrays(path: Path) -> dict[str, tuple[int, int]]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    with readable(path), zipfile.ZipFile(path) as archive:
-        return {
-            entry.filename.removesuffix(".npy"): (entry.file_size, entry.CRC)
-            for entry in archive.infolist()
-            if entry.filename.endswith(".npy")
-        }
+    with readable(path):
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            return {
+                entry.filename.removesuffix(".npy"): (entry.file_size, entry.CRC)
+                for entry in archive.infolist()
+                if entry.filename.endswith(".npy")
+            }
 
 
 def content_key(path: Path) -> str:
@@ -58,8 +70,8 @@ def read_array(path: Path, name: str) -> NDArray[np.generic]:
     Raises:
         UserError: the file or the array is damaged, or holds Python objects.
     """
-    with readable(path), np.load(path, allow_pickle=False) as archive:
-        return np.asarray(archive[name])
+    with readable(path):
+        return load_member(path, name)
 
 
 class NpzImages:
@@ -79,6 +91,8 @@ class NpzImages:
             raise UserError(f"arr_0 of {path} holds no images; make the file again")
         if dtype != np.uint8:
             self._refuse(shape, dtype)
+        with readable(path):
+            check_member(path, "arr_0")
         self.count = shape[0]
         self.size = (shape[2], shape[1])
         self._stream: IO[bytes] | None = None
@@ -125,6 +139,19 @@ class NpzImages:
                 yield images.astype(np.uint8, copy=False)
             if stop == self.count:
                 stream.read(1)  # the end of the member is where its checksum is compared
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """`arr_1`, where there is one.
+
+        Raises:
+            UserError: it is damaged, or not one whole number for each image.
+        """
+        if "arr_1" not in list_arrays(self.path):
+            return None
+        labels = read_array(self.path, "arr_1")
+        if labels.shape != (self.count,) or labels.dtype.kind not in "iu":
+            raise UserError(f"arr_1 of {self.path} must be {self.count} whole numbers, one for each image")
+        return labels.astype(np.int64)
 
     def close(self) -> None:
         """Close the file; reading opens it again."""

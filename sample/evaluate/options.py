@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from msgspec import Meta
 
+from pipeline.runtime.bounds import Images, Pixels, Threads, check_bounds
 from pipeline.runtime.cli import nearest
 from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
-from sample.evaluate.metrics import METRICS, METRICS_HELP
+from sample.evaluate.metrics import METRICS, METRICS_HELP, feature_kind
 from sample.options import ComputeOptions, ReverseOptions
 
 PART_IMAGES = 512
@@ -25,6 +27,8 @@ class EvaluateOptions:
     reference: str | None = None
     """The images to compare them with: any of the same, such as ADM's reference files or ours from --make-reference."""
     metrics: Annotated[str | None, BY_COMMAS, tyro.conf.arg(help=METRICS_HELP)] = None
+    features: Annotated[str, tyro.conf.arg(metavar="inception|pixels|ENCODER")] = "inception"
+    """What images are compared by: the FID network; pixels, which need no weights; or a vision encoder of transformers, a folder or Hub name: fd-encoder, and cmmd under CLIP."""
     inception: Annotated[str | None, tyro.conf.arg(metavar="FILE|URL")] = None
     """Weights of the FID network, pt_inception-2015-12-05-6726825d.pth: a file, or a URL to download into the cache once. Default: the file in the cache."""
     make_reference: Annotated[str | None, tyro.conf.arg(metavar="FILE.npz")] = None
@@ -35,46 +39,45 @@ class EvaluateOptions:
     """Write the numbers and where they come from as JSON."""
     overwrite: bool = False
     """Replace --out and --make-reference where they hold something else."""
-    image_size: int | None = None
+    image_size: Pixels | None = None
     """Centre-crop every image of a folder to this many pixels, as extraction does. Default: as they are; or, where the other side has one square size, that size."""
-    kid_subsets: int = 100
+    kid_subsets: Annotated[int, Meta(ge=1, le=100_000)] = 100
     """Random subsets whose mean and spread kid reports."""
-    kid_subset_size: int = 1000
+    kid_subset_size: Annotated[int, Meta(ge=2, le=1_000_000)] = 1000
     """Images in one such subset; smaller sets shrink it."""
-    num_samples: int = 50_000
+    num_samples: Images = 50_000
     """Images to make where an input is a run or checkpoint."""
+    repeat: Annotated[int, Meta(ge=1, le=1000)] = 1
+    """Sample --samples, a run or checkpoint, with so many seeds, --seed and those after it: each metric's mean and standard deviation over them."""
     labels: str | None = None
     """Their classes: random (uniform, by the seed; the default), balanced, or a FILE, as in dit-sample."""
     weights: str = "ema"
-    """Their weights: ema, raw, or the NAME of a further EMA."""
+    """Their weights: ema, raw, the NAME of a further EMA, or sigma=S for a power-function average made of those that the run keeps."""
     vae: str | None = None
     """The VAE that decodes a latent store or a checkpoint's samples. Default: the one named there; another one must be the same by its fingerprint."""
     allow_other_vae: bool = False
     """Decode with --vae even if its fingerprint is another."""
     work: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder for unfinished work, shared by all processes. Default: hidden beside --out or --make-reference, else in the cache."""
-    workers: int = 4
+    workers: Threads = 4
     """Threads that decode image files ahead of the network, per process."""
     reverse: ReverseOptions = field(default_factory=ReverseOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.samples is None and (self.reference is None or self.make_reference is None):
             raise UserError("--samples is missing: give the images to judge (or --reference with --make-reference)")
-        for flag, value, least in (
-            ("--image-size", self.image_size, 1),
-            ("--kid-subsets", self.kid_subsets, 1),
-            ("--kid-subset-size", self.kid_subset_size, 2),
-            ("--num-samples", self.num_samples, 1),
-            ("--workers", self.workers, 1),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"{flag} {value} must be at least {least}")
         for flag, path, suffix in (("--out", self.out, ".json"), ("--make-reference", self.make_reference, ".npz")):
             if path is not None and Path(path).suffix != suffix:
                 raise UserError(f"{flag} {path} must end in {suffix}")
         if self.reference_features and self.make_reference is None:
             raise UserError("--reference-features says what --make-reference FILE.npz holds; give both")
+        if self.features != "inception" and self.make_reference is not None:
+            raise UserError(
+                f"--make-reference holds the FID network's statistics, which --features {self.features} cannot read; "
+                f"give the images themselves as --reference"
+            )
         if self.samples is not None and self.reference is None and not self.only_makes_reference:
             self._check_no_reference_needed()
         _ = self.wanted
@@ -101,7 +104,9 @@ class EvaluateOptions:
             UserError: a name is unknown; every such name is given, with the nearest one.
         """
         if self.metrics is None:
-            return tuple(name for name, spec in METRICS.items() if spec.standard)
+            return tuple(
+                name for name, spec in METRICS.items() if spec.standard and spec.kind == feature_kind(self.features)
+            )
         names = [name.strip().lower() for name in self.metrics.split(",") if name.strip()]
         unknown = []
         for name in names:
@@ -111,5 +116,12 @@ class EvaluateOptions:
         if unknown or not names:
             raise UserError(
                 f"--metrics {self.metrics}: unknown {', '.join(unknown) or 'nothing'}; use {', '.join(METRICS)}"
+            )
+        others = [name for name in names if METRICS[name].kind != feature_kind(self.features)]
+        if others:
+            here = ", ".join(name for name, spec in METRICS.items() if spec.kind == feature_kind(self.features))
+            raise UserError(
+                f"--metrics {','.join(others)}: not defined on --features {self.features}, which has {here}; "
+                f"use those, or other --features"
             )
         return tuple(metric for metric in METRICS if metric in names)

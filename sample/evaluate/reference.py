@@ -20,6 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import parse_json, shortened
 from sample.evaluate.metrics import FeatureName, Gaussian
 from sample.evaluate.npz import content_key, list_arrays, read_array
 
@@ -101,14 +102,15 @@ class StatisticsFile:
         if "provenance" not in self._arrays:
             return {}
         try:
-            content = json.loads(str(read_array(self.path, "provenance")))
-        except json.JSONDecodeError as error:
-            raise UserError(f"provenance of {self.path} is damaged ({error}); make it again") from error
+            text = str(read_array(self.path, "provenance")).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"provenance of {self.path} is no text; make it again") from error
+        content = parse_json(text, f"provenance of {self.path}", advice="make it again")
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             return {}
-        if content.get("version") != VERSION:
+        if (version := content.get("version")) != VERSION:
             raise UserError(
-                f"{self.path} is a reference of version {content.get('version')}, but version {VERSION} is known here; "
+                f"{self.path} is a reference of version {shortened(version)}, but version {VERSION} is known here; "
                 f"upgrade this program or make the file again"
             )
         return content

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.console import printable
 from pipeline.runtime.files import read_json
 from sample.evaluate.image_set import ImageSet
 from sample.evaluate.inputs import Input
@@ -13,6 +14,10 @@ from sample.sidecar import versions
 
 FORMAT = "dit-evaluation"
 VERSION = 1
+_PROTOCOL = (
+    *("sampler", "steps", "timesteps", "eta", "guidance", "guidance_interval", "guidance_channels"),
+    *("guidance_source", "middle_guidance", "seed"),
+)
 
 
 def table(scores: Mapping[str, float], spreads: Mapping[str, float]) -> str:
@@ -23,6 +28,28 @@ def table(scores: Mapping[str, float], spreads: Mapping[str, float]) -> str:
         std = f"{spreads[name]:>12.6f}" if name in spreads else ""
         lines.append(f"{name:<{width}}  {value:>14.6f}  {std}".rstrip())
     return "\n".join(lines)
+
+
+def in_words(result: Mapping[str, Any]) -> str:
+    """A result as people read it: the table, and below it how the images were sampled, as far as that is known."""
+    text, how = table(result["metrics"], result["std"]), result.get("protocol")
+    if not how:
+        return text
+    said = [f"{name.replace('_', ' ')} {printable(str(value))[:60]}" for name, value in how.items()]
+    return f"{text}\n{', '.join(said)}"
+
+
+def protocol(recipe: Mapping[str, Any], *, seeds: int) -> dict[str, Any] | None:
+    """What moves metrics in the recipe of the images: sampler, steps, guidance, labels, weights; None without one."""
+    found = {name: recipe[name] for name in _PROTOCOL if recipe.get(name) is not None}
+    if seeds > 1:
+        found["seeds"] = seeds
+    if isinstance(labels := recipe.get("labels"), dict):
+        found["labels"] = labels.get("rule")
+    for name, role in (("weights", "checkpoint"), ("guide", "guide")):
+        if isinstance(network := recipe.get(role), dict):
+            found[name] = f"{network.get('weights')} of step {network.get('step')}"
+    return found or None
 
 
 def describe_images(images: ImageSet, *, fingerprint: str | None) -> dict[str, Any]:
@@ -63,8 +90,10 @@ def build(
     scores: Sequence[Score],
     *,
     request: str,
+    protocol: Mapping[str, Any] | None,
     inputs: Mapping[str, Any],
     inception: Mapping[str, str] | None,
+    encoder: Mapping[str, Any] | None,
     options: Mapping[str, Any],
     device: str,
     batch_size: int,
@@ -76,8 +105,10 @@ def build(
         "metrics": {score.name: score.value for score in scores},
         "std": {score.name: score.std for score in scores if score.std is not None},
         "details": {score.name: dict(score.details) for score in scores},
+        "protocol": protocol,
         **inputs,
         "inception": inception,
+        **({} if encoder is None else {"encoder": encoder}),
         "compute": {
             "device": device,
             "batch_size": batch_size,

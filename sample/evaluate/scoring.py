@@ -1,9 +1,10 @@
 """Which metrics two inputs allow, and their values under names that carry the number of images."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from sample.evaluate.inputs import Input
 from sample.evaluate.metrics import METRICS, FeatureName, Gaussian, Outcome, fit_gaussian
 
 FEW_FOR_FID = 10_000
+EQUAL_SHARES = ("balanced", "by-class")
+"""Rules by which dit-sample gives every class as many images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +47,11 @@ class Side:
             self.given.images.close()
 
     @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        """The classes of the images, where they are said."""
+        return None if self.given.images is None else self.given.images.labels()
+
+    @cached_property
     def images_key(self) -> str:
         """A digest that changes when the images do."""
         return "" if self.given.images is None else self.given.images.key()
@@ -58,7 +66,7 @@ class Side:
         """Whether a file of statistics says all that the metric asks of this side."""
         statistics = self.given.statistics
         spec = METRICS[metric]
-        if statistics is None or not spec.compares:
+        if statistics is None or not spec.compares or spec.kind != "inception":
             return False
         return statistics.has_gaussian(spec.features) if spec.of_gaussian else statistics.has_features
 
@@ -105,6 +113,13 @@ class Side:
         return self._fitted[feature]
 
     @cached_property
+    def pixel_axes(self) -> NDArray[np.float64]:
+        """The principal axes of the images' pixels."""
+        from sample.evaluate.pixels import principal_axes
+
+        return principal_axes(self.fitted("pixels"))
+
+    @cached_property
     def features(self) -> NDArray[np.floating]:
         """The pooled features of every image."""
         statistics = self.given.statistics
@@ -113,12 +128,19 @@ class Side:
         return self.blocks["features_2048"].rows()
 
 
-def count_name(metric: str, count: int | None) -> str:
-    """The metric's name with its count: FID-50k, FID-2500; FID alone where the count is not known."""
-    title = METRICS[metric].title
+def count_name(
+    metric: str, count: int | None, recipe: Mapping[str, Any] | None = None, *, encoder: str = "encoder"
+) -> str:
+    """The metric's name with its count: FID-50k, FID-2500; FID alone where the count is not known.
+
+    FID-50k-balanced where the recipe says that every class was asked for equally often: that moves FID, too.
+    """
+    title = METRICS[metric].title.format(encoder=encoder)
     if count is None:
         return title
-    return f"{title}-{f'{count // 1000}k' if count % 1000 == 0 else count}"
+    labels = (recipe or {}).get("labels")
+    balanced = isinstance(labels, dict) and labels.get("rule") in EQUAL_SHARES
+    return f"{title}-{f'{count // 1000}k' if count % 1000 == 0 else count}{'-balanced' if balanced else ''}"
 
 
 def resolve_metrics(wanted: Sequence[str], samples: Side, reference: Side | None, *, asked: bool) -> tuple[str, ...]:
@@ -136,7 +158,7 @@ def resolve_metrics(wanted: Sequence[str], samples: Side, reference: Side | None
     for metric in wanted:
         sides = [samples] if not METRICS[metric].compares or reference is None else [samples, reference]
         lacking = [f"{lack}, which {side.label} does not hold" for side in sides if (lack := side.lacks(metric))]
-        if lacking and (asked or metric == "fid"):
+        if lacking and (asked or metric == "fid" or METRICS[metric].kind != "inception"):
             complaints.append(f"{metric} needs {' and '.join(lacking)}; give images there or choose other --metrics")
         elif lacking:
             left_out[metric] = f"{metric} is left out: it needs {' and '.join(lacking)}"
@@ -188,6 +210,8 @@ class Comparison:
     kid_subsets: int
     kid_subset_size: int
     device: str
+    encoder: str = "encoder"
+    """What the encoder is called in names, where there is one."""
 
     @cached_property
     def shares_inside(self) -> tuple[float, float]:
@@ -195,6 +219,35 @@ class Comparison:
         from sample.evaluate.neighbours import precision_and_recall
 
         return precision_and_recall(self.reference.features, self.samples.features, device=self.device)
+
+    @property
+    def pixel_gaussians(self) -> tuple[Gaussian, Gaussian]:
+        """The samples' and the reference's pixels along the reference's principal axes."""
+        from sample.evaluate.pixels import project
+
+        return (
+            project(self.samples.fitted("pixels"), self.reference.pixel_axes),
+            project(self.reference.fitted("pixels"), self.reference.pixel_axes),
+        )
+
+    @cached_property
+    def pixel_shares_inside(self) -> tuple[float, float]:
+        """Precision and recall of pixels along the reference's principal axes."""
+        from sample.evaluate.neighbours import precision_and_recall
+
+        theirs, ours = (
+            np.concatenate([(block @ self.reference.pixel_axes).astype(np.float32) for block in side.blocks["pixels"]])
+            for side in (self.reference, self.samples)
+        )
+        return precision_and_recall(theirs, ours, device=self.device)
+
+    @cached_property
+    def encoder_shares_inside(self) -> tuple[float, float]:
+        """Precision and recall of an encoder's features."""
+        from sample.evaluate.neighbours import precision_and_recall
+
+        theirs, ours = (side.blocks["encoder"].rows() for side in (self.reference, self.samples))
+        return precision_and_recall(theirs, ours, device=self.device)
 
     @property
     def logits(self) -> tuple[Iterable[NDArray[np.floating]], bool]:
@@ -209,6 +262,31 @@ class Comparison:
 def compute_scores(metrics: Sequence[str], compared: Comparison) -> list[Score]:
     """The metrics' values in the given order; all arithmetic is in float64."""
     return [
-        Score(name=count_name(metric, compared.samples.count(metric)), **dataclasses.asdict(spec.function(compared)))
-        for metric, spec in ((metric, METRICS[metric]) for metric in metrics)
+        Score(
+            name=count_name(
+                metric, compared.samples.count(metric), compared.samples.given.recipe, encoder=compared.encoder
+            ),
+            **dataclasses.asdict(METRICS[metric].function(compared)),
+        )
+        for metric in metrics
     ]
+
+
+def over_seeds(runs: Sequence[Sequence[Score]], *, first_seed: int) -> list[Score]:
+    """Each metric's mean over runs that differ in their seed alone, its standard deviation, and every run's value."""
+    if len(runs) == 1:
+        return list(runs[0])
+    scores = []
+    for same in zip(*runs, strict=True):
+        values = [score.value for score in same]
+        seeds = {"seeds": list(range(first_seed, first_seed + len(runs))), "values": values}
+        details = {**same[0].details, **seeds, "std": "over seeds"}
+        scores.append(
+            Score(
+                name=same[0].name,
+                value=float(np.mean(values)),
+                std=float(np.std(values, ddof=1)),
+                details=details,
+            )
+        )
+    return scores

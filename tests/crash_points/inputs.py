@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.runtime.files import sha256_of
+from tests.encoders import write_encoder
 
 
 def make_inputs(folder, run):
@@ -21,6 +22,7 @@ def make_inputs(folder, run):
     _write(folder / "flat" / "bad.png", b"no picture")
     _write_tars(folder / "web")
     _write_vae(folder / "vae")
+    write_encoder(folder / "encoder")
     for name, first in (("pictures", 0), ("others", 10)):
         np.savez(folder / f"{name}.npz", arr_0=np.stack([_pixels(number) for number in range(first, first + 4)]))
     for name, seed in (("features", 0), ("features-2", 1)):
@@ -32,7 +34,9 @@ def make_inputs(folder, run):
     for store in ("in/store", "in/web/store"):
         run([*extract, "--samples-per-shard", "3", "--out", store])
     train = ["train", "--latents", "in/store", "--model", "DiT-Ti/2", "--batch-size", "4", "--device", "cpu"]
-    run([*train, "--out", "in/run", "--steps", "3", "--log-every", "1", "--sample-every", "0", "--no-tensorboard"])
+    train += ["--steps", "3", "--log-every", "1", "--sample-every", "0", "--no-tensorboard"]
+    for seed, name in enumerate(("run", "run-2")):
+        run([*train, "--out", f"in/{name}", "--seed", f"{seed}"])
 
 
 def _write(path, data):

@@ -26,15 +26,22 @@ from tests.crash_points import shim
 MODULES = {
     "extract": "extract.__main__",
     "train": "train.__main__",
-    "plot": "train.plot",
+    "plot": "train.plot.__main__",
     "sample": "sample.__main__",
     "evaluate": "sample.evaluate.__main__",
+    "tune": "sample.tune.__main__",
     "convert": "pipeline.convert.__main__",
     "inspect": "pipeline.inspect.__main__",
 }
 LATE = ("diffusers.models.autoencoders.autoencoder_kl", "diffusers", "extract.run", "train.run", "sample.run")
-LATE += ("sample.evaluate.evaluation", "pipeline.convert.run", "pipeline.inspect.store", "pipeline.inspect.checkpoint")
-WIDTHS = {"features_2048": 2048, "spatial": 2023, "logits_unbiased": 1008}
+LATE += (
+    "sample.evaluate.evaluation",
+    "sample.tune.run",
+    "pipeline.convert.run",
+    "pipeline.inspect.store",
+    "pipeline.inspect.checkpoint",
+)
+WIDTHS = {"features_2048": 2048, "spatial": 2023, "logits_unbiased": 1008, "pixels": 12}
 PATIENCE_S, GRACE_S = 60.0, 3.0
 
 

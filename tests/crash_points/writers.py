@@ -9,13 +9,30 @@ from dataclasses import dataclass, replace
 TINY_VAE = ["--vae", "in/vae"]
 EXTRACT = ["extract", "--out", "o/store", *TINY_VAE, "--image-size", "32", "--samples-per-shard", "2"]
 EXTRACT += ["--batch-size", "2", "--workers", "1", "--device", "cpu", "--data"]
+ENCODER = ["--features", "in/encoder", "--features-dim"]
 TRAIN = ["train", "--latents", "in/store", "--out", "o/run", "--model", "DiT-Ti/2", "--batch-size", "4"]
 TRAIN += ["--log-every", "1", "--no-tensorboard", "--device", "cpu", "--save-every", "2", "--sample-every"]
 SAMPLE = ["sample", "--checkpoint", "in/checkpoint", *TINY_VAE, "--steps", "2", "--num-samples", "4"]
 SAMPLE += ["--batch-size", "2", "--guidance", "1", "--device", "cpu", "--out"]
 EVALUATE = ["evaluate", "--samples", "in/pictures.npz", "--inception", "in/inception.safetensors", "--device", "cpu"]
 EVALUATE += ["--metrics", "is", "--batch-size", "2"]
+TUNE = ["tune", "--checkpoint", "in/checkpoint", *TINY_VAE, "--reference", "in/pictures.npz", "--features", "pixels"]
+TUNE += [
+    "--num-samples",
+    "4",
+    "--batch-size",
+    "2",
+    "--steps",
+    "2",
+    "--guidance",
+    "1",
+    "--device",
+    "cpu",
+    "--out",
+    "o/t",
+]
 CONVERT = ["convert", "--from"]
+PLOTS = ["plot", "in/run", "in/run-2", "--save-reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +106,14 @@ WEBDATASET = writer(
     [*EXTRACT, "in/images", "--format", "webdataset", "--seed", "1"],
     **STORE,
 )
+FEATURES = writer(
+    "dit-extract --add-features",
+    ["extract", "--add-features", "o/store", *EXTRACT[-7:-1], "--data", "in/images", *ENCODER, "3"],
+    [*EXTRACT, "in/images", *ENCODER, "4"],
+    before=[SAFETENSORS.command],
+    kind="store",
+    outputs=("store/features",),
+)
 START = writer("dit-train", [*TRAIN, "0", "--steps", "4"], [*TRAIN, "0", "--steps", "4", "--seed", "1"], **RUN)
 NPZ, GRID, FOLDER = sampling(".npz", "s.npz"), sampling(".png", "s.png"), sampling("FOLDER/", "s/", kind="folder")
 LATENTS = sampling(".safetensors", "s.safetensors")
@@ -102,6 +127,8 @@ REFERENCE = evaluating(
     change=["--samples", "in/others.npz"],
 )
 DIT, DIFFUSERS = (converting(name, "new", name, kind="folder") for name in ("dit", "diffusers"))
+CARD = ["--model-card", "--license", "mit"]
+CARDED = replace(DIT, name="dit-convert dit --model-card", command=[*DIT.command, *CARD], other=[*DIT.other, *CARD])
 PICKLED, LONE = (converting(f"facebook .{end}", f"new.{end}", "facebook") for end in ("pt", "safetensors"))
 IMPORT = converting("store", "store", "store", source="in/features", other="in/features-2", kind="store")
 
@@ -143,12 +170,20 @@ WRITERS = [
         outputs=("p.png",),
         forces=False,
     ),
+    FEATURES,
+    overwriting(FEATURES),
     START,
     writer(
         "dit-train (resumed)",
         START.command,
         START.other,
         before=[[*TRAIN, "0", "--steps", "2"]],
+        **RUN,
+    ),
+    writer(
+        "dit-train --ema-sigma",
+        [*START.command, "--ema-sigma", "0.1", "--ema-snapshot-every", "2"],
+        [*START.other, "--ema-sigma", "0.1", "--ema-snapshot-every", "2"],
         **RUN,
     ),
     overwriting(START),
@@ -197,6 +232,13 @@ WRITERS = [
         outputs=("curves.png",),
         forces=False,
     ),
+    writer(
+        "train.plot --save-reference",
+        [*PLOTS, "o/reference.json", "--out", "o/curves.png"],
+        [*PLOTS, "o/reference.json", "--out", "o/curves.png", "--smoothing", "0"],
+        outputs=("reference.json", "curves.png"),
+        forces=False,
+    ),
     NPZ,
     GRID,
     FOLDER,
@@ -205,6 +247,7 @@ WRITERS = [
     *(overwriting(row) for row in (NPZ, GRID, FOLDER, LATENTS, STRIP)),
     RESULT,
     REFERENCE,
+    writer("dit-tune", TUNE, [*TUNE, "--points", "9"], outputs=("t/tune.json", "t/tune.png")),
     overwriting(RESULT),
     overwriting(REFERENCE),
     writer(
@@ -214,6 +257,7 @@ WRITERS = [
         outputs=("result.json",),
     ),
     DIT,
+    CARDED,
     DIFFUSERS,
     PICKLED,
     LONE,
@@ -234,25 +278,31 @@ SITES = {
     "pipeline/checkpoint/diffusers_write.py:_write_vae": "dit-convert diffusers",
     "pipeline/checkpoint/folder.py:write_model_files": "dit-train",
     "pipeline/checkpoint/tensor_files.py:save_pickled_tensors": "dit-convert facebook .pt",
-    "pipeline/convert/features.py:_folder_for": "dit-convert store",
-    "pipeline/convert/run.py:convert": "dit-convert dit",
+    "pipeline/convert/card.py:write_card": "dit-convert dit --model-card",
+    "pipeline/convert/imports.py:_folder_for": "dit-convert store",
+    "pipeline/convert/run.py:_published": "dit-convert dit",
     "pipeline/convert/run.py:_write_release": "dit-convert facebook .safetensors",
+    "pipeline/features/pca.py:write_projection": "dit-extract --add-features",
+    "pipeline/features/writer.py:write_shard": "dit-extract --add-features",
+    "pipeline/features/writer.py:finish_features": "dit-extract --add-features",
     "pipeline/image_grid.py:save_png": "dit-extract --preview",
     "pipeline/inspect/store.py:draw_store": "dit-inspect --grid",
     "pipeline/latents/manifest.py:write_manifest": "dit-extract safetensors",
-    "pipeline/latents/remote.py:_download": "dit-train on a remote store",
+    "pipeline/runtime/remote_files.py:_fetch": "dit-train on a remote store",
     "pipeline/latents/writer.py:write_shard": "dit-extract webdataset",
-    "pipeline/latents/writer.py:_publish": "dit-extract safetensors",
+    "pipeline/latents/writer.py:publish_pieces": "dit-extract safetensors",
     "pipeline/latents/writer.py:finish_store": "dit-extract flat (a bad image)",
+    "extract/fill.py:write_latents": "dit-extract safetensors",
     "extract/preview.py:draw_preview": "dit-extract --preview",
     "extract/sources/listing.py:_save": "dit-extract safetensors",
     "extract/sources/remote.py:_fetch": "dit-extract remote tars",
     "extract/store_folder.py:begin": "dit-extract safetensors",
     "extract/store_folder.py:begin_anew": "dit-extract safetensors --overwrite",
-    "extract/store_folder.py:put_in_place": "dit-extract safetensors --overwrite",
-    "pipeline/latents/writer.py:replace_store": "dit-extract safetensors --overwrite",
+    "extract/store_folder.py:unmoved": "dit-extract safetensors --overwrite",
+    "pipeline/latents/store_files.py:replace_store": "dit-extract safetensors --overwrite",
     "extract/store_folder.py:reopen": "dit-extract (a shard lost)",
     "extract/store_folder.py:write_skipped": "dit-extract (too many bad images)",
+    "pipeline/checkpoint/snapshots.py:write_average": "dit-train --ema-sigma",
     "train/checkpointing.py:write_snapshot": "dit-train",
     "train/kept_checkpoints.py:discard": "dit-train --keep-last",
     "train/kept_checkpoints.py:_set_aside": "dit-train (last checkpoint damaged)",
@@ -260,7 +310,8 @@ SITES = {
     "train/run_folder.py:_set_aside": "dit-train --overwrite",
     "train/run_folder.py:drop_replaced": "dit-train --overwrite",
     "train/checkpointing.py:_write": "dit-train",
-    "train/plot.py:_run": "train.plot",
+    "train/plot/__main__.py:_run": "train.plot",
+    "train/plot/__main__.py:_save_reference": "train.plot --save-reference",
     "train/run_folder.py:begin_run": "dit-train",
     "train/run_folder.py:drop_after": "dit-train (resumed)",
     "train/run_folder.py:append": "dit-train",
@@ -268,6 +319,8 @@ SITES = {
     "sample/evaluate/evaluation.py:_score": "dit-evaluate --out",
     "sample/evaluate/inception_weights.py:_fetch": "dit-evaluate --inception URL",
     "sample/evaluate/reference.py:write_statistics": "dit-evaluate --make-reference",
+    "sample/tune/judge.py:_publish": "dit-tune",
+    "sample/tune/run.py:_publish": "dit-tune",
     "sample/outputs.py:write_npz": "dit-sample .npz",
     "sample/outputs.py:_store_array": "dit-sample .npz",
     "sample/outputs.py:write_latents": "dit-sample .safetensors",
@@ -278,3 +331,10 @@ SITES = {
     "sample/work_folder.py:write_part": "dit-sample .npz",
 }
 """Which row comes by each function that publishes a file: {"file.py:function": name of the row}."""
+
+ELSEWHERE = {
+    "pipeline/checkpoint/mirror.py:_fetch_checkpoint": "tests/train/test_mirror.py",
+    "pipeline/checkpoint/remote.py:localized": "tests/train/test_mirror.py",
+    "pipeline/checkpoint/remote.py:_fetch_averages": "tests/train/test_mirror.py",
+}
+"""What no row comes by, as it needs a server that takes files; and which tests disturb it instead."""

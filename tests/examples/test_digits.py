@@ -74,7 +74,10 @@ def test_distances_are_euclidean(real):
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not (DEMO / "run" / "checkpoints").exists(), reason="needs the demo's run; make demo makes it")
 def test_digits_of_the_demos_run_are_recognised_and_varied(tmp_path):
-    """At least 95 % of 500 recognised as the class asked for, spread within 0.6 … 1.4 of the real digits'."""
+    """At least 97 % of 500 recognised as the class asked for, spread within 0.85 … 1.1 of the real digits' on average.
+
+    README's figures, with room for another processor's rounding.
+    """
     words = ["--checkpoint", DEMO / "run", "--out", tmp_path / "digits.npz", "--config", EXAMPLE / "sample.yaml"]
     words += ["--samples-per-class", 50, "--seed", 1]
     subprocess.run([sys.executable, "-m", "sample", *map(str, words)], cwd=ROOT, check=True)
@@ -82,6 +85,8 @@ def test_digits_of_the_demos_run_are_recognised_and_varied(tmp_path):
     figures = compare(read_real(DEMO / "images", names), read_generated(tmp_path / "digits.npz"), names)
     print(table(figures))
     assert figures.samples == 500
-    assert figures.accuracy >= 0.95
-    assert all(0.6 <= spread <= 1.4 for spread in figures.spread_by_class.values())
+    assert figures.accuracy >= 0.97
+    spreads = list(figures.spread_by_class.values())
+    assert 0.85 <= sum(spreads) / len(spreads) <= 1.1
+    assert all(0.75 <= spread <= 1.2 for spread in spreads)
     assert figures.distance_generated_median > 0.5 * figures.distance_left_out_median

@@ -116,8 +116,10 @@ def fork(tmp_path_factory):
 def start(fork, vae_folder, images):
     """Starts dit-extract as a process of its own; gives the process."""
 
-    def run(*arguments, before="", data=images, vae=vae_folder):
-        base = ["--data", data, "--vae", vae, "--image-size", 32, "--samples-per-shard", 8]
+    def run(*arguments, before="", data=images, vae=vae_folder, base=None):
+        if base is None:
+            base = ["--vae", vae, "--image-size", 32, "--samples-per-shard", 8]
+        base = ["--data", data, *base]
         argv = [str(argument) for argument in (*base, *arguments)]
         return fork(f"{before}\nfrom extract.__main__ import main\nos._exit(main({argv!r}))")
 

@@ -10,8 +10,8 @@ from pyarrow import parquet, table
 
 from extract import understood
 from extract.options import SourceOptions
-from extract.sources.litter import LITTER
 from extract.sources.selection import open_source
+from pipeline.image_names import LITTER
 from pipeline.runtime.errors import UserError
 from tests.extract.test_sources import opened, tar_of
 

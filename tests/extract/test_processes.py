@@ -161,7 +161,7 @@ def test_a_kill_during_overwrite_leaves_what_the_same_command_goes_on_with(tmp_p
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_before_the_first_image_has_its_status_and_a_line_too(tmp_path, start, number):
     stop_at_listing = f"""
-import os, signal, extract.run as extraction
+import os, signal, extract.inputs as extraction
 extraction.cached_listing = lambda *a: os.kill(os.getpid(), {int(number)})
 """
     process = start("--out", tmp_path / "store", before=stop_at_listing)

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -273,6 +274,30 @@ def test_a_replacement_that_was_whole_when_its_process_was_killed_is_put_in_plac
     monkeypatch.setattr(OutputFolder, "put_in_place", honest)
     status, said = command("--out", out)
     assert status == 2 and "--seed 1 there, 0 now" in said
+    assert hashes(out) == hashes(wanted)
+
+
+def test_a_process_that_looks_at_the_inputs_while_another_puts_the_new_store_in_place_sees_one_store(
+    tmp_path, command, hashes, monkeypatch
+):
+    from extract import run
+
+    out, wanted = tmp_path / "s", tmp_path / "wanted"
+    assert command("--out", out)[0] == command("--out", wanted, "--seed", 1)[0] == 0
+    assert command("--out", out, "--overwrite", "--seed", 1, "--shard-range", "0:4")[0] == 0
+    honest = run.check_same_data
+
+    def late(output, plan, loader):
+        (output.work / "replacement").rename(output.work / "ready")  # as the process does that was faster
+        honest(output, plan, loader)
+
+    for shard in sorted(wanted.glob("train-00004.*")):  # and has made the rest
+        shutil.copy(shard, out / ".work" / "replacement")
+    shutil.copy(wanted / "manifest.json", out / ".work" / "replacement")
+    monkeypatch.setattr(run.OutputFolder, "put_in_place", lambda _: None)
+    monkeypatch.setattr(run, "check_same_data", late)
+    status, said = command("--out", out, "--seed", 1)
+    assert status == 0, said
     assert hashes(out) == hashes(wanted)
 
 
@@ -623,7 +648,7 @@ def test_a_vanished_input_is_one_sentence_and_the_run_goes_on_when_it_is_back(
         (["--crops", 2], "needs --crop random-resized"),
         (["--batch-size", 0], "--batch-size 0 must be at least 1"),
         (["--limit", 0], "--limit 0 must be at least 1"),
-        (["--allow-skips", 2], "must lie in 0 … 1"),
+        (["--allow-skips", 2], "must be at least 0 and at most 1"),
         (["--data", ""], "--data is empty"),
         (["--image-sise", 64], "did you mean --image-size?"),
         (["--preview", "picture.jpg"], "must end in .png"),

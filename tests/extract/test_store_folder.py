@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from extract import fill, run, store_folder
+from extract import run, store_folder
 from extract.store_folder import LANE, OutputFolder
 from pipeline.latents.names import record_name
 from pipeline.runtime.errors import UserError
@@ -164,7 +164,7 @@ def test_a_shard_that_is_written_is_let_go_of(tmp_path, command, monkeypatch):
         held.append(sum(lock is not None and lock.is_locked for lock in locks))
         return locks[-1]
 
-    monkeypatch.setattr(fill.OutputFolder, "claim", claim)
+    monkeypatch.setattr(OutputFolder, "claim", claim)
     assert command("--out", tmp_path / "s", "--samples-per-shard", 1, "--workers", 1)[0] == 0
     assert len(locks) == 50 and max(held) < 35 and not any(lock.is_locked for lock in locks)
 

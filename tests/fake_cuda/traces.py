@@ -1,4 +1,4 @@
-"""Training steps, samplers and the decoder traced on the card that computes nothing; the findings as JSON.
+"""Training steps traced on the card that computes nothing; the findings as JSON.
 
 python traces.py LIBGUARD.so [item|cpu|double]     with one of the three, a fault is put into the training step
 """
@@ -8,37 +8,38 @@ import sys
 from types import SimpleNamespace
 
 # isort: off
-from card import CARD, FakeTensorMode, RealOnCpu, Trace, keyed_generators_on_the_card, moved, torch  # before torch
+from card import CARD, FakeTensor, FakeTensorMode, Trace, keyed_generators_on_the_card, moved, torch  # before torch
 
 # isort: on
-import numpy as np
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from pipeline import randomness
-from pipeline.checkpoint import Checkpoint
-from pipeline.checkpoint.averages import MovingAverage
-from pipeline.diffusion import GaussianDiffusion, RectifiedFlow, make_process
-from pipeline.diffusion.samplers import SAMPLERS
+from pipeline.checkpoint.averages import MovingAverage, PowerAverage
+from pipeline.diffusion import make_process
 from pipeline.diffusion.schedules import tables_of
 from pipeline.dit import DiT, DiTConfig
+from pipeline.dit.config import BLOCKS
 from pipeline.dit.memory import StepSettings, step_memory
-from sample import generate
+from pipeline.features.pca import Projection
+from pipeline.features.targets import FeatureTargets
 from train import loop, losses
 from train.checkpointing import TrainState
 from train.data import Batch, BatchShard
 from train.distributed import Hardware
 from train.optimizer import Optimizer
-from train.options import OptimizerOptions
+from train.options import ModelOptions, OptimizerOptions
 from train.parallel import parallelize
 
 SPOILED = sys.argv[2] if len(sys.argv) > 2 else None
+MODERN = BLOCKS["modern"]
 VARIANTS = {
     "as it is": {},
     "fp16": {"precision": "fp16"},
     "float32": {"precision": "no"},
     "not clipped": {"clip": None},
+    "muon": {"muon": True},
     "accumulation": {"accumulation": 2},
     "checkpointing": {"checkpointing": True},
     "flow": {"objective": "flow"},
@@ -46,6 +47,8 @@ VARIANTS = {
     "in-context": {"conditioning": "in-context"},
     "adaln": {"conditioning": "adaln"},
     "qk-norm": {"qk_norm": True},
+    "modern": MODERN,
+    "middle head and alignment": {"middle_head": True, "align_latent": True},
 }
 
 
@@ -63,7 +66,15 @@ FITS = {
     "cross-attention in float32": {"batch": 32, "precision": "no", "conditioning": "cross-attention"},
     "adaln in float32": {"batch": 32, "precision": "no", "conditioning": "adaln"},
     "in-context in float32": {"batch": 32, "precision": "no", "conditioning": "in-context"},
+    "XL/2 by Muon": {"preset": "DiT-XL/2", "muon": True},
+    "L/2 by Muon, checkpointing": {"preset": "DiT-L/2", "muon": True, "checkpointing": True},
     "qk-norm in float32": {"batch": 32, "precision": "no", "qk_norm": True},
+    "modern in float32": {"batch": 32, "precision": "no", **MODERN},
+    "modern XL/2, checkpointing": {"preset": "DiT-XL/2", "checkpointing": True, **MODERN},
+    "modern by Muon": {"batch": 32, "muon": True, **MODERN},
+    "wide head": {"batch": 16, "head_width": 1536},
+    "wide head in float32": {"batch": 16, "precision": "no", "head_width": 1536, "head_depth": 3},
+    "wide head, checkpointing": {"batch": 16, "checkpointing": True, "head_width": 1536, "head_depth": 3},
     "B/2 in float32, checkpointing": {"preset": "DiT-B/2", "batch": 32, "precision": "no", "checkpointing": True},
 }
 """Steps beside VARIANTS whose memory is compared with the formula."""
@@ -71,8 +82,9 @@ FITS = {
 
 def trainer(
     *, preset="DiT-S/2", side=32, precision="bf16", clip=1.0, accumulation=1, checkpointing=False, objective="ddpm",
-    batch=8, **config,
+    batch=8, muon=False, more=False, **config,
 ):  # fmt: skip
+    """A run's parts on the card; with `more` what is read off an encoder too, another average, factors per channel."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="no", device_placement=False)
     PartialState._shared_state["device"] = AcceleratorState._shared_state["device"] = CARD
@@ -85,25 +97,54 @@ def trainer(
     config = DiTConfig.from_preset(preset, input_size=side, learn_sigma=process.learns_variance, **config)
     made = network(config)
     made.gradient_checkpointing = checkpointing
-    placement = parallelize(made, hardware, "none")
-    options = OptimizerOptions(batch_size=batch, clip_norm=clip)
-    optimizer = Optimizer(placement.weights, options, scaled=precision == "fp16", add_up=placement.add_up)
+    placement = parallelize(made, hardware, 1)
+    options = OptimizerOptions(batch_size=batch, clip_norm=clip, optimizer="muon" if muon else "adamw")
+    optimizer = Optimizer(
+        placement.weights, options, scaled=precision == "fp16", add_up=placement.add_up, shapes=placement.shapes,
+        shared_out=placement.shared_out,
+    )  # fmt: skip
     averages = {"ema": MovingAverage(placement.weights, decay=0.9999)}
+    if more:
+        averages["power"] = PowerAverage(placement.weights, sigma=0.05)
     return SimpleNamespace(
-        options=SimpleNamespace(data=SimpleNamespace(seed=0), optimizer=options),
+        options=SimpleNamespace(
+            data=SimpleNamespace(seed=0),
+            optimizer=options,
+            model=ModelOptions(
+                middle_head=config.middle_head,
+                align_latent=config.align_latent,
+                align_features=config.align_features > 0,
+            ),
+        ),
         hardware=hardware,
         process=process,
-        normalization=losses.LatentNormalization(kind="moments", scaling_factor=0.18215, shift_factor=None),
+        normalization=losses.LatentNormalization(
+            kind="moments",
+            scaling_factor=torch.empty(4, device=CARD) if more else 0.18215,
+            shift_factor=torch.empty(4, device=CARD) if more else None,
+        ),
         state=TrainState(placement=placement, optimizer=optimizer, averages=averages),
         shard=BatchShard(batch_size=batch, accumulation=accumulation),
+        features_of=lambda batch, rows: targets().of(batch.features[rows]) if more else None,
         config=config,
+    )
+
+
+def targets():
+    """DINOv2-S/14's 16 × 16 patches of 64 numbers, for the network's tokens."""
+    projection = Projection(mean=torch.empty(384, device=CARD), components=torch.empty(64, 384, device=CARD))
+    encoder = SimpleNamespace(grid=(16, 16))
+    return FeatureTargets(
+        store=SimpleNamespace(manifest=SimpleNamespace(encoder=encoder)), projection=projection, grid=(8, 8)
     )
 
 
 def batch_of(made, number):
     rows, side = made.shard.local_size, made.config.height
     latents = torch.empty(rows, 8, side, side, dtype=torch.float16, device=CARD)
-    return Batch(number=number, latents=latents, labels=torch.empty(rows, dtype=torch.int64, device=CARD))
+    features = torch.empty(rows, 256, 64, dtype=torch.float16, device=CARD)
+    labels = torch.empty(rows, dtype=torch.int64, device=CARD)
+    return Batch(number=number, latents=latents, labels=labels, features=features)
 
 
 def training_step(*, with_losses=False, **variant):
@@ -116,15 +157,38 @@ def training_step(*, with_losses=False, **variant):
             made.state.step += 1
         with Trace() as trace:
             trace.hold(made.state.placement.weights, made.state.averages["ema"].tensors)
-            trace.hold(list(made.state.optimizer.adam_state().values()))
+            held = made.state.optimizer.state_tensors().values()
+            trace.hold([[tensor for tensor in tensors if tensor is not None] for tensors in held])
             fixed = trace.alive
-            loop.train_step(made, batch_of(made, 2), with_losses=with_losses)
+            result = loop.train_step(made, batch_of(made, 2), with_losses=with_losses)
+        asked = numbers_asked_for(lambda: loop._read(made, result)) if with_losses else []
         images = made.shard.micro_size
     settings = {
-        name: value for name, value in variant.items() if name in {"precision", "accumulation", "checkpointing"}
+        name: value for name, value in variant.items() if name in {"precision", "accumulation", "checkpointing", "muon"}
     }
     formula = sum(step_memory(made.config, StepSettings(images=images, **settings)).values())
-    return found(trace) | {"fixed": fixed, "formula": formula}
+    return found(trace) | {
+        "fixed": fixed,
+        "formula": formula,
+        "averaging": trace.kernels["aten._fused_sgd_.default"],
+        "asked": asked,
+    }
+
+
+def numbers_asked_for(work):
+    """The devices whose values Python reads as lists; anything else that it reads ends the trace."""
+    real, devices = FakeTensor.tolist, []
+
+    def tolist(tensor):
+        devices.append(tensor.device.type)
+        return [1.0] * tensor.numel()
+
+    FakeTensor.tolist = tolist
+    with Trace() as trace:
+        work()
+    FakeTensor.tolist = real
+    assert not trace.reads and not trace.uploads
+    return devices
 
 
 def found(trace):
@@ -134,30 +198,6 @@ def found(trace):
         "uploads": dict(trace.uploads),
         "peak": trace.peak,
     }
-
-
-def sampling(name, steps):
-    """The latents of four images on the card: waits and kernels."""
-    tables_of.cache_clear()
-    with RealOnCpu():
-        process = RectifiedFlow() if SAMPLERS[name].objective == "flow" else GaussianDiffusion()
-        config = DiTConfig.from_preset("DiT-S/2", learn_sigma=process.learns_variance)
-        made = network(config).requires_grad_(False)
-        made.to = lambda *_, **__: made
-        info = {"vae": {"scaling_factor": 0.18215, "shift_factor": None}}
-        checkpoint = Checkpoint(model=made, config=config, info=info, process=process, weights="ema", folder=None)
-        plan = generate.ReversePlan(
-            sampler=name, steps=steps, eta=0.0, guidance=4.0, channels=None, interval=None, seed=0, batch_size=4,
-            precision="bf16",
-        )  # fmt: skip
-        generator = generate.Generator(checkpoint, plan, device="cuda:0", vae=None)
-        with Trace() as trace:
-            try:
-                generator.latents(0, np.zeros(4, dtype=np.int64))
-            except Exception as error:
-                if type(error).__name__ not in {"DataDependentOutputException", "DynamicOutputShapeException"}:
-                    raise
-    return found(trace)
 
 
 def spoil(how):
@@ -184,7 +224,7 @@ if __name__ == "__main__":
         print(json.dumps(training_step()))
     else:
         steps = {name: training_step(**variant) for name, variant in VARIANTS.items()}
-        samplers = {name: [sampling(name, steps) for steps in (4, 5)] for name in SAMPLERS}
         logged = training_step(with_losses=True)
+        more = training_step(more=True, preset="DiT-S/4", align_features=384, muon=True, **MODERN)
         fits = {name: training_step(**settings) for name, settings in FITS.items()}
-        print(json.dumps({"steps": steps, "logged": logged, "samplers": samplers, "fits": fits}))
+        print(json.dumps({"steps": steps, "logged": logged, "more": more, "fits": fits}))

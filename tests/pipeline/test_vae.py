@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.images import to_pixels
+from pipeline.recorded import RecordedVae
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import typed
 from pipeline.vae import denormalize, draw_posterior, find_vae, fingerprint, load_vae, normalize
 from pipeline.vae_folder import DEMO_FOLDER, WEIGHTS
 
@@ -301,21 +303,35 @@ def test_a_library_that_is_missing_is_named(copied, monkeypatch):
         load_vae(str(copied))
 
 
+def recorded(vae, **other):
+    return typed(vae.describe() | other, RecordedVae, "the VAE", advice="look again")
+
+
+def test_the_scale_and_shift_that_a_run_recorded_of_its_own_store_are_kept_beside_the_same_vae(demo, copied):
+    own = {"scaling_factor": [0.5, 2.0, 1.0, 4.0], "shift_factor": [0.0, 1.0, -1.0, 3.0]}
+    for override in (None, str(copied)):
+        found = find_vae(recorded(demo, **own), override)
+        assert (found.scaling_factor, found.shift_factor) == tuple(own.values())
+    assert find_vae(recorded(demo, **own, sha256=None)).scaling_factor == demo.scaling_factor
+    edit_config(copied, force_upcast=True)
+    other = find_vae(recorded(demo, **own), str(copied), allow_other=True)
+    assert other.describe() | {"name": "demo", "sha256": demo.sha256} == demo.describe()
+
+
 def test_what_a_store_recorded_finds_the_same_vae(demo, copied):
-    recorded = demo.describe()
-    assert find_vae(recorded).sha256 == demo.sha256
-    assert find_vae(recorded, str(copied)).name == "my-vae"
-    assert find_vae(recorded | {"sha256": None}).name == "demo"
+    assert find_vae(recorded(demo)).sha256 == demo.sha256
+    assert find_vae(recorded(demo), str(copied)).name == "my-vae"
+    assert find_vae(recorded(demo, sha256=None)).name == "demo"
     for name in ("my-vae", None):
         with pytest.raises(UserError, match="were made with a VAE .*; say where it is with --vae FOLDER"):
-            find_vae(recorded | {"name": name})
+            find_vae(recorded(demo, name=name))
 
 
 def test_another_vae_is_refused_unless_it_is_asked_for(demo, copied):
     edit_config(copied, scaling_factor=0.5)
     with pytest.raises(UserError, match=r"made with the VAE demo of fingerprint .* weights or settings differ"):
-        find_vae(demo.describe(), str(copied))
-    assert find_vae(demo.describe(), str(copied), allow_other=True).scaling_factor == 0.5
+        find_vae(recorded(demo), str(copied))
+    assert find_vae(recorded(demo), str(copied), allow_other=True).scaling_factor == 0.5
 
 
 def test_a_mean_and_spread_per_channel_become_factors_per_channel(copied, pixels):

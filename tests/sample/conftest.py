@@ -1,5 +1,6 @@
 """A tiny checkpoint with random weights, its VAE, and the command run in this process."""
 
+import contextlib
 import json
 
 import pytest
@@ -84,13 +85,22 @@ def tiny(make_checkpoint):
     return make_checkpoint("tiny")
 
 
+@pytest.fixture(scope="session")
+def smallest(make_checkpoint):
+    """One whose images have 16 pixels, which the metrics on pixels are quick with."""
+    latent = {"kind": "moments", "channels": 4, "height": 2, "width": 2, "downsample": 8}
+    image = {"size": 16, "crop": "adm-center"}
+    return make_checkpoint("smallest", input_size=2, info={"latent": latent, "image": image})
+
+
 @pytest.fixture
 def command(tiny, vae_folder, capsys):
     """Runs dit-sample in this process with few steps; gives its exit status and what it said."""
 
     def run(*arguments, checkpoint=tiny, vae=vae_folder, steps=3):
         given = [] if vae is None else ["--vae", str(vae)]
-        status = main(["--checkpoint", str(checkpoint), "--steps", str(steps), *given, *map(str, arguments)])
+        given += [] if steps is None else ["--steps", str(steps)]
+        status = main(["--checkpoint", str(checkpoint), *given, *map(str, arguments)])
         return status, capsys.readouterr().err
 
     return run
@@ -99,3 +109,17 @@ def command(tiny, vae_folder, capsys):
 @pytest.fixture
 def read_json():
     return lambda path: json.loads(path.read_text())
+
+
+@pytest.fixture
+def noted_tf32():
+    """In place of `float32_products`: `here` has what the blocks around this moment ask for, the innermost last."""
+
+    @contextlib.contextmanager
+    def noted(_device, *, tf32):
+        noted.here.append(tf32)
+        yield
+        noted.here.pop()
+
+    noted.here = []
+    return noted

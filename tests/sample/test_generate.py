@@ -154,7 +154,7 @@ def test_every_sampler_gives_images_that_do_not_depend_on_company(generator, sam
     assert torch.equal(made.latents(0, labels(0, 4)), generator(4, sampler=sampler).latents(0, labels(0, 4)))
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde", "dpm++2m"])
 def test_flow_checkpoints_are_sampled_too(generator, make_checkpoint, sampler):
     flow = make_checkpoint(f"flow-{sampler}", process=RectifiedFlow(), learn_sigma=False)
     made = generator(4, path=flow, sampler=sampler)

@@ -54,7 +54,7 @@ def test_padding_repeats_the_last_label():
 
 
 def test_labels_come_from_a_text_file_an_npy_or_an_npz(tmp_path):
-    (tmp_path / "l.txt").write_text("cat\n\n0\nb\n")
+    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\r\n0\r\nb\r\n")  # as Windows writes it
     np.save(tmp_path / "l.npy", np.array([2, 0, 1], dtype=np.int32))
     np.savez(tmp_path / "l.npz", np.zeros(3), np.array([2, 0, 1]))
     for name in ("l.txt", "l.npy", "l.npz"):
@@ -83,7 +83,7 @@ def test_label_arrays_of_another_kind_or_range_are_refused(tmp_path):
     for name, message in (
         ("f", "float64"),
         ("far", "0 to 3, but the checkpoint's are 0 to 2"),
-        ("object", "allow_pickle"),
+        ("object", "Python objects"),
     ):
         with pytest.raises(UserError, match=message):
             labels(labels=str(tmp_path / f"{name}.npy"))
@@ -95,3 +95,8 @@ def test_an_unconditional_network_has_samples_but_no_classes():
     assert labels(known=KnownClasses(count=0), num_samples=3).values.tolist() == [-1] * 3
     with pytest.raises(UserError, match="--classes asks for classes, but this checkpoint is unconditional"):
         labels(known=KnownClasses(count=0), classes="0")
+
+
+def test_more_images_than_one_job_may_have_are_refused_before_their_labels_are_made():
+    with pytest.raises(UserError, match="20000000 images of each of 3 classes are 60000000, more than the 20000000 of"):
+        labels(samples_per_class=20_000_000)

@@ -33,11 +33,14 @@ def test_the_output_is_told_by_its_name(out, kind):
         (["--labels", "l.txt", "--classes", "1"], "excludes --classes"),
         (["--num-samples", "0"], "--num-samples 0 must be at least 1"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
-        (["--eta", "2"], "--eta 2.0 must lie in 0"),
-        (["--guidance", "-1"], "--guidance -1.0 must be a number from 0 on"),
+        (["--eta", "2"], "--eta 2.0 must be at least 0 and at most 1"),
+        (["--guidance", "-1"], "--guidance -1.0 must be at least 0 and at most 1000"),
         (["--guidance", "nan"], "--guidance nan"),
         (["--guidance-interval", "0.8:0.2"], "--guidance-interval 0.8:0.2 must be A:B"),
         (["--guidance-interval", "half"], "--guidance-interval half must be A:B"),
+        (["--timesteps", "999,five"], "--timesteps 999,five must be numbers from 0 on with commas between them"),
+        (["--timesteps", "999,nan"], "--timesteps 999,nan must be numbers"),
+        (["--timesteps", ""], "--timesteps  must be numbers"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--trajectory", "1"], "--trajectory 1 must be at least 2"),
         (["--stepz", "3"], "did you mean --steps"),
@@ -72,6 +75,13 @@ def test_what_is_just_possible_is_taken(arguments, group, field, value):
     assert getattr(getattr(parse(*arguments), group), field) == value
 
 
+def test_a_list_of_steps_is_numbers_in_a_file_too(tmp_path):
+    assert parse("--timesteps", "999, 0").reverse.times == (999, 0)
+    (tmp_path / "few.yaml").write_text("timesteps: [1, 0.7, 0.25]")
+    assert parse("--config", str(tmp_path / "few.yaml")).reverse.times == (1, 0.7, 0.25)
+    assert parse().reverse.times is None
+
+
 def test_two_moments_are_a_trajectory():
     assert parse("--trajectory", "2").trajectory == 2
 
@@ -91,8 +101,9 @@ def test_an_interval_is_two_shares_of_time():
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in Path(PRESETS).glob("*.yaml")))
 def test_every_preset_is_a_command_line(preset):
-    options = parse("--config", preset)
-    assert options.images.num_samples == yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())["num-samples"]
+    options, written = parse("--config", preset), yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
+    assert options.images.num_samples == written.get("num-samples", parse().images.num_samples)
+    assert (options.reverse.guidance, options.reverse.steps) == (written["guidance"], written["steps"])
 
 
 def test_the_papers_preset_guides_three_channels_at_one_and_a_half():

@@ -15,6 +15,7 @@ from pipeline.convert.__main__ import main as convert_main
 from pipeline.dit import DiT, DiTConfig
 from pipeline.inspect.__main__ import main as inspect_main
 from pipeline.randomness import normal
+from pipeline.runtime.errors import UserError
 from sample.__main__ import main
 from tests.sample.conftest import fill
 from tests.train.runs import make_store, train
@@ -195,6 +196,36 @@ def test_what_cannot_be_sampled_rightly_is_refused(arguments, flags, said, tmp_p
     assert said in capsys.readouterr().err
 
 
+UNSPOKEN = [
+    *(("VP", prediction) for prediction in ("velocity", "noise", "score")),
+    *((path, prediction) for path in ("Linear", "GVP") for prediction in ("noise", "score")),
+    ("cosine", "noise"),
+]
+
+
+@pytest.mark.parametrize(("path_type", "prediction"), UNSPOKEN)
+def test_a_path_or_prediction_that_no_sampler_here_has_is_refused_by_its_words_everywhere(
+    path_type, prediction, tmp_path, capsys
+):
+    """Also where nothing is sampled: a converted file would have lost what its network gives."""
+    arguments = {"path_type": path_type, "prediction": prediction}
+    file = training_file(tmp_path / "w.pt", state_of(network_of(learn_sigma=True)), **arguments)
+    given = ["--num-heads", "4"]
+    target = tmp_path / "c.pt"
+    commands = [
+        lambda: sampled(file, tmp_path / "x.safetensors", "--objective", "sit")[0],
+        lambda: run(inspect_main, str(file), *given),
+        lambda: run(convert_main, "--from", str(file), "--to", str(target), "--format", "facebook", *given),
+        lambda: run(convert_main, "--from", str(file), "--to", str(target), "--format", "dit", *given),
+    ]
+    for command in commands:
+        assert command() == 2
+        assert f"path_type {path_type} and prediction {prediction}" in capsys.readouterr().err
+    assert not target.exists()
+    with pytest.raises(UserError, match=f"path_type {path_type} and prediction {prediction}"):
+        read_checkpoint(file, num_heads=4)
+
+
 def run(command, *arguments):
     with mock.patch("sys.argv", ["dit", *arguments]):
         return command()
@@ -257,6 +288,22 @@ def test_a_run_for_sit_trains_samples_and_guides_within_an_interval(tmp_path, ca
     assert train(store, tmp_path / "more", *flags, "--init-from", str(tmp_path / "run"), steps=3) == 0
     assert "learns anew" not in capsys.readouterr().err
     assert train(store, tmp_path / "other", "--init-from", str(tmp_path / "run"), steps=1) == 0
+    assert "was trained for --objective sit" in capsys.readouterr().err
+
+
+def test_a_run_begins_from_sits_training_file_with_every_tensor_of_it(tmp_path, capsys):
+    store = make_store(tmp_path / "store", classes=4)
+    model = DiT(DiTConfig(**SIZES | {"hidden_size": 128}, learn_sigma=False))
+    fill(model, "another's flow")
+    told = {"path_type": "Linear", "prediction": "velocity"}
+    file = training_file(tmp_path / "0000070.pt", state_of(model), **told)
+    flags = ("--init-from", str(file), "--depth", "2", "--allow-other-vae")
+    assert train(store, tmp_path / "run", "--objective", "sit", *flags, steps=1) == 0
+    said = capsys.readouterr().err
+    assert "learns anew" not in said
+    assert "was trained for" not in said
+    assert f"{len(model.state_dict())} tensors copied as they are" in said
+    assert train(store, tmp_path / "other", *flags, steps=1) == 0
     assert "was trained for --objective sit" in capsys.readouterr().err
 
 

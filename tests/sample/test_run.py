@@ -18,7 +18,7 @@ from pipeline.runtime.publish import work_folder_of
 from pipeline.vae import load_vae
 from sample import run
 from sample.generate import Generator
-from sample.options import SampleOptions
+from sample.options import ImageOptions, SampleOptions
 from sample.resolve import resolve
 
 NPZ = ("--num-samples", 10, "--batch-size", 4)
@@ -38,6 +38,28 @@ def test_an_npz_and_its_sidecar_are_all_that_is_left(command, tmp_path, read_jso
         assert content["arr_0"].shape == (10, 64, 64, 3)
         assert content["arr_1"].shape == (10,)
         assert content["arr_0"].std() > 5
+
+
+def test_a_decoders_lane_is_part_of_the_plan_where_it_does_not_follow_from_the_batch(tiny, vae_folder, monkeypatch):
+    options = SampleOptions(checkpoint=str(tiny), out="a.npz", vae=str(vae_folder), images=ImageOptions(num_samples=4))
+    assert "decode_lane" not in resolve(options).recipe
+    monkeypatch.setattr("sample.resolve.choose_device", lambda *_: (torch.device("meta"), "no CPU, as a GPU is none"))
+    monkeypatch.setattr("sample.decode.DECODED_PX", 2 * 64 * 64)
+    assert resolve(options).recipe["decode_lane"] == 2
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("no", False), ("bf16", True)])
+def test_the_networks_precision_switches_tf32_for_all_that_is_computed(
+    command, tmp_path, monkeypatch, noted_tf32, precision, tf32
+):
+    """The switch itself is tried in tests/pipeline/runtime; here it stands around every pass, and is put back."""
+    passes, here = [], noted_tf32.here
+    for name in ("latents", "pixels"):
+        real = getattr(Generator, name)
+        monkeypatch.setattr(Generator, name, lambda *a, real=real, **b: passes.append([*here]) or real(*a, **b))
+    monkeypatch.setattr("sample.generate.float32_products", noted_tf32)
+    status, _ = command("--out", tmp_path / "a.npz", *NPZ, "--mixed-precision", precision)
+    assert status == 0 and passes == [[tf32]] * 6 and here == []
 
 
 def test_the_sidecar_says_how_to_make_the_same_and_nothing_of_the_machine(command, tmp_path, tiny, read_json):

@@ -90,3 +90,35 @@ def test_mirrored_views_can_be_left_out():
     views = ["random-0", "random-0-hflip", "random-1", "random-1-hflip"]
     assert view_candidates(views, flip=True).tolist() == [0, 1, 2, 3]
     assert view_candidates(views, flip=False).tolist() == [0, 2]
+
+
+def test_the_reading_thread_takes_its_device_before_it_waits_for_a_copy_and_only_pinned_copies_go_ahead(
+    store, monkeypatch
+):
+    """Else every rank's thread would open a context on the first GPU, and other memory be read too late."""
+    said = []
+
+    class Event:
+        def __init__(self, *, blocking):
+            said.append(("event", blocking))
+
+        def record(self):
+            said.append("record")
+
+        def synchronize(self):
+            said.append("synchronize")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: said.append(str(device)))
+    sent, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **b: sent.append(b.get("non_blocking")) or to(x, *a, **b))
+    with LatentStore(store) as opened:
+        for pinned in (True, False):
+            batches = reader(opened)
+            batches._device, batches._pinned = torch.device("meta"), pinned
+            slot = batches._read(0)
+            batches._on_device(0, slot)
+            assert sent == [pinned] * 2
+            sent.clear()
+            batches._read(0)
+    assert said == [("event", True), "record", "meta", "synchronize"]

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 
 from pipeline.runtime.errors import UserError
 from train.distributed import explain_lost_peer, peak_resident_bytes, refuse_lonely_ranks, start
 from train.options import HardwareOptions
+from train.parallel import shard_processes
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
@@ -30,6 +33,14 @@ def test_float16_on_a_cpu_is_refused():
         start(HardwareOptions(device="cpu", mixed_precision="fp16"), {})
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_as_the_flag_says(monkeypatch, tf32):
+    said = []
+    monkeypatch.setattr("train.distributed.set_tf32", lambda device, on: said.append((device.type, on)))
+    start(HardwareOptions(device="cpu", tf32=tf32), {})
+    assert said == [("cpu", tf32)]
+
+
 def test_a_cpu_computes_in_float32_unless_told_otherwise_and_says_why():
     alone = start(HardwareOptions(device="cpu"), {})
     assert (alone.precision, alone.processes, alone.rank, alone.device.type) == ("no", 1, 0, "cpu")
@@ -42,14 +53,20 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise_and_says_why():
     [
         ("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1", "has ended, and has said why"),
         ("NCCL communicator was aborted on rank 1.", "has ended, and has said why"),
-        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", "waited in vain for one of them"),
-        ("Timed out waiting 1800000ms for recv operation to complete", "waited in vain for one of them"),
+        (
+            "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)",
+            r"waited 30 minutes in vain for one of them \(--process-timeout\)",
+        ),
+        (
+            "Timed out waiting 1800000ms for recv operation to complete",
+            r"waited 30 minutes in vain for one of them \(--process-timeout\)",
+        ),
         ("shapes differ", None),
     ],
 )
 def test_what_libraries_say_of_a_lost_process_is_one_sentence(said, sentence):
-    found = explain_lost_peer(RuntimeError(said))
-    assert found is None if sentence is None else sentence in found
+    found = explain_lost_peer(RuntimeError(said), 30.0)
+    assert found is None if sentence is None else re.search(sentence, found)
 
 
 @pytest.mark.parametrize("wanted", ["cuda", "mps", "toaster"])
@@ -62,3 +79,17 @@ def test_peak_memory_counts_what_was_freed():
     before = peak_resident_bytes()
     torch.ones(40_000_000)
     assert peak_resident_bytes() >= before + 100_000_000 or before > 300_000_000
+
+
+def test_the_processes_of_one_copy_are_the_machines_unless_told_and_must_divide_all():
+    hybrid = HardwareOptions(sharding="hsdp")
+    assert shard_processes(hybrid, 16, {"LOCAL_WORLD_SIZE": "8"}) == 8
+    assert shard_processes(HardwareOptions(sharding="hsdp", shard_processes=2), 16, {"LOCAL_WORLD_SIZE": "8"}) == 2
+    assert [shard_processes(HardwareOptions(sharding=kind), 16, {}) for kind in ("none", "fsdp")] == [1, 16]
+    assert shard_processes(hybrid, 1, {}) == 1
+    with pytest.raises(UserError, match="does not say how many these are .*--shard-processes"):
+        shard_processes(hybrid, 16, {})
+    with pytest.raises(UserError, match="--shard-processes 3 does not divide the 16 processes"):
+        shard_processes(HardwareOptions(sharding="hsdp", shard_processes=3), 16, {})
+    with pytest.raises(UserError, match="--shard-processes is for --sharding hsdp, not fsdp"):
+        HardwareOptions(sharding="fsdp", shard_processes=3)

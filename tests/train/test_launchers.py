@@ -59,6 +59,16 @@ def test_a_wish_for_inductor_is_followed_block_by_block_and_said(launched, caplo
     assert "followed as --compile" in caplog.text
 
 
+def test_what_else_is_asked_of_dynamo_is_said_to_be_left_out(launched, caplog):
+    wish = {"dynamo_backend": "INDUCTOR", "dynamo_mode": "max-autotune", "dynamo_use_fullgraph": True}
+    assert follow_launcher(options(), launched(dynamo_config=wish)).model.compile
+    assert "its mode max-autotune and fullgraph is left out" in caplog.text
+    caplog.clear()
+    usual = {"dynamo_backend": "INDUCTOR", "dynamo_mode": "default", "dynamo_use_dynamic": False}
+    follow_launcher(options(), launched(dynamo_config=usual))
+    assert "left out" not in caplog.text
+
+
 @pytest.mark.parametrize("backend", ["EAGER", "AOT_EAGER"])
 def test_a_wish_for_another_backend_is_left_out_and_said(backend, launched, caplog):
     followed = follow_launcher(options(), launched(dynamo_config={"dynamo_backend": backend}))

@@ -30,6 +30,12 @@ def test_draws_are_the_same_for_any_processes_and_accumulation(process, processe
         assert torch.equal(torch.cat(found), expected)
 
 
+def test_of_the_global_batchs_draws_a_process_keeps_the_memory_of_its_rows_alone():
+    draws = draw(GaussianDiffusion(), 0, BatchShard(batch_size=12, rank=1, processes=4), SHAPE, **KEYED)
+    for kept in fields(draws):
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
 def test_every_step_and_every_purpose_draws_its_own():
     process, shard = GaussianDiffusion(), BatchShard(batch_size=64)
     one, other = (draw(process, number, shard, SHAPE, **KEYED) for number in (0, 1))
@@ -77,6 +83,6 @@ def test_loss_sums_are_the_batch_means_whole_and_by_quarter():
     loss, time = torch.arange(6.0), torch.tensor([0.0, 0.1, 0.25, 0.3, 0.999, 1.0])
     for rows in (slice(0, 4), slice(4, 6)):
         sums.add({"loss": loss[rows], "mse": 2 * loss[rows], "vb": 3 * loss[rows]}, time[rows])
-    means = LossSums.means(sums.values.tolist())
+    means = sums.means(sums.values.tolist())
     assert (means["loss"], means["mse"], means["vb"]) == (2.5, 5.0, 7.5)
     assert [means[f"loss_q{k}"] for k in range(4)] == [0.5, 2.5, None, 4.5]

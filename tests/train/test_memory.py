@@ -29,9 +29,20 @@ def test_the_papers_network_takes_what_was_traced_of_it():
 
 def test_each_setting_that_is_advised_needs_less_and_ddp_needs_its_gradients_too():
     assert total(images=32, processes=2) - total(images=32) == pytest.approx(4 * 675e6, rel=0.01)
-    assert total(images=32, processes=8, sharded=True) < total(images=32, processes=8) < total(images=64, processes=8)
+    assert total(images=32, processes=8, shards=8) < total(images=32, processes=8) < total(images=64, processes=8)
     assert total(images=128, accumulation=2) < total(images=256)
     assert total(images=32, averages=2) - total(images=32) == pytest.approx(4 * 675e6, rel=0.01)
+
+
+def test_previews_count_with_their_vae_and_as_much_as_they_exceed_a_step():
+    """Beside a large batch only the VAE does; beside one image its passes, and for large pictures their decoding."""
+    assert total(images=256, previews=16) - total(images=256) == 4 * 83_653_863
+    small = [step_memory(XL, StepSettings(images=1, processes=8, previews=number)) for number in (16, 256)]
+    passes = small[1]["activations"] - small[0]["activations"]
+    assert passes / GIB == pytest.approx(240 * 0.023, rel=0.05)
+    large = DiTConfig.from_preset("DiT-S/8", input_size=128)
+    drawn = step_memory(large, StepSettings(images=1, processes=8, previews=1))
+    assert (drawn["activations"] + drawn["casts"]) / GIB == pytest.approx(3.0, abs=0.1)
 
 
 def test_a_card_that_is_too_small_is_refused_with_the_settings_that_fit():
@@ -67,4 +78,7 @@ def test_a_dry_run_says_what_a_gpu_holds_and_writes_nothing(store, tmp_path, cap
     said = capsys.readouterr().err
     for part in ("673.7 M", "bf16", "AdamW 5.4 GB", "\ninstead ", "nothing was written"):
         assert part in said
+    assert "VAE of previews" not in said
+    assert train(store, tmp_path / "run", "--dry-run", "--sample-every", "5", steps=2) == 0
+    assert "VAE of previews 334.6 MB" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
 import pytest
 
-from train.metrics import StepTimer, duration
+from train.metrics import StepTimer
 
 
 @pytest.fixture
@@ -32,10 +32,3 @@ def test_the_share_of_waiting_is_of_the_time_since_the_last_look(clock):
     assert pace.look(0.05)[2] == pytest.approx(0.5)
     clock(0.1)
     assert pace.look(0.05)[2] == 0
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(59, "59 seconds"), (300, "5.0 minutes"), (9000, "2.5 hours"), (864000, "10.0 days")]
-)
-def test_times_are_said_in_a_unit_for_people(seconds, text):
-    assert duration(seconds) == text

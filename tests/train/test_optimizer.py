@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def gradients(step, size=6, factor=1.0):
 
 
 def everything(optimizer):
-    adam = optimizer.adam_state()
+    adam = optimizer.state_tensors()
     tensors = [*optimizer.weights, *adam["exp_avg"], *adam["exp_avg_sq"]]
     return [tensor.detach().clone() for tensor in tensors], optimizer.counters()["adamw_steps"]
 
@@ -50,6 +51,30 @@ def test_inverse_square_root_begins_at_its_decay_steps():
     options = OptimizerOptions(lr=1.0, lr_schedule="inverse-sqrt", decay_steps=100)
     assert learning_rate(99, options) == 1.0
     assert learning_rate(399, options) == pytest.approx(0.5)
+
+
+def test_linear_falls_in_a_line_from_its_start_to_its_end_and_stays_there():
+    options = OptimizerOptions(lr=1.0, lr_end=0.2, lr_schedule="linear", decay_steps=100)
+    later = dataclasses.replace(options, decay_start=60)
+    assert [learning_rate(step, options) for step in (24, 49, 99, 10**6)] == pytest.approx([0.8, 0.6, 0.2, 0.2])
+    assert [learning_rate(step, later) for step in (0, 59, 79, 99, 10**6)] == pytest.approx([1, 1, 0.6, 0.2, 0.2])
+
+
+def test_wsd_warms_up_stays_and_falls_over_the_last_fifth_or_from_where_it_is_told():
+    options = OptimizerOptions(lr=1.0, lr_end=0.1, lr_schedule="wsd", decay_steps=100, lr_warmup_steps=10)
+    assert [learning_rate(step, options) for step in (4, 9, 79)] == pytest.approx([0.5, 1.0, 1.0])
+    assert [learning_rate(step, options) for step in (84, 99, 10**6)] == pytest.approx([0.1 + 0.9 * 0.5, 0.1, 0.1])
+    later = dataclasses.replace(options, decay_start=96)
+    assert [learning_rate(step, later) for step in (95, 96, 98)] == pytest.approx(
+        [1, 0.55, 0.1 + 0.9 * (1 - 0.75**0.5)]
+    )
+
+
+def test_a_decay_start_is_refused_where_nothing_falls_and_behind_the_end():
+    with pytest.raises(UserError, match="--decay-start is for --lr-schedule linear, cosine or wsd, not constant"):
+        OptimizerOptions(decay_start=3)
+    with pytest.raises(UserError, match="--decay-start 9 must be below --decay-steps 9"):
+        OptimizerOptions(lr_schedule="wsd", decay_steps=9, decay_start=9)
 
 
 def test_a_decaying_schedule_without_its_length_is_refused():
@@ -127,8 +152,8 @@ def test_counters_and_adams_state_put_back_go_on_with_the_same_bits():
         first.step(gradients(step), 1e-2)
     second = make(scaled=True)
     second.restore_counters(first.counters())
-    for name, tensors in second.adam_state().items():
-        for target, source in zip(tensors, first.adam_state()[name], strict=True):
+    for name, tensors in second.state_tensors().items():
+        for target, source in zip(tensors, first.state_tensors()[name], strict=True):
             target.copy_(source)
     with torch.no_grad():
         for target, source in zip(second.weights, first.weights, strict=True):

@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from pipeline.dit.config import BLOCKS
 from pipeline.runtime.cli import parse_options
 from pipeline.runtime.errors import UserError
 from train.__main__ import PRESETS
@@ -8,11 +9,12 @@ from train.options import (
     AverageOptions,
     DataOptions,
     HardwareOptions,
+    ObjectiveOptions,
     OptimizerOptions,
     TrainOptions,
-    may_change,
     plain_values,
 )
+from train.run_folder import may_change
 
 
 def parse(*arguments):
@@ -57,7 +59,7 @@ def test_the_papers_recipe_is_the_default():
     assert differing == {"recipe"}
 
 
-@pytest.mark.parametrize("name", ["paper-256", "paper-512", "small-data"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_every_preset_is_read_by_its_name_and_says_which_it_is(name):
     options = parse("--config", name)
     assert options.recipe == name
@@ -91,26 +93,70 @@ def test_every_flag_that_may_change_exists():
     assert set(plain_values(parse())) >= may_change(TrainOptions, with_checkpoint=True)
 
 
+def test_align_stands_for_one_alignment_and_the_other_can_be_given_beside_it():
+    def align(*arguments):
+        model = parse(*arguments).model
+        return model.align_latent, model.align_features
+
+    assert (
+        align()
+        == align("--align", "none")
+        == align("--align-latent", "--align", "none", "--no-align-latent")
+        == (False, False)
+    )
+    assert align("--align", "latent") == align("--align-latent") == (True, False)
+    assert align("--align", "features") == align("--align-features") == (False, True)
+    assert align("--align", "features", "--align-latent") == (True, True)
+
+
+def test_blocks_stands_for_its_switches_and_one_given_beside_it_wins_in_any_order(tmp_path):
+    def blocks(*arguments):
+        return {name: getattr(parse(*arguments).model, name) for name in BLOCKS["release"]}
+
+    assert blocks() == blocks("--blocks", "release") == BLOCKS["release"]
+    assert blocks("--blocks", "modern") == blocks("--blocks=modern") == BLOCKS["modern"]
+    one_less = BLOCKS["modern"] | {"mlp": "gelu", "qk_norm": False}
+    assert blocks("--mlp", "gelu", "--blocks", "modern", "--no-qk-norm") == one_less
+    written = tmp_path / "own.yaml"
+    written.write_text("blocks: modern\nmlp: gelu\nqk-norm: false\n")
+    assert blocks("--config", str(written)) == one_less
+    assert blocks("--config", str(written), "--mlp", "swiglu") == one_less | {"mlp": "swiglu"}
+    assert blocks("--config", str(written), "--blocks", "release") == BLOCKS["release"]
+    off = ["--mlp", "gelu", "--norm", "layer", "--no-qk-norm", "--no-rotary", "--no-value-residual"]
+    with pytest.raises(UserError, match="--blocks modern with each of its switches turned off is --blocks release"):
+        parse("--blocks", "modern", *off)
+
+
 def test_what_a_run_learns_may_not_change_and_where_it_starts_only_after_the_first_checkpoint():
     later, sooner = (may_change(TrainOptions, with_checkpoint=known) for known in (True, False))
     assert later - sooner == {"init-from", "init-weights", "verify-weights", "allow-other-vae"} and sooner < later
     assert {"steps", "save-every", "latents", "sharding", "keep-every", "vae"} <= sooner
     learned = {"seed", "flip", "order", "batch-size", "lr", "betas", "model", "objective", "mixed-precision"}
-    assert not later & (learned | {"validation-share", "decay-steps", "ema-decay", "extra-ema", "class-dropout"})
+    assert not later & (
+        learned | {"validation-share", "decay-steps", "decay-start", "ema-decay", "extra-ema", "class-dropout"}
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: OptimizerOptions(batch_size=0), "--batch-size 0 must be at least 1"),
-        (lambda: OptimizerOptions(betas=(0.9, 1.0)), "--betas 0.9 1.0 must both lie"),
+        (lambda: OptimizerOptions(betas=(0.9, 1.0)), "--betas 1.0 must be at least 0 and below 1"),
         (lambda: OptimizerOptions(clip_norm=0.0), "--clip-norm 0.0 must be above 0"),
         (lambda: OptimizerOptions(lr=float("nan")), "--lr nan must be at least 0"),
         (lambda: HardwareOptions(grad_accumulation=0), "--grad-accumulation 0 must be at least 1"),
-        (lambda: OptimizerOptions(lr=float("inf")), "--lr inf must be a finite number"),
-        (lambda: OptimizerOptions(weight_decay=float("inf")), "--weight-decay inf must be a finite number"),
-        (lambda: DataOptions(latents="x", validation_share=0.9), "--validation-share 0.9 must lie between 0 and 0.5"),
-        (lambda: AverageOptions(ema_decay=1.0), "decay 1.0 of ema must lie"),
+        (lambda: OptimizerOptions(lr=float("inf")), "--lr inf must be at least 0"),
+        (lambda: OptimizerOptions(weight_decay=float("inf")), "--weight-decay inf must be at least 0"),
+        (
+            lambda: DataOptions(latents="x", validation_share=0.9),
+            "--validation-share 0.9 must be at least 0 and at most 0.5",
+        ),
+        (lambda: ObjectiveOptions(time_shift="auto"), "--time-shift is for --objective flow, not ddpm"),
+        (
+            lambda: ObjectiveOptions(objective="sit", prediction="x0"),
+            "--prediction x0 is for --objective flow, not sit",
+        ),
+        (lambda: AverageOptions(ema_decay=1.0), "--ema-decay 1.0 must be at least 0 and below 1"),
         (lambda: AverageOptions(extra_ema=("slow",)), "--extra-ema slow must be NAME=DECAY"),
         (lambda: AverageOptions(extra_ema=("a=0.9", "a=0.8")), "the name 'a' is taken"),
         (lambda: AverageOptions(extra_ema=("../a=0.9",)), "no plain file name"),

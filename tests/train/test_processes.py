@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.train.runs import (
@@ -19,8 +21,6 @@ from tests.train.runs import (
     history,
     launch,
     lines,
-    make_store,
-    poison,
     running,
     start,
     torchrun,
@@ -41,14 +41,6 @@ SETTINGS = [
     "--clip-norm",
     "1",
 ]
-
-
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory):
-    """A store with one sample that makes its batch's loss NaN, and a single shard for all processes."""
-    folder = make_store(tmp_path_factory.mktemp("poisoned") / "latents", shards=1)
-    poison(folder, [3])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +117,28 @@ def test_a_stop_of_two_processes_is_agreed_and_saved(store, tmp_path):
     assert checkpoints(tmp_path / "run") == [f"step-{step:07d}"] and lines(tmp_path / "run")[-1]["step"] == step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_stands_still_ends_the_run_within_the_stated_time_with_one_line(store, tmp_path, rank):
+    minutes = 0.1
+    words = torchrun(store, tmp_path / "run", "--save-every", "2", "--process-timeout", str(minutes), steps=100_000)
+    with running(words) as process:
+        wait_for(lambda: len(lines(tmp_path / "run")) > 3)
+        ranks = {int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()}
+        ranks[rank].suspend()
+        stood_still = time.monotonic()
+        psutil.wait_procs([ranks[1 - rank]], timeout=120)
+        waited = time.monotonic() - stood_still
+        assert not ranks[1 - rank].is_running() and 60 * minutes - 1 <= waited <= 60 * minutes + 10
+        ranks[rank].kill()  # torchrun would wait for it 30 s
+        spoken = process.communicate(timeout=120)[1]
+    said = [line for line in spoken.splitlines() if "error:" in line and "dit-train" in line]
+    assert len(said) == 1 and "waited 0.1 minutes in vain for one of them (--process-timeout)" in said[0]
+    assert (
+        launch(store, tmp_path / "run", "--save-every", "2", steps=lines(tmp_path / "run")[-1]["step"]).returncode == 0
+    )
+
+
 def test_a_run_is_one_commands_at_a_time_and_ends_on_sigusr1_with_its_status(store, tmp_path):
     with start(store, tmp_path / "run", steps=100_000) as process:
         wait_for(lambda: len(lines(tmp_path / "run")) > 1)
@@ -156,16 +170,56 @@ def test_every_way_to_launch_trains(store, tmp_path, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_four_processes_sharded_and_copied_train_as_one_does(store, tmp_path, precision):
-    flags = ["--mixed-precision", precision]
+@pytest.mark.parametrize(
+    ("precision", "network"),
+    [("no", []), ("bf16", []), ("no", ["--blocks", "modern", "--middle-head", "--align-latent"])],
+)
+def test_four_processes_sharded_and_copied_train_as_one_does(store, tmp_path, precision, network):
+    flags = ["--mixed-precision", precision, *network]
     assert train(store, tmp_path / "alone", *flags, steps=4) == 0
     tolerance = 1e-5 if precision == "no" else 2e-2
-    for sharding in ("none", "fsdp"):
-        run = tmp_path / sharding
-        result = launch(store, run, *flags, "--sharding", sharding, processes=4, steps=4)
+    for sharding in ("none", "fsdp", "hsdp --shard-processes 2"):
+        run = tmp_path / sharding.replace(" ", "-")
+        result = launch(store, run, *flags, "--sharding", *sharding.split(), processes=4, steps=4)
         assert result.returncode == 0, result.stderr
         assert_close_histories(history(tmp_path / "alone"), history(run), relative=tolerance)
+
+
+COMPILED = """
+import sys
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
+from pipeline.dit import compile_blocks
+from train import run
+from train.__main__ import main
+
+begin = DistributedDataParallel.__init__  # buckets smaller than a block, as those of a large network are
+DistributedDataParallel.__init__ = lambda *given, **named: begin(*given, **{**named, "bucket_cap_mb": 1})
+counter = CompileCounterWithBackend("aot_eager")
+run.compile_blocks = lambda network: compile_blocks(network, backend=counter)
+status = main()
+print("graphs:", counter.frame_count, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_in_two_processes_as_plain_ones_do_and_none_is_cut_into_pieces(store, tmp_path):
+    """DDP's optimizer would cut each block where a bucket ends; as it is, all blocks share one graph."""
+    network = ["--hidden-size", "256", "--depth", "2", "--num-heads", "4"]
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    assert train(store, tmp_path / "alone", *network, steps=3) == 0
+    for sharding in ("none", "fsdp"):
+        run = tmp_path / sharding
+        words = torchrun(store, run, *network, "--compile", "--sharding", sharding, steps=3)
+        at = words.index("--module")
+        words[at : at + 2] = [str(tmp_path / "compiled.py")]
+        result = subprocess.run(
+            words, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("graphs: 1\n") == 2, (sharding, result.stderr)
+        assert_close_histories(history(tmp_path / "alone"), history(run))
 
 
 ACCUMULATED = """
@@ -177,7 +231,7 @@ from train.options import HardwareOptions
 from train.parallel import parallelize
 
 machine = distributed.start(HardwareOptions(device="cpu", mixed_precision="no"))
-placement = parallelize(DiT(DiTConfig.from_preset("DiT-Ti/2", input_size=8, num_classes=4), seed=0), machine, "fsdp")
+placement = parallelize(DiT(DiTConfig.from_preset("DiT-Ti/2", input_size=8, num_classes=4), seed=0), machine, machine.processes)
 inputs = (torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
 for part in range(2):
     with placement.accumulating(last=part == 1):

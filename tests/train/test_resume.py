@@ -80,8 +80,9 @@ def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_never_stopped(store
         ["--mixed-precision", "bf16", "--grad-accumulation", "2"],
         ["--objective", "flow", "--lr-schedule", "cosine", "--decay-steps", "20", "--lr-warmup-steps", "2"],
         ["--validation-share", "0.1", "--validate-every", "2", "--gradient-checkpointing"],
+        ["--lr-schedule", "wsd", "--decay-steps", "4", "--decay-start", "1", "--lr-warmup-steps", "1"],
     ],
-    ids=["bf16 and accumulation", "flow and a decaying rate", "held-out share"],
+    ids=["bf16 and accumulation", "flow and a decaying rate", "held-out share", "warm-up, stable, decay"],
 )
 def test_other_settings_resume_to_the_bit_too(store, tmp_path, flags):
     assert train(store, tmp_path / "straight", *flags, "--save-every", "2", "--keep-last", "0", steps=4) == 0

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pipeline.checkpoint import read_checkpoint
+from pipeline.diffusion import RectifiedFlow
 from pipeline.dit import compile_blocks
 from tests.train.runs import (
     VAE,
@@ -27,10 +28,42 @@ def test_unlabelled_images_train_an_unconditional_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--conditioning", "in-context", "--qk-norm"], ["--class-dropout", "0", "--no-flip"]]
+    "flags",
+    [
+        ["--conditioning", "in-context", "--qk-norm"],
+        ["--class-dropout", "0", "--no-flip"],
+        ["--blocks", "modern", "--gradient-checkpointing"],
+    ],
 )
 def test_other_networks_train_too(store, tmp_path, flags):
     assert train(store, tmp_path / "run", *flags, steps=2) == 0
+
+
+def test_sizes_that_are_not_the_models_are_the_networks_and_what_does_not_fit_together_is_named(
+    store, tmp_path, capsys
+):
+    sizes = ["--hidden-size", "24", "--depth", "3", "--num-heads", "2", "--patch-size", "4"]
+    assert train(store, tmp_path / "run", *sizes, steps=2) == 0
+    info = json.loads((tmp_path / "run" / "checkpoints" / "step-0000002" / "config.json").read_text())
+    told = {"hidden_size": 24, "depth": 3, "num_heads": 2, "patch_size": 4}
+    assert info["model"] | told == info["model"]
+    assert "DiT-Ti/2 --hidden-size 24 --depth 3 --num-heads 2 --patch-size 4, 0.0 M" in capsys.readouterr().err
+    assert train(store, tmp_path / "run", steps=3) == 2
+    assert "--depth was 3 and is now None" in capsys.readouterr().err
+    assert train(store, tmp_path / "other", "--hidden-size", "30", "--num-heads", "4", steps=2) == 2
+    assert "hidden_size 30 does not divide among num_heads 4" in capsys.readouterr().err
+
+
+def test_a_run_of_before_there_were_other_blocks_goes_on_with_the_releases_alone(store, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(store, run, steps=2) == 0
+    config = run / "config.yaml"
+    lines_before = config.read_text().splitlines(keepends=True)
+    new = ("blocks:", "mlp:", "norm:", "rotary:", "value-residual:")
+    config.write_text("".join(line for line in lines_before if not line.startswith(new)))
+    assert train(store, run, "--blocks", "modern", steps=3) == 2
+    assert "--mlp was gelu and is now swiglu" in capsys.readouterr().err
+    assert train(store, run, steps=3) == 0
 
 
 def test_points_that_are_not_square_train_too(tmp_path):
@@ -102,3 +135,31 @@ def test_no_time_at_all_saves_the_beginning_from_which_the_run_goes_on(store, tm
 def test_an_empty_folder_that_is_there_takes_a_run(store, tmp_path):
     (tmp_path / "run").mkdir()
     assert train(store, tmp_path / "run", steps=1) == 0
+
+
+def test_what_a_flow_predicts_and_how_its_times_are_shifted_is_in_the_checkpoint_and_resumed(tmp_path):
+    """A latent of 6·32·48 numbers is shifted by 1.5."""
+    store = make_store(tmp_path / "store", samples=8, shape=(6, 32, 48))
+    flags = ["--objective", "flow", "--prediction", "x0", "--time-mean", "-0.4", "--time-std", "0.8"]
+    for steps in (1, 2):
+        assert train(store, tmp_path / "run", *flags, "--time-shift", "auto", "--batch-size", "2", steps=steps) == 0
+    process = read_checkpoint(str(tmp_path / "run")).process
+    assert process == RectifiedFlow(prediction="x0", time_mean=-0.4, time_std=0.8, time_shift=1.5)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_a_flow_with_the_defaults_says_in_its_checkpoint_what_it_always_said(store, tmp_path):
+    assert train(store, tmp_path / "run", "--objective", "flow", "--time-shift", "auto", steps=1) == 0
+    info = json.loads((tmp_path / "run/checkpoints/step-0000001/config.json").read_text())
+    assert info["diffusion"] == {"objective": "flow", "timestep_law": "logit-normal"}
+
+
+def test_weights_that_predicted_the_velocity_are_said_to_learn_anew_for_the_data(store, tmp_path, capsys):
+    flow = ["--objective", "flow"]
+    assert train(store, tmp_path / "v", *flow, steps=1) == 0
+    assert train(store, tmp_path / "same", *flow, "--init-from", str(tmp_path / "v"), steps=1) == 0
+    assert "learns anew" not in capsys.readouterr().err
+    x0 = [*flow, "--prediction", "x0", "--init-from", str(tmp_path / "v")]
+    assert train(store, tmp_path / "x0", *x0, steps=1) == 0
+    wanted = "was trained for --objective flow --prediction v, this run is for flow --prediction x0: it learns anew"
+    assert wanted in capsys.readouterr().err

@@ -42,6 +42,17 @@ def test_a_setting_that_would_alter_the_run_is_refused_with_the_difference(tmp_p
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
 
 
+def test_a_run_that_began_before_a_flag_existed_counts_as_having_its_default(tmp_path):
+    open_run(options(tmp_path), "abc")
+    MetricsFile(tmp_path, after_step=0).append({"step": 1})
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("decay-start")))
+    falling = OptimizerOptions(steps=10, lr_schedule="linear", decay_steps=9, decay_start=3)
+    with pytest.raises(UserError, match="--decay-start was None and is now 3"):
+        open_run(dataclasses.replace(options(tmp_path), optimizer=falling), "abc")
+    open_run(options(tmp_path), "abc")
+
+
 def test_a_run_that_has_learned_nothing_may_begin_with_other_settings(tmp_path):
     """As after memory ran out in the first step, and --batch-size was lowered."""
     open_run(options(tmp_path, seed=5), "abc")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipeline.dit import DiT, DiTConfig
+from pipeline.dit.config import BLOCKS
 from pipeline.runtime.errors import UserError
 from train.init_from import fit_weights
 
@@ -31,7 +32,9 @@ def clone(model):
 def fit(source, target, **options):
     report = fit_weights(clone(source), target, source_config=source.config, **options)
     told = [*report.copied, *report.adapted, *report.new]
-    assert {name for name in told if name != "pos_embed"} == set(target.state_dict()), "every tensor is told of"
+    assert {name for name in told if name not in {"pos_embed", "norm", "rotary"}} == set(target.state_dict()), (
+        "every tensor is told of"
+    )
     assert len(told) == len(set(told)), "and once"
     return report
 
@@ -185,6 +188,24 @@ def test_blocks_and_layers_without_a_counterpart_stay_fresh_and_surplus_ones_are
     assert report.new["x_embedder.proj.weight"] == "patches of 1×1 instead of 2×2"
     assert len(report.left_out) == 10
     assert all(name.startswith("blocks.2.") for name in report.left_out)
+
+
+def test_from_the_releases_blocks_to_modern_ones_attention_is_kept_and_values_are_not_mixed_yet():
+    source, target = network(1, depth=2), network(2, depth=2, **BLOCKS["modern"])
+    report = fit(source, target)
+    assert torch.equal(target.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    assert report.adapted["blocks.1.attn.value_lambda"] == "0, as the source mixes no values"
+    assert target.blocks[1].attn.value_lambda.item() == 0
+    assert report.new["blocks.0.mlp.fc2.weight"] == "the MLP is swiglu here, gelu in the source"
+    assert (report.adapted["norm"], report.adapted["rotary"]) == ("rms instead of layer", "True instead of False")
+
+
+def test_a_value_residual_added_to_a_trained_network_changes_nothing_at_first():
+    source, target = network(1, depth=2), network(2, depth=2, value_residual=True)
+    fit(source, target)
+    x, t, y = torch.ones(1, 4, 4, 4), torch.zeros(1), torch.tensor([1])
+    with torch.no_grad():
+        assert torch.equal(target(x, t, y), source(x, t, y))
 
 
 def test_another_width_or_other_heads_are_refused():

@@ -1,8 +1,11 @@
 """What a user sees while a run goes on: lines, events, pictures, the summary."""
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,9 @@ from pipeline.randomness import normal
 from pipeline.vae import Vae, denormalize, load_vae
 from tests.train.runs import QUICK, ROOT, assert_same_run, command, environment, lines, make_store, train
 from train.__main__ import main
+from train.optimizer import Optimizer
 from train.plot import distinct_names, draw_curves, read_series, smoothed
-from train.plot import main as plot
+from train.plot.__main__ import main as plot
 
 NUMBERS = {"step", "loss", "mse", "vb", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "grad_norm", "lr"}
 NUMBERS |= {"images_per_second", "data_wait_share", "skipped_steps", "memory_bytes", "save_pause_seconds"}
@@ -141,10 +145,45 @@ def test_without_the_stores_vae_there_is_one_warning_and_no_previews(store, tmp_
     assert not (tmp_path / "run" / "samples").exists()
 
 
-def test_weights_and_biases_not_installed_is_said(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert train(store, tmp_path / "run", "--wandb-project", "x", steps=1) == 2
-    assert "pip install wandb" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--wandb-project", "x"], "--trackers wandb needs the package wandb; pip install wandb"),
+        (["--trackers", "mlflow"], "--trackers mlflow needs the package mlflow; pip install mlflow"),
+        (["--trackers", "aim,weights"], "Accelerate has no tracker of that name; it has aim, clearml, comet_ml"),
+        (["--trackers", "tensorboard"], "TensorBoard is logged to anyway"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_or_not_known_is_said_before_anything_is_made(
+    store, tmp_path, capsys, monkeypatch, flags, sentence
+):
+    there = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in {"wandb", "mlflow"} else there(name))
+    monkeypatch.setitem(
+        sys.modules, "aim", types.SimpleNamespace(__spec__=importlib.util.spec_from_loader("aim", None))
+    )
+    assert train(store, tmp_path / "run", *flags, steps=1) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_whose_log_was_removed_still_ends_well(store, tmp_path, capsys):
+    assert train(store, tmp_path / "run", steps=2) == 0
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert train(store, tmp_path / "run", steps=2) == 0
+    assert "16 images seen" in capsys.readouterr().err
+
+
+def test_a_finished_run_says_what_it_came_to_and_the_next_command(store, tmp_path, capsys):
+    run = tmp_path / "my run"
+    assert train(store, run, "--validation-share", "0.2", "--validate-every", "2", steps=4) == 0
+    said = capsys.readouterr().err
+    best = min((line["validation_loss_ema"], line["step"]) for line in lines(run) if "validation_loss_ema" in line)
+    assert (
+        f"32 images seen in N of training; best validation loss, of the average, {best[0]:.4f} at step {best[1]}"
+        in (re.sub(r"seen in [\w ]+ of", "seen in N of", said))
+    )
+    assert f"next: dit-sample --checkpoint '{run}' --out samples.png" in said
 
 
 STAND_IN = """
@@ -156,11 +195,13 @@ def init(project, **_):
     _write(project=project)
     return types.SimpleNamespace(log=lambda values, step, **_: _write(step=step, **values), finish=lambda: _write(end=1))
 config = types.SimpleNamespace(update=lambda values, **_: _write(config=values))
+Image = lambda pixels, **_: list(pixels.shape)
 """
 
 
 @pytest.mark.slow
-def test_weights_and_biases_get_the_same_numbers_through_accelerate(store, tmp_path):
+@pytest.mark.parametrize("flags", [["--wandb-project", "x"], ["--trackers", "wandb", "--tracker-project", "x"]])
+def test_a_tracker_gets_the_same_numbers_and_the_pictures_through_accelerate(demo_store, tmp_path, flags):
     """A stand-in package of that name, as the real one is not installed here."""
     for name, text in (
         ("wandb/__init__.py", STAND_IN),
@@ -171,13 +212,17 @@ def test_weights_and_biases_get_the_same_numbers_through_accelerate(store, tmp_p
         path.write_text(text)
     log = tmp_path / "log.jsonl"
     extra = {"PYTHONPATH": f"{ROOT}:{tmp_path / 'packages'}", "STAND_IN_LOG": str(log)}
-    words = [sys.executable, *command(store, tmp_path / "run", "--wandb-project", "x", steps=2)]
+    words = [
+        sys.executable,
+        *command(demo_store, tmp_path / "run", *flags, "--sample-every", "2", "--preview-steps", "2", steps=2),
+    ]
     subprocess.run(words, env=environment(**extra), cwd=tmp_path, capture_output=True, timeout=300, check=True)
     seen = [json.loads(line) for line in log.read_text().splitlines()]
     assert seen[0] == {"project": "x"} and seen[1]["config"]["model"] == "DiT-Ti/2" and seen[-1] == {"end": 1}
-    assert [(line["step"], line["loss"]) for line in seen[2:-1]] == [
-        (x["step"], x["loss"]) for x in lines(tmp_path / "run")
-    ]
+    numbers = [(line["step"], line["loss"]) for line in seen[2:-1] if "loss" in line]
+    assert numbers == [(logged["step"], logged["loss"]) for logged in lines(tmp_path / "run")]
+    (picture,) = [line for line in seen if "previews" in line]
+    assert picture["step"] == 2 and picture["previews"][0][2] == 3
 
 
 def test_a_checkpoint_says_all_that_sampling_needs(watched, demo_store):
@@ -253,7 +298,7 @@ def test_a_preview_is_decoded_in_pieces_of_a_bounded_size(demo_store, cells, tmp
         sizes.append(len(latents))
         return decode(self, latents)
 
-    monkeypatch.setattr("train.previews.PIECE_PX", 4 * 64 * 64)
+    monkeypatch.setattr("train.previews.PREVIEWED_PX", 4 * 64 * 64)
     monkeypatch.setattr("pipeline.vae.Vae.decode", noted)
     flags = ["--sample-every", "2", "--preview-steps", "3", "--preview-classes", "3", "--lr", "1e-2"]
     assert train(demo_store, tmp_path / "run", *flags, steps=2) == 0
@@ -306,3 +351,25 @@ def test_several_runs_share_one_picture_and_are_told_apart(tmp_path):
     named = [line for line in loss.lines if not line.get_label().startswith("_")]
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["one loss", "two loss"]
     assert len({line.get_color() for line in named}) == 2
+
+
+def test_the_rate_of_the_optimizers_groups_is_the_schedules_at_every_step_as_logged_and_as_drawn(
+    store, tmp_path, monkeypatch
+):
+    used, real = [], Optimizer.step
+
+    def step(self, gradients, rate):
+        result = real(self, gradients, rate)
+        (rate,) = {group["lr"] for group in self._adamw.param_groups}
+        used.append(rate)
+        return result
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    flags = ["--lr", "1e-3", "--lr-end", "1e-4", "--lr-schedule", "wsd", "--decay-steps", "8", "--decay-start", "4"]
+    assert train(store, tmp_path / "run", *flags, "--lr-warmup-steps", "2", steps=9) == 0
+    expected = [0.5, 1, 1, 1, 0.55, 0.1 + 0.9 * (1 - 0.5**0.5), 0.1 + 0.9 * (1 - 0.75**0.5), 0.1, 0.1]
+    assert used == pytest.approx([1e-3 * share for share in expected])
+    assert [line["lr"] for line in lines(tmp_path / "run")] == used
+    figure = draw_curves({"run": read_series(tmp_path / "run")}, smoothing=0.9)
+    axes = next(axes for axes in figure.axes if axes.get_title(loc="left") == "learning rate")
+    assert [rate for _, rate in axes.lines[0].get_xydata()] == used

@@ -1,7 +1,15 @@
+import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint.averages import MovingAverage, lerp_fused
+from pipeline.checkpoint.averages import (
+    MovingAverage,
+    PowerAverage,
+    gamma_of,
+    lerp_fused,
+    reconstruction_weights,
+    sigma_of,
+)
 
 
 def weights(step):
@@ -71,3 +79,74 @@ def test_an_exchange_is_undone_to_the_bit_even_after_an_error():
         raise RuntimeError("boom")
     assert all(torch.equal(a, w) for a, w in zip(live, weights(1), strict=True))
     assert all(torch.equal(a, w) for a, w in zip(average.tensors, weights(0), strict=True))
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.05, 0.1, 0.25, 0.2886])
+def test_a_relative_width_and_its_exponent_are_inverse(sigma):
+    gamma = gamma_of(sigma)
+    assert sigma_of(gamma) == pytest.approx(sigma, rel=1e-9)
+    times = np.linspace(0, 1, 200_001)[1:]
+    density = times**gamma / (times**gamma).sum()
+    mean = (density * times).sum()
+    assert (density * (times - mean) ** 2).sum() ** 0.5 == pytest.approx(sigma, rel=1e-3)
+
+
+def test_the_papers_exponents():
+    assert (gamma_of(0.05), gamma_of(0.1)) == pytest.approx((16.97, 6.94), abs=0.005)
+
+
+def test_a_power_average_begins_as_the_first_weights_and_has_the_closed_form_profile():
+    average = PowerAverage(weights(99), sigma=0.1)
+    average.update(weights(1), step=0)
+    assert all(torch.equal(a, w) for a, w in zip(average.tensors, weights(1), strict=True))
+    for step in range(1, 30):
+        average.update(weights(step + 1), step=step)
+    edges = (np.arange(31) / 30) ** (average.gamma + 1)
+    for k, tensor in enumerate(average.tensors):
+        wanted = sum(share * weights(n + 1)[k].double() for n, share in enumerate(np.diff(edges)))
+        torch.testing.assert_close(tensor.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_power_average_moves_after_a_skipped_step_too():
+    average, other = (PowerAverage(weights(0), sigma=0.1) for _ in range(2))
+    for step in range(4):
+        average.update(weights(step), step=step, skip=torch.tensor(1.0))
+        other.update(weights(step), step=step)
+    assert all(torch.equal(a, b) for a, b in zip(average.tensors, other.tensors, strict=True))
+    assert not torch.equal(average.tensors[0], weights(0)[0])
+
+
+def tracked(steps, sigmas):
+    """{(step, sigma): average} of weights that wander, as far from where they began as that is from 0."""
+    draws = torch.Generator().manual_seed(0)
+    live = torch.randn(500, generator=draws)
+    averages = [PowerAverage([live], sigma=sigma) for sigma in sigmas]
+    found = {}
+    for step in range(steps):
+        for average in averages:
+            average.update([live], step=step)
+            found[step + 1, average.sigma] = average.tensors[0].clone()
+        live = live + steps**-0.5 * torch.randn(500, generator=draws)
+    return found
+
+
+@pytest.mark.parametrize("sigma", [0.03, 0.05, 0.08, 0.15, 0.2])
+def test_an_average_made_afterwards_is_the_one_tracked_directly(sigma):
+    steps, errors = 640, []
+    found = tracked(steps, {0.05, 0.1, sigma})
+    for count in (8, 32):
+        keys = [(n, width) for n in range(steps // count, steps + 1, steps // count) for width in (0.05, 0.1)]
+        shares = reconstruction_weights(keys, step=steps, sigma=sigma)
+        assert sum(shares) == pytest.approx(1)
+        made = sum(share * found[key].double() for share, key in zip(shares, keys, strict=True))
+        errors.append(float((made - found[steps, sigma]).norm() / found[steps, sigma].norm()))
+    assert errors[1] < 1e-3
+    assert errors[1] < errors[0] / 10 or errors[0] < 1e-6  # a width that is tracked is taken as it is
+
+
+def test_half_precision_costs_no_more_than_its_rounding():
+    found = tracked(640, (0.05, 0.08, 0.1))
+    keys = [(n, width) for n in range(20, 641, 20) for width in (0.05, 0.1)]
+    shares = reconstruction_weights(keys, step=640, sigma=0.08)
+    made = sum(share * found[key].half().double() for share, key in zip(shares, keys, strict=True))
+    assert (made - found[640, 0.08]).norm() / found[640, 0.08].norm() < 3e-4

@@ -281,8 +281,8 @@ def test_unknown_formats_and_versions_are_refused_by_name(tmp_path):
     (folder / "config.json").write_text(json.dumps({**info, "format": "dit-latents"}))
     with pytest.raises(UserError, match="has format 'dit-latents', not 'dit-checkpoint'"):
         load_checkpoint(folder)
-    (folder / "config.json").write_text(json.dumps({**info, "model": {**info["model"], "rotary": True}}))
-    with pytest.raises(UserError, match="has no setting rotary"):
+    (folder / "config.json").write_text(json.dumps({**info, "model": {**info["model"], "spiral": True}}))
+    with pytest.raises(UserError, match="has no setting spiral"):
         load_checkpoint(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
@@ -294,10 +294,23 @@ def test_unknown_formats_and_versions_are_refused_by_name(tmp_path):
     [
         ({"diffusion": {}}, "the objective is None"),
         ({"diffusion": {"objective": "ddpm", "steps": "x"}}, "steps is 'x' but must be a whole number"),
-        ({"diffusion": "ddpm"}, "diffusion is str, not dict"),
-        ({"vae": None, "classes": None}, "classes is NoneType, not list; vae is NoneType, not dict"),
-        ({"latent": {"kind": "moments"}}, "it lacks latent.channels, latent.downsample, latent.height, latent.width"),
-        ({"step": "a"}, "step is str, not int"),
+        ({"diffusion": "ddpm"}, "diffusion is 'ddpm', but must be an object"),
+        ({"vae": None, "classes": None}, "classes is None, but must be a list; vae is None, but must be an object"),
+        (
+            {"latent": {"kind": "moments"}},
+            "latent.channels is missing; latent.height is missing; latent.width is missing; latent.downsample",
+        ),
+        ({"step": "a"}, "step is 'a', but must be a whole number"),
+        (
+            {"vae": {"name": "demo"}, "image": {"size": 0}},
+            "vae.scaling_factor is missing; image.size is 0, but must be",
+        ),
+        ({"vae": {"scaling_factor": [1.0, 2.0]}}, "vae.scaling_factor is [1.0, 2.0], but must be 4 numbers"),
+        (
+            {"latent": {"kind": "moments", "channels": 4, "height": 8, "width": 8, "downsample": "8"}},
+            "latent.downsample is '8', but must be a whole number",
+        ),
+        ({"training": {"ema_sigma": "x"}}, "training.ema_sigma is 'x', but must be a list"),
         ({"model": {"input_size": [8]}}, "input_size is [8] but must be one whole number or two"),
         ({"model": {"depth": 6.0}}, "depth is 6.0 but must be a whole number"),
         ({"model": {"depth": "x"}}, "depth is 'x' but must be a whole number"),
@@ -324,3 +337,13 @@ def test_values_of_another_precision_are_read_as_float32(tmp_path, state, forwar
     model, _ = load_checkpoint(tmp_path / "w.pt", num_heads=4)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert forward_error(model) < 0.05
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("size", [{"depth": 10**9}, {"hidden_size": 10**9}, {"num_classes": 10**12}])
+def test_a_network_many_times_its_weights_is_refused_before_it_is_built(tmp_path, size):
+    folder = write_checkpoint(tmp_path / "c")
+    info = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**info, "model": {**info["model"], **size}}))
+    with pytest.raises(UserError, match=r"describes a network of at least .* parameters .* but its weights hold"):
+        load_checkpoint(folder)

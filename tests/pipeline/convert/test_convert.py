@@ -269,6 +269,12 @@ def test_embedders_that_differ_between_blocks_are_refused(state):
         ({"conditioning": "adaln"}, "conditioning is adaln, not adaln-zero"),
         ({"input_size": [8, 4]}, "latent is 8×4, not square"),
         ({"qk_norm": True}, "queries and keys are normalised"),
+        ({"middle_head": True}, "it has a middle head"),
+        ({"head_width": 32}, "it has a wide head"),
+        ({"mlp": "swiglu"}, "MLP is SwiGLU"),
+        ({"norm": "rms"}, "norms are RMSNorm"),
+        ({"rotary": True}, "positions are rotary"),
+        ({"value_residual": True}, "mix in the first block's values"),
     ],
 )
 @pytest.mark.parametrize("kind", ["diffusers", "facebook"])
@@ -416,7 +422,7 @@ def test_heads_that_contradict_a_pipeline_are_refused(tmp_path, ours, run):
 def test_another_vae_than_the_recorded_is_refused(tmp_path, ours, run, kind):
     status, _, err = run(ours, tmp_path / "new", kind, "--vae", "demo")
     assert (status, "its weights or settings differ" in err) == (2, True)
-    rewrite(ours, vae={"name": None}, model=DiTConfig(in_channels=8, input_size=8, hidden_size=64, depth=3, num_heads=4, num_classes=10).to_json())  # fmt: skip
+    rewrite(ours, vae={"name": None, "scaling_factor": 1.0}, model=DiTConfig(in_channels=8, input_size=8, hidden_size=64, depth=3, num_heads=4, num_classes=10).to_json())  # fmt: skip
     tensors = load_file(ours / "ema.safetensors")
     tensors["x_embedder.proj.weight"] = torch.zeros(64, 8, 2, 2)
     tensors["final_layer.linear.weight"], tensors["final_layer.linear.bias"] = torch.zeros(64, 64), torch.zeros(64)
@@ -454,7 +460,7 @@ def test_class_names_may_be_given(tmp_path, released, run):
 def test_a_vae_that_cannot_be_found_leaves_a_folder_that_takes_one(tmp_path, ours, vae_folder, run):
     from diffusers import AutoencoderKL, DiTPipeline
 
-    rewrite(ours, vae={"name": "somewhere"})
+    rewrite(ours, vae={"name": "somewhere", "scaling_factor": 1.0})
     status, _, err = run(ours, tmp_path / "pipe", "diffusers")
     assert (status, "the folder has no VAE" in err) == (0, True)
     vae = AutoencoderKL.from_pretrained(vae_folder)
@@ -529,7 +535,7 @@ def test_features_of_fast_dit_become_a_store_of_points(tmp_path, run):
     with LatentStore(tmp_path / "store") as store:
         assert (len(store), store.manifest["vae"]["name"]) == (7, "demo")
     status, _, err = run(tmp_path / "store", tmp_path / "other", "store")
-    assert (status, "as fast-DiT writes them; found none" in err) == (2, True)
+    assert (status, "holds no latents that are known here; what can become a store is: fast-dit" in err) == (2, True)
     assert not (tmp_path / "other").exists()
 
 

@@ -21,6 +21,8 @@ TRAINED = {
     "kl": {"objective": "ddpm", "loss": "kl"},
     "uniform": {"objective": "flow", "timestep_law": "uniform"},
     "sit-cosine": {"objective": "sit", "path": "cosine"},
+    "x0-flow": {"objective": "flow", "prediction": "x0"},
+    "shifted": {"objective": "flow", "time_shift": 2.0},
 }
 UNSPEAKABLE = {(name, "diffusers") for name in ("sit", "repa", "sit-cosine")}
 
@@ -44,6 +46,7 @@ def converted(*arguments):
         return __main__.main()
 
 
+UNSAYABLE = {"x0-flow": "its prediction is x0", "shifted": "its time_shift is 2.0"}  # in a bare .pt
 QUICK = {"ddpm", "flow", "sit"}  # one of each kind; the others with the slow tests
 ROWS = [
     pytest.param(name, form, marks=() if name in QUICK else pytest.mark.slow)
@@ -61,6 +64,13 @@ def test_every_objective_is_written_in_every_format_or_refused_with_the_reason(n
     if (name, form) in UNSPEAKABLE:
         assert (status, target.exists()) == (2, False)
         assert f"its objective is {diffusion['objective']}" in said
+        return
+    if form == "facebook" and name in UNSAYABLE:
+        assert (status, target.exists()) == (2, False)
+        assert f"a bare .pt has no place for that {UNSAYABLE[name]}" in said
+        target = target.with_suffix(".safetensors")
+        assert converted("--from", tmp_path / "source", "--to", target, "--format", form) == 0
+        assert read_checkpoint(target, num_heads=4).process == make_process(diffusion)  # its metadata says it
         return
     assert status == 0
     if form == "facebook" and diffusion["objective"] != "ddpm":

@@ -228,7 +228,7 @@ def test_a_second_import_of_other_features_changes_nothing_without_overwrite(wri
 
 
 def test_an_import_goes_on_after_a_kill_and_sweeps_what_that_left(write, monkeypatch):
-    from pipeline.convert import features
+    from pipeline.convert import imports
 
     target, _ = write("store")
     whole = contents(target)
@@ -238,7 +238,7 @@ def test_an_import_goes_on_after_a_kill_and_sweeps_what_that_left(write, monkeyp
     (target / ".work" / "train-00000.safetensors.1.partial").write_bytes(b"half")
     assert write("store")[1][0] == 0
     assert contents(target) == whole
-    monkeypatch.setattr(features, "write_shard", None)
+    monkeypatch.setattr(imports, "write_shard", None)
     assert write("store")[1][0] == 0, "what is finished is not made again"
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pipeline.diffusion import GaussianDiffusion, RectifiedFlow, classifier_free_guidance
+from pipeline.diffusion.guidance import OtherNetwork, guided
 from pipeline.dit import DiT, DiTConfig
 from pipeline.runtime.errors import UserError
 
@@ -124,3 +125,45 @@ def test_a_network_without_a_null_class_refuses_guidance():
 def test_an_interval_that_does_not_rise_within_0_and_1_is_refused(interval):
     with pytest.raises(UserError, match="the guidance interval is"):
         classifier_free_guidance(Counting(), Y, scale=2.0, null_class=5, interval=interval)
+
+
+def predicting(value, batches=None):
+    """A network whose answer is the value plus the label in every channel, variance channels too."""
+
+    def model(x, t, y):
+        if batches is not None:
+            batches.append(len(x))
+        return (value + y)[:, None, None, None] * torch.ones(len(x), 8, *x.shape[2:])
+
+    return model
+
+
+def test_another_network_guides_by_the_same_class_and_costs_one_pass_of_each():
+    ours, its = [], []
+    denoise = guided(OtherNetwork(predicting(10.0, ours), Y, predicting(4.0, its)), scale=3.0, channels=3)
+    output = channels(denoise(X, T))
+    for row, label in enumerate((1, 2)):
+        assert output[row, :3].eq(4 + label + 3.0 * (10 - 4)).all()
+        assert output[row, 3:].eq(10 + label).all()  # an unguided channel, and the variance
+    assert (ours, its) == ([2], [2])
+
+
+def test_guidance_by_another_network_at_scale_1_or_outside_the_interval_never_asks_it():
+    its = []
+    source = OtherNetwork(predicting(10.0), Y, predicting(4.0, its))
+    plain = predicting(10.0)(X, T, Y)
+    assert torch.equal(guided(source)(X, T), plain)
+    assert torch.equal(guided(source, scale=3.0, interval=(0.6, 1.0))(X, T), plain)
+    assert not its
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.7, 25.0])
+def test_a_network_guided_by_itself_is_the_plain_network_bit_for_bit(golden, golden_network, scale):
+    x, t, y = golden["cfg.x"][:2], golden["cfg.t"][:2], golden["cfg.y"][:2]
+    denoise = guided(OtherNetwork(golden_network, y, golden_network), scale=scale)
+    assert torch.equal(denoise(x, t), golden_network(x, t, y))
+
+
+def test_unconditional_networks_can_guide_each_other():
+    model = DiT(DiTConfig(input_size=2, hidden_size=8, depth=1, num_heads=1, num_classes=0))
+    assert guided(OtherNetwork(model, None, model), scale=2.0)(X, T).shape == (2, 8, 2, 2)

@@ -24,7 +24,7 @@ def test_the_objective_names_the_process_and_defaults_are_the_papers():
         ({"objective": "score"}, "the objective is 'score', but only ddpm, flow, sit, repa exist"),
         (
             {"objective": "flow", "steps": 10, "law": 1},
-            r"steps is no setting of it \(they are timestep_law\); law is no setting",
+            r"steps is no setting of it \(they are timestep_law, prediction, time_mean, time_std, time_shift\); law is no setting",
         ),
         ({"objective": "ddpm", "schedule": "sigmoid"}, "schedule is 'sigmoid' but must be one of linear, cosine"),
         ({"objective": "ddpm", "kept": [0, 1000]}, "kept must rise within 0 … 999"),
@@ -35,6 +35,13 @@ def test_the_objective_names_the_process_and_defaults_are_the_papers():
             {"objective": "flow", "timestep_law": "beta"},
             "timestep_law is 'beta' but must be one of logit-normal, uniform",
         ),
+        (
+            {"objective": "flow", "time_shift": 0.0, "time_std": -1, "time_mean": float("nan")},
+            "time_mean is nan but must be a finite number; time_std is -1.0 .* above 0; time_shift is 0.0 .* above 0",
+        ),
+        ({"objective": "flow", "time_shift": "auto"}, "time_shift is 'auto' but must be a number"),
+        ({"objective": "flow", "timestep_law": "uniform", "time_mean": 1.0}, "time_mean 1 .* are of the logit-normal"),
+        ({"objective": "sit", "prediction": "x0"}, "the networks of sit give velocities, not x0"),
         ({"objective": "ddpm", "prediction": "x"}, "prediction is 'x' but must be one of epsilon, x0, v"),
     ],
 )

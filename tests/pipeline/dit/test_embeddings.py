@@ -6,7 +6,8 @@ from pipeline.dit.embeddings import position_table, timestep_features
 
 
 def test_timestep_features_are_the_references(golden, relative_error):
-    assert relative_error(timestep_features(golden["forward.t"]), golden["forward.t_freq"]) < 1e-6
+    # exp rounds by the CPU (AVX2, AVX-512): half a unit of a frequency's last place is 3e-5 of a radian at t = 999
+    assert relative_error(timestep_features(golden["forward.t"]), golden["forward.t_freq"]) < 1e-5
 
 
 def test_timestep_features_stay_float32_whatever_comes_in():

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.dit import DiT, DiTConfig, count_macs, count_parameters
-from pipeline.dit.macs import models_markdown, models_table
+from pipeline.dit.macs import models_markdown, models_table, modern_markdown, modern_table
 
 # The release's networks at 4×32×32: trainable parameters, and 10⁹ multiply-adds as torch's own counter gives them.
 RELEASE = {
@@ -71,3 +71,4 @@ def test_the_page_about_models_holds_the_table(table):
     page = Path(__file__).parents[3] / "docs" / "models.md"
     assert models_markdown(list(table.values())).count("\n") == 17, "two lines of heading, then a line for each model"
     assert models_markdown(list(table.values())) in page.read_text()
+    assert modern_markdown(modern_table()) in page.read_text()

@@ -139,17 +139,23 @@ def test_the_papers_table_is_printed_within_five_seconds_without_a_path(run):
     status, lines, _ = run("--models")
     assert time.process_time() - start < 5
     assert status == 0
-    assert len(lines) == 17
+    assert len(lines) == 17 + 3 + 6
+    assert lines[18] == "with modern blocks:"
+    assert lines[20].split() == ["DiT-S/2", "4×32×32", "32,843,563", "6.055674"]
     assert lines[3].split()[:6] == ["DiT-S/2", "adaln-zero", "4×32×32", "32,865,056", "33", "6.055674"]
 
 
 def test_what_a_gpu_would_hold_is_printed_for_every_network(run):
     _, alone, _ = run("--models", "--batch-size", "256")
     _, eight, _ = run("--models", "--batch-size", "256", "--processes", "8")
-    assert len(alone) == len(eight) == 15
+    assert len(alone) == len(eight) == 2 * 15 + 2
     assert alone[10].split()[:4] == ["DiT-XL/2", "4×32×32", "10.06", "1.26"] and "116.3" in alone[10]
     assert float(eight[10].split()[6]) == pytest.approx(10.06 + 1.26 + 2.51 + 32 * 0.41, abs=0.2)
     assert float(eight[10].split()[8]) < float(eight[10].split()[6])
+    assert eight[16] == "sampling 32 at a time on each, guided:"
+    _, _, weights, image, vae, decoding, peak = (float(x) if "." in x else 0 for x in eight[27].split())
+    assert eight[27].startswith("DiT-XL/2") and (weights, vae, decoding) == (1.26, 0.31, 3.0)
+    assert peak == pytest.approx(1.26 + 32 * image + 0.31 + 3.0, abs=0.1)
 
 
 @pytest.mark.parametrize(

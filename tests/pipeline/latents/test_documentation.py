@@ -13,6 +13,7 @@ def test_every_block_of_python_on_the_page_runs(sample, tmp_path, monkeypatch):
     sample.write(tmp_path / "latents", "safetensors")
     sample.write(tmp_path / "latents-tar", "webdataset")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     assert len(blocks) >= 7
     names = {}

@@ -1,12 +1,13 @@
 """Features that people already have become a store."""
 
+import hashlib
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.convert.features import import_numpy_features
+from pipeline.convert.features import _load, import_numpy_features
 from pipeline.latents import LatentStore
 from pipeline.latents.verify import verify
 from pipeline.runtime.errors import UserError
@@ -39,6 +40,12 @@ def test_every_feature_becomes_an_unscaled_point_in_file_order(features, shard_f
     again = normalize(latents[:, 0].float(), store.manifest.vae["scaling_factor"], store.manifest.vae["shift_factor"])
     np.testing.assert_allclose(again.numpy(), values[listed], rtol=1e-3, atol=1e-4)
     assert verify(tmp_path / "out") == []
+
+
+def test_the_store_is_byte_for_byte_what_it_was_before_there_were_other_layouts(features, tmp_path):
+    import_numpy_features(features[0], tmp_path / "out", samples_per_shard=5)
+    digest = hashlib.sha256((tmp_path / "out" / "manifest.json").read_bytes()).hexdigest()  # with every shard's
+    assert digest == "be97281961bcb6c855589830dfb781811e6060248e27d1f22e78b46143d9fc4a"
 
 
 def test_imagenet_s_classes_are_recognised_by_the_folder_s_name(features, tmp_path):
@@ -144,3 +151,11 @@ def test_folders_that_are_no_features_or_no_place_for_a_store_are_refused(featur
         import_numpy_features(folder, folder)
     with pytest.raises(UserError, match="5 names were given"):
         import_numpy_features(folder, tmp_path / "out", class_names=list("abcde"))
+
+
+def test_a_npy_that_claims_terabytes_is_refused_by_its_length(tmp_path):
+    with (tmp_path / "0.npy").open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(UserError, match=r"0\.npy cannot be read .*claims 4000000000000 bytes of data, but it holds 0"):
+        _load(tmp_path / "0.npy")

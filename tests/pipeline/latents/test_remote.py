@@ -15,6 +15,7 @@ import torch
 
 from pipeline.latents import LatentStore, remote
 from pipeline.latents.verify import verify
+from pipeline.runtime import remote_files
 from pipeline.runtime.errors import UserError
 
 
@@ -101,7 +102,7 @@ def test_what_a_killed_download_left_is_never_read(server, sample, tmp_path):
 
 
 def test_a_shard_that_arrives_damaged_is_named_and_not_kept(server, own_store, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote_files.time, "sleep", lambda _: None)
     path = next(own_store.glob("train-00000.[st]*"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -119,14 +120,14 @@ def test_a_shard_that_arrives_damaged_is_named_and_not_kept(server, own_store, t
 
 
 def test_a_failure_that_passes_is_no_failure(server, sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote_files.time, "sleep", lambda _: None)
     store = LatentStore(server.url, cache=tmp_path)
     server.failures = {shard.file: 2 for shard in store.manifest.shards}
     assert torch.equal(store[:][0], sample.latents)
 
 
 def test_a_url_without_a_finished_store_and_an_unknown_kind_of_url_are_told(server, own_store, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote_files.time, "sleep", lambda _: None)
     (own_store / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"no finished latent store at http.*manifest\.json"):
         LatentStore(server.url, cache=tmp_path)
@@ -192,8 +193,8 @@ def misbehaving(own_store, request):
 
 def test_reading_from_a_server_ends_at_the_promised_size_and_after_a_silence(misbehaving, tmp_path, monkeypatch):
     url, handler = misbehaving
-    monkeypatch.setattr(remote, "SILENCE_S", 0.4)
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote_files, "SILENCE_S", 0.4)
+    monkeypatch.setattr(remote_files.time, "sleep", lambda _: None)
     begun = time.monotonic()
     cache = tmp_path / "cache"
     store = LatentStore(url, cache=cache)
@@ -220,6 +221,18 @@ def test_any_file_system_of_fsspec_will_do(whole_store, sample, tmp_path):
     assert torch.equal(store[:][0], sample.latents)
     memory.rm("/stores", recursive=True)
     assert torch.equal(LatentStore(f"file://{whole_store}")[:][0], sample.latents)
+
+
+@pytest.mark.slow
+def test_a_store_in_s3_is_read_through_throttling_and_refused_credentials_are_told(s3, whole_store, sample, tmp_path):
+    s3.files().put(str(whole_store), f"{s3.bucket}/stores/one", recursive=True)
+    s3.throttled = 3
+    store = LatentStore(f"{s3.url}/stores/one", cache=tmp_path)
+    s3.throttled = 2
+    assert torch.equal(store[:][0], sample.latents)
+    s3.expired = True
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read: access is refused .* check the credentials"):
+        LatentStore(f"{s3.url}/stores/one", cache=tmp_path)
 
 
 def test_the_cache_is_where_the_argument_the_variable_or_the_system_says(monkeypatch, tmp_path):

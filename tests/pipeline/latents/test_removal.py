@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 
@@ -5,8 +6,9 @@ import pytest
 import torch
 
 from pipeline.latents import LatentStore
+from pipeline.latents.store_files import remove_files, replace_store, store_files
 from pipeline.latents.verify import verify
-from pipeline.latents.writer import remove_files, replace_store, store_files, write_shard
+from pipeline.latents.writer import write_shard
 from pipeline.runtime.errors import UserError
 
 MINE = ("notes-000001.tar", "run-2024010112.json", "train-2024.safetensors", "photo.png", "mydata-00001.json")
@@ -55,10 +57,11 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("reader_first", [False, True], ids=["again", "reader"])
 def test_a_store_is_replaced_whole_whenever_the_process_that_does_it_is_killed(
-    sample, new_sample, shard_format, tmp_path, bytes_of, monkeypatch
+    sample, new_sample, shard_format, tmp_path, bytes_of, monkeypatch, reader_first
 ):
-    """Every rename and every removal is a moment to be killed at; then another one goes on."""
+    """Every rename and every removal is a moment to be killed at; then another one, or a reader, goes on."""
     other = new_sample(rows=(3, 4))
     wanted = bytes_of(other.write(tmp_path / "wanted", shard_format))
     honest = {name: getattr(Path, name) for name in ("rename", "unlink")}
@@ -87,12 +90,54 @@ def test_a_store_is_replaced_whole_whenever_the_process_that_does_it_is_killed(
                 monkeypatch.setattr(Path, name, call)
         if (folder / "manifest.json").exists():
             assert verify(folder) == []
-        else:
-            with pytest.raises(UserError, match="not finished"):
-                LatentStore(folder)
+        elif reader_first:
+            assert len(LatentStore(folder)) == 7, "a reader completes what was begun"
         replace_store(folder, folder / ".work" / "ready")
-        assert bytes_of(folder) == wanted | {"notes.txt": b"mine"}
+        found = bytes_of(folder)
+        found.pop(".work/replace.lock", None)  # goes with the work folder, when a dit-extract leaves it
+        assert found == wanted | {"notes.txt": b"mine"}
         moment += 1
-    assert moment == 1 + 3 * 2 + 1 + 1 + 2 * 2 + 2, (
+    cards = 2 if shard_format == "webdataset" else 0
+    assert moment == 1 + 3 * 2 + 1 + 1 + 2 * 2 + 2 + cards, (
         "the manifest, all files of the old store, its manifest, the new one's"
     )
+
+
+def test_a_card_that_someone_wrote_is_theirs(sample, new_sample, tmp_path):
+    """The one beside tars comes and goes with the store; one with other words stays."""
+    folder, ready = tmp_path / "store", tmp_path / "store" / ".work" / "ready"
+    sample.write(folder, "webdataset")
+    assert "README.md" in names(store_files(folder))
+    (folder / "README.md").write_text("# My latents\n")
+    new_sample(rows=(3, 4)).write(ready, "webdataset")
+    replace_store(folder, ready)
+    assert (folder / "README.md").read_text() == "# My latents\n"
+    assert verify(folder) == []
+    remove_files(store_files(folder))
+    assert [path.name for path in folder.iterdir() if path.is_file()] == ["README.md"]
+    assert sample.write(folder, "webdataset") and (folder / "README.md").read_text() == "# My latents\n"
+
+
+def test_a_store_of_tars_that_becomes_one_of_safetensors_has_no_card(sample, tmp_path):
+    folder = sample.write(tmp_path / "store", "webdataset")
+    sample.write(folder / ".work" / "ready", "safetensors")
+    replace_store(folder, folder / ".work" / "ready")
+    assert not (folder / "README.md").exists() and verify(folder) == []
+
+
+def test_a_reader_that_may_not_complete_a_replacement_says_that_there_is_no_store_yet(
+    sample, new_sample, tmp_path, monkeypatch
+):
+    folder = sample.write(tmp_path / "store", "safetensors")
+    ready = new_sample(rows=(3, 4)).write(folder / ".work" / "ready", "safetensors")
+    (folder / "manifest.json").rename(ready / "old")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", refuse)
+        patched.setattr(Path, "unlink", refuse)
+        with pytest.raises(UserError, match="is not finished: it has no manifest.json yet; run the dit-extract"):
+            LatentStore(folder)
+    assert len(LatentStore(folder)) == 7

@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,7 +50,9 @@ def test_the_order_in_which_shards_are_made_changes_no_byte(sample, shard_format
     straight = sample.write(tmp_path / "a", shard_format)
     backwards = sample.write(tmp_path / "b", shard_format, order=[2, 1, 0])
     assert bytes_of(straight) == bytes_of(backwards)
-    assert min(bytes_of(straight)) == "manifest.json" and len(bytes_of(straight)) == 8
+    card = {"README.md"} if shard_format == "webdataset" else set()
+    assert {"manifest.json", "skipped.jsonl", *card} <= bytes_of(straight).keys()
+    assert len(bytes_of(straight)) == 8 + len(card)
 
 
 def test_several_writers_of_the_same_shards_at_once_do_no_harm(sample, shard_format, tmp_path, bytes_of):
@@ -191,5 +194,32 @@ def test_a_shard_its_record_and_the_manifest_are_flushed_before_they_get_their_n
     sample.write(tmp_path / "store", shard_format, order=[2, 0, 1])
     suffix = {"safetensors": ".safetensors", "webdataset": ".tar"}[shard_format]
     names = [f"train-0000{n}{kind}" for n in (2, 0, 1) for kind in (suffix, ".json")]
-    names += ["skipped.jsonl", "manifest.json"]
+    names += ["skipped.jsonl", *(["README.md"] if shard_format == "webdataset" else []), "manifest.json"]
     assert order == [step for name in names for step in (("flush", name), ("name", name), ("folder", ""))]
+
+
+@pytest.mark.parametrize("split", ["train", "no", "val-256"])
+def test_datasets_reads_the_samples_of_a_store_of_tars_and_not_its_records(new_sample, tmp_path, split):
+    """By the card: without it the commit records are taken for the data."""
+    import datasets
+
+    sample, folder = new_sample(rows=(3, 4)), tmp_path / "store"
+    for shard in range(2):
+        rows = sample.part(shard)
+        write_shard(
+            folder,
+            split,
+            shard,
+            "webdataset",
+            sample.shards[shard],
+            sample.labels[rows],
+            sample.indices[rows],
+            sample.keys[rows],
+        )
+    finish_store(folder, sample.describe("webdataset", split=split, plan=""), shards=2)
+    found = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert list(found) == [split.replace("-", "_")]
+    rows = found[split.replace("-", "_")].with_format("numpy")[:]
+    assert rows["cls"].tolist() == sample.labels.tolist()
+    assert np.array_equal(np.stack(list(rows["moments.npy"])), sample.latents.numpy())
+    assert [int(key) for key in rows["__key__"]] == sample.indices.tolist()

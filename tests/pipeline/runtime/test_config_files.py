@@ -61,6 +61,7 @@ def test_every_command_takes_a_tilde_in_its_paths(home):
     import pipeline.convert.options
     import sample.evaluate.options
     import sample.options
+    import sample.tune.options
     import train.options
 
     for kind, words, wanted in (
@@ -71,6 +72,11 @@ def test_every_command_takes_a_tilde_in_its_paths(home):
             sample.evaluate.options.EvaluateOptions,
             ["--samples=~/s", "--reference=~/r"],
             lambda o: (o.samples, o.reference),
+        ),
+        (
+            sample.tune.options.TuneOptions,
+            ["--checkpoint=~/s", "--reference=~/r", "--out=o"],
+            lambda o: (o.checkpoint, o.reference),
         ),
         (
             pipeline.convert.options.ConvertOptions,

@@ -1,8 +1,11 @@
 """One choice of device, one rule of precision, one way to say that memory ended."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from pipeline.diffusion.schedules import tables_of
 from pipeline.runtime.devices import (
     choose_device,
     default_precision,
@@ -10,6 +13,7 @@ from pipeline.runtime.devices import (
     is_out_of_memory,
     memory_explained,
     peak_flops,
+    widest_float,
 )
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.processes import Launch
@@ -74,6 +78,22 @@ def test_bf16_is_the_default_where_the_gpu_has_units_for_it(monkeypatch, capabil
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # it counts emulation
     assert default_precision(torch.device("cuda", 0))[0] == precision
     assert default_precision(torch.device("cpu"))[0] == "no"
+
+
+def test_apples_gpus_get_tables_in_float32_that_are_those_of_others_rounded(monkeypatch):
+    assert widest_float(torch.device("mps")) is torch.float32 and widest_float(torch.device("cuda")) is torch.float64
+    made = {}
+    for dtype in (torch.float64, torch.float32):
+        monkeypatch.setattr("pipeline.diffusion.schedules.widest_float", lambda _, dtype=dtype: dtype)
+        made[dtype] = vars_of(tables_of.__wrapped__("linear", 1000, None, torch.device("cpu")))
+    for name, values in made[torch.float32].items():
+        exact = made[torch.float64][name]
+        assert values.dtype is (torch.float32 if exact.is_floating_point() else exact.dtype), name
+        torch.testing.assert_close(values, exact.to(values.dtype), rtol=0, atol=0)
+
+
+def vars_of(tables):
+    return {field.name: getattr(tables, field.name) for field in dataclasses.fields(tables)}
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,18 @@ def test_a_second_termination_ends_what_saves_for_long():
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in said
 
 
+def test_a_second_signal_ends_a_process_whose_threads_wait_for_a_server_after_the_command_has_ended():
+    waiting = "from concurrent.futures import ThreadPoolExecutor\nThreadPoolExecutor(1).submit(time.sleep, 60)\n"
+    process = start(f'{waiting}with StopRequest() as stop:\n    say("ready")\n    time.sleep(60)')
+    read_until(process, "ready")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.2)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=40)
+    assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 8
+
+
 def test_a_signal_that_a_launcher_passes_on_at_once_is_the_same_one():
     process = start(NOTED.replace('say("saved")', 'time.sleep(0.5); say("saved")'))
     read_until(process, "ready")
@@ -204,7 +216,10 @@ def test_streams_closed_from_the_start_stop_nothing_and_no_file_takes_their_plac
     assert (tmp_path / "done").exists() and target.read_bytes() == b""
 
 
-def test_a_result_on_a_full_disk_is_one_sentence():
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_result_on_a_full_disk_is_one_sentence(monkeypatch, unbuffered):
+    """What lies in a buffer still must not fail once more when Python ends, which would give another status."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with Path("/dev/full").open("w") as full:
         process = start('print("result")', stdout=full)
     said = process.communicate(timeout=60)[1]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.inspect.__main__ import main as inspect_main
-from pipeline.runtime.console import printable, run_command, say, show, warn
+from pipeline.runtime.console import printable, progress, run_command, say, show, warn
 from pipeline.runtime.errors import UserError
 from tests.train.runs import make_store
 
@@ -108,3 +109,76 @@ def test_a_real_command_ends_well_on_a_terminal_that_is_not_utf_8(encoding):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"DiT-XL/2" in done.stdout
+
+
+LOG = """
+import time
+from pipeline.runtime.console import progress, run_command, say
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    "No options."
+
+def run(_):
+    bar = progress(5, unit="steps", description="training", initial=1)
+    for step in range(4):
+        bar.update(1)
+        bar.set_postfix({"loss": f"{step}"}, refresh=False)
+        say(f"note {step}")
+    bar.close()
+    other = progress(None, unit="files", description="listing")
+    other.update(3)
+    other.close()
+
+run_command(Nothing, run, prog="dit-test", description="Tests.", argv=[])
+"""
+
+
+def test_progress_in_a_log_is_lines_of_their_own_and_notes_repeat_none_of_them():
+    done = subprocess.run(
+        [sys.executable, "-c", LOG], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    said = done.stderr.decode()
+    assert not set(said) & set("\r\x1b█▏")
+    shown = [re.sub(r"\d\d:\d\d", "00:00", line) for line in said.splitlines()]
+    assert all(shown)
+    assert [line for line in shown if line.startswith("note")] == [f"note {step}" for step in range(4)]
+    bars = [line for line in shown if not line.startswith("note")]
+    assert re.fullmatch(r"training: 20%, 1 of 5 steps, .*", bars[0])
+    assert re.fullmatch(r"training: 100%, 5 of 5 steps, 00:00 to go, 00:00 so far, .* steps/s, loss=3", bars[1])
+    assert re.fullmatch(r"listing: 3 files, 00:00 so far, .*", bars[-1]) and len(bars) == 4
+
+
+def test_the_rate_of_slow_steps_in_a_log_is_still_steps_a_second(capsys):
+    bar = progress(5, unit="steps", description="training")
+    bar.n, bar.start_t = 1, bar.start_t - 10
+    assert re.search(r"so far, +0\.10 steps/s$", str(bar))
+    bar.close()
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_help_keeps_to_the_width_and_has_no_colours_where_none_are_wanted(columns):
+    """On a real pseudo-terminal; NO_COLOR is https://no-color.org's."""
+    import pty
+
+    for wish in ({"NO_COLOR": "1"}, {}):
+        main, side = pty.openpty()
+        given = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "FORCE_COLOR"}}
+        given |= {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns), "TERM": "xterm-256color", **wish}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sample", "--help"], env=given, stdout=side, stderr=side, stdin=side
+        )
+        os.close(side)
+        text = b""
+        try:
+            while piece := os.read(main, 1 << 16):
+                text += piece
+        except OSError:  # the other side is closed
+            pass
+        os.close(main)
+        assert process.wait(60) == 0
+        coloured = re.compile(rb"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38;)[0-9;]*m").search(text)
+        assert bool(coloured) == (not wish), text[:400]
+        plain = re.sub(rb"\x1b\[[0-9;]*m", b"", text).decode()
+        assert max(map(len, plain.splitlines())) <= columns

@@ -135,6 +135,26 @@ while time.monotonic() < end:
     assert not list(tmp_path.glob("lost-*"))
 
 
+def test_of_those_who_leave_at_once_one_is_the_last(tmp_path):
+    """Two that ask at the same moment do not leave the folder to each other."""
+    for turn in range(30):
+        folder, together = tmp_path / str(turn), threading.Barrier(2)
+
+        def go(folder=folder, together=together):
+            with Presence(folder) as here:
+                together.wait()
+                with here.last() as alone:
+                    if alone:
+                        here.remove_folder()
+
+        leavers = [threading.Thread(target=go) for _ in range(2)]
+        for leaver in leavers:
+            leaver.start()
+        for leaver in leavers:
+            leaver.join()
+        assert not folder.exists()
+
+
 @pytest.fixture
 def no_locks(monkeypatch):
     def fails(*_):

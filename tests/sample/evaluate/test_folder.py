@@ -92,3 +92,15 @@ def test_a_file_that_may_not_be_read_is_named_wherever_it_is_read(tmp_path, pict
     for look in (images.key, lambda: read(images)):
         with pytest.raises(UserError, match=r"b/0003.png cannot be read \(No such file"):
             look()
+
+
+def test_thumbnails_and_bins_of_file_systems_are_no_images(tmp_path, pictures, save_pictures):
+    folder = save_pictures(tmp_path / "x", pictures(4))
+    wanted = list_images(folder)
+    for name in ("@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg", "a/@EADIR/1.png", "$RECYCLE.BIN/2.png", "lost+found/3.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    (folder / "a" / "._0.png").write_bytes(b"x")
+    assert list_images(folder) == wanted
+    (folder / "z.PNM").write_bytes(b"P5\n1 1\n255\n0")  # whatever decodes is an image here, too
+    assert list_images(folder) == [*wanted, "z.PNM"]

@@ -9,12 +9,14 @@ import torch
 from pipeline.latents import LatentSpec
 from pipeline.latents.writer import StoreDescription, finish_store, write_shard
 from pipeline.runtime.errors import UserError
-from pipeline.vae import load_vae
+from pipeline.vae import Vae, load_vae
 from sample.__main__ import main as sample
+from sample.evaluate import features
 from sample.evaluate.__main__ import main
 from sample.evaluate.generated import StoreImages, open_store
 from sample.evaluate.image_set import image_digests, pixels_fingerprint
 from sample.evaluate.options import EvaluateOptions
+from sample.options import ComputeOptions
 
 SETTINGS = ("--steps", "2", "--seed", "3", "--batch-size", "2")
 
@@ -141,6 +143,33 @@ def test_a_latent_that_is_not_finite_is_named(store, vae_folder, monkeypatch):
     with pytest.raises(Exception, match=r"not finite \(NaN or infinity\) for sample 4 of"):
         list(images.batches(3, 5, 2))
     images.close()
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("no", False), ("auto", True)])
+def test_a_store_is_decoded_with_tf32_unless_no_precision_is_spared_and_its_features_are_made_without(
+    store, vae_folder, monkeypatch, noted_tf32, precision, tf32
+):
+    passes, here = [], noted_tf32.here
+
+    def network(images, wanted):
+        passes.append([*here])
+        return {name: images.flatten(1)[:, :2].float() for name in wanted}
+
+    decode = Vae.decode_values
+    monkeypatch.setattr(Vae, "decode_values", lambda *given: passes.append([*here]) or decode(*given))
+    for module in ("generated", "features"):
+        monkeypatch.setattr(f"sample.evaluate.{module}.float32_products", noted_tf32)
+    options = EvaluateOptions(
+        samples=str(store), metrics="is", vae=str(vae_folder), compute=ComputeOptions(mixed_precision=precision)
+    )
+    images = open_store(str(store), options)
+    for batch in images.batches(0, 2, 2):
+        found = features._features_of_batch(batch, network, ("features_2048", "logits"), "cpu")
+    images.close()
+    assert passes == [[tf32], [False]] and {name: rows.shape for name, rows in found.items()} == {
+        "features_2048": (2, 2),
+        "logits": (2, 2),
+    }
 
 
 def test_the_key_of_a_store_changes_with_its_content_and_vae(store, vae_folder, vae):

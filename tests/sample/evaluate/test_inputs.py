@@ -1,5 +1,6 @@
 """Inputs are told apart by what lies there; what is none of them is refused with what could be given."""
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -29,8 +30,13 @@ def test_a_file_is_told_by_its_suffix(tmp_path, name, kind):
     assert kind_of(str(tmp_path / name), "--samples") == kind
 
 
-def test_an_address_is_a_latent_store():
-    assert kind_of("s3://bucket/store", "--reference") == "store"
+def test_an_address_is_a_latent_store_unless_a_run_or_checkpoint_is_there():
+    assert kind_of("memory://evaluated/store", "--reference") == "store"
+    files = fsspec.filesystem("memory")
+    for name in ("config.yaml", "config.json"):
+        files.pipe_file(f"/evaluated/run/{name}", b"{}")
+        assert kind_of("memory://evaluated/run", "--samples") == "checkpoint"
+        files.rm("/evaluated", recursive=True)
 
 
 def test_nothing_there_and_an_unknown_file_are_refused(tmp_path):

@@ -190,7 +190,7 @@ def test_memory_that_ends_is_one_sentence(run, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "_features_of_batch", full)
     status, _, message = run("--samples", images(tmp_path / "a.npz", 0), "--metrics", "is")
     assert status == 2
-    sentences = [line for line in message.splitlines() if line.strip() and "| 0/6 [" not in line]
+    sentences = [line for line in message.splitlines() if line.strip() and "0 of 6 images" not in line]
     assert len(sentences) == 1 and "--batch-size" in sentences[0]
 
 

@@ -24,7 +24,7 @@ class Rows(list):
 
 
 def side(count=3000, *, flag="--samples", sorted_by_name=False, **features):
-    images = SimpleNamespace(count=count, sorted_by_name=sorted_by_name)
+    images = SimpleNamespace(count=count, sorted_by_name=sorted_by_name, describe=dict)
     made = Side(Input(flag=flag, path="x", images=images, statistics=None, made_by=None))
     made.blocks = {name: Rows([rows]) for name, rows in features.items()}
     return made

@@ -1,18 +1,12 @@
-"""`python -m train.plot RUN [RUN …]`: the curves of one run, or of several over each other, as one PNG."""
+"""What a run logged, as curves: of one run, or of several over each other, with a reference's bands behind them."""
 
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-from pipeline.runtime.console import run_command, say
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes
-from pipeline.runtime.publish import making
+from pipeline.runtime.gate import parse_json
 
 if TYPE_CHECKING:  # matplotlib takes a second to load, and --help does not need it
     from matplotlib.axes import Axes
@@ -22,6 +16,8 @@ Points = list[tuple[float, float]]
 Series = dict[str, Points]
 PANEL_INCHES, DPI = (6.0, 3.4), 100
 EXACT = {"lr", "validation_loss", "validation_loss_ema"}  # without noise of their own: a running mean would only lag
+Bands = Mapping[str, Sequence[tuple[float, float, float]]]
+"""{logged number: [(step, lowest, highest)]} of where a run is expected."""
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 
 
@@ -51,24 +47,6 @@ PANELS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlotOptions:
-    """Which runs to draw, and where to."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders."""
-    out: Path | None = None
-    """Picture to write. Default: curves.png in the first run."""
-    smoothing: float = 0.9
-    """Weight of the past in the bold line, 0 to 1; pale is what was logged. The learning rate is not smoothed."""
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise UserError("name at least one run folder")
-        if not 0 <= self.smoothing < 1:
-            raise UserError(f"--smoothing {self.smoothing} must lie in 0 … 1, without 1")
-
-
 def read_series(run: Path) -> Series:
     """{name: [(step, value), …]} of everything that a run logged.
 
@@ -79,22 +57,27 @@ def read_series(run: Path) -> Series:
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the folder of a run that has logged a step")
     series: Series = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:  # the line that is being written at this moment
+            values = parse_json(line.encode(), path)
+        except UserError:  # the line that is being written at this moment
             continue
-        if not isinstance(values, dict) or "step" not in values:
+        if not isinstance(values, dict) or not _is_number(values.get("step")):
             continue
         for name, value in values.items():
-            if name != "step" and value is not None:
+            if name != "step" and _is_number(value):
                 series.setdefault(name, []).append((values["step"], value))
     if not series:
         raise UserError(f"{path} holds no step yet; wait until the run has logged one")
     return series
 
 
-def draw_curves(runs: dict[str, Series], *, smoothing: float) -> "Figure":
+def _is_number(value: object) -> bool:
+    """Whether it can be drawn: neither text nor infinite, and of no more digits than an axis has."""
+    return isinstance(value, int | float) and -1e300 < value < 1e300
+
+
+def draw_curves(runs: dict[str, Series], *, smoothing: float, bands: Bands | None = None) -> "Figure":
     """All panels that have anything to show, two in a row: a colour per run, or per number where there is one run."""
     from matplotlib.figure import Figure
 
@@ -103,13 +86,19 @@ def draw_curves(runs: dict[str, Series], *, smoothing: float) -> "Figure":
     figure = Figure(figsize=(2 * width, rows * height), dpi=DPI, layout="constrained")
     for number, panel in enumerate(filled, 1):
         axes = figure.add_subplot(rows, 2, number)
-        _draw_panel(axes, panel, runs, smoothing=smoothing)
+        _draw_panel(axes, panel, runs, smoothing=smoothing, bands=bands or {})
     return figure
 
 
-def _draw_panel(axes: "Axes", panel: Panel, runs: dict[str, Series], *, smoothing: float) -> None:
+def _draw_panel(axes: "Axes", panel: Panel, runs: dict[str, Series], *, smoothing: float, bands: Bands) -> None:
     several = len(runs) > 1
     drawn: list[float] = []
+    for kind, name in enumerate(panel.names):
+        if name in bands:
+            steps, low, high = zip(*bands[name], strict=True)
+            color = "#999999" if several else f"C{kind}"
+            axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label=f"reference {name}")
+            drawn += [*low, *high]
     for place, (run, series) in enumerate(runs.items()):
         for kind, name in enumerate(panel.names):
             points = series.get(name, [])
@@ -118,7 +107,7 @@ def _draw_panel(axes: "Axes", panel: Panel, runs: dict[str, Series], *, smoothin
             color = f"C{place if several else kind}"
             label = " ".join([run] * several + [name] * (len(panel.names) > 1 or not several))
             steps, values = zip(*points, strict=True)
-            weight = 0.0 if name in EXACT else smoothing
+            weight = 0.0 if name in EXACT or name in bands else smoothing  # a mean that lags would leave its band
             if weight:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             bold = [value for _, value in smoothed(points, weight)]
@@ -168,23 +157,3 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(set(paths)):
             return names
     return [str(path) for path in paths]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status."""
-    return run_command(
-        PlotOptions, _run, prog="python -m train.plot", description="Draw the curves of a run as a PNG.", argv=argv
-    )
-
-
-def _run(options: PlotOptions) -> None:
-    names = distinct_names([run.resolve() for run in options.runs])
-    runs = {name: read_series(run) for name, run in zip(names, options.runs, strict=True)}
-    out = options.out or options.runs[0] / "curves.png"
-    with explained_writes(out), making(out.absolute(), overwrite=True) as stage:
-        draw_curves(runs, smoothing=options.smoothing).savefig(stage.place(out.absolute()), format="png")
-    say(f"wrote {out}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

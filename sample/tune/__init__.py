@@ -1,0 +1,1 @@
+"""The settings of sampling that suit a checkpoint best, found by measuring them."""

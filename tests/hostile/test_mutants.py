@@ -1,0 +1,467 @@
+"""Sound files mutated by key, type, value and byte: each is read, or refused by one printable sentence.
+
+The mutants are a function of (kind, number), so that one that is refused otherwise can be made again.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import random
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from pipeline.checkpoint.folder import recorded_files
+from pipeline.checkpoint.info import read_info
+from pipeline.checkpoint.tensor_files import read_weight_file, save_pickled_tensors
+from pipeline.convert.card import read_result
+from pipeline.convert.layouts import LAYOUTS
+from pipeline.diffusion.process import make_process
+from pipeline.dit.config import DiTConfig
+from pipeline.features.manifest import parse_features
+from pipeline.latents.manifest import parse_manifest
+from pipeline.latents.records import parse_record
+from pipeline.runtime.arrays import load_npy
+from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import read_json
+from pipeline.runtime.gate import typed
+from sample.evaluate.npz import NpzImages
+from sample.evaluate.reference import StatisticsFile
+from sample.sidecar import read_sidecar
+from sample.tune.points import read_point
+from studies.cells import read_study
+from studies.measure import Result
+from train.checkpointing import restore
+from train.run_folder import recorded_intervals
+
+SUMS = {"count": 4, "mean": [0.0], "mean_square": [1.0], "variance": [0.0]}
+RECORD = {"file": "train-00000.tar", "samples": 1, "bytes": 9, "sha256": "0", "sums": SUMS, "keys": ["a"], "crc32": [7]}
+LATENT = {"kind": "moments", "channels": 2, "height": 4, "width": 4, "dtype": "float16", "downsample": 8}
+VAE = {"name": "demo", "sha256": "0" * 64, "scaling_factor": 0.5, "shift_factor": None}
+MANIFEST = {
+    "format": "dit-latents",
+    "version": 1,
+    "split": "train",
+    "shard_format": "safetensors",
+    "samples": 1,
+    "skipped": 0,
+    "latent": LATENT,
+    "views": ["center"],
+    "image": {"size": 32, "crop": "adm-center"},
+    "classes": ["ant"],
+    "class_ids": ["a"],
+    "vae": VAE,
+    "statistics": {"mean": [0.0, 0.0], "std": [1.0, 1.0]},
+    "seed": 0,
+    "shards": [{"file": "train-00000.safetensors", "samples": 1, "bytes": 9, "sha256": "0" * 64}],
+}
+MODEL = {"input_size": [4, 4], "patch_size": 2, "in_channels": 2, "hidden_size": 64, "depth": 2, "num_heads": 4}
+CONFIG = {
+    "format": "dit-checkpoint",
+    "version": 1,
+    "step": 3,
+    "model": MODEL,
+    "diffusion": {"objective": "ddpm"},
+    "classes": ["ant"],
+    "class_ids": ["a"],
+    "latent": LATENT,
+    "vae": VAE,
+    "image": {"size": 32, "crop": "adm-center"},
+    "training": {},
+}
+TRAINER = {
+    "format": "dit-train-state",
+    "version": 1,
+    "step": 3,
+    "jump": 0,
+    "rollbacks": 0,
+    "seconds": 1.5,
+    "optimizer": "AdamW (plain)",
+    "adamw_steps": 3.0,
+    "scale": 1.0,
+    "finite_in_a_row": 3.0,
+    "skipped_in_a_row": 0.0,
+    "skipped": 0.0,
+}
+FILES = {"format": "dit-train-state", "version": 1, "files": {"state/trainer.json": {"bytes": 4, "sha256": "0" * 64}}}
+SIDECAR = {"format": "dit-samples", "version": 1, "recipe": {"seed": 0}, "output": {"file": "x.png", "bytes": 3}}
+ENCODER = {
+    "name": "e",
+    "class": "Dinov2Model",
+    "sha256": "0" * 64,
+    "resolution": 28,
+    "grid": [2, 2],
+    "width": 8,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2],
+}
+FEATURES = {
+    "format": "dit-features",
+    "version": 1,
+    "split": "train",
+    "samples": 1,
+    "views": ["center"],
+    "encoder": ENCODER,
+    "columns": {"features": {"dtype": "float16", "shape": [1, 4, 8]}, "cls": {"dtype": "float16", "shape": [1, 8]}},
+    "pca": None,
+    "extraction": {"features": "e"},
+    "plan": "p",
+    "shards": [{"file": "train-00000.safetensors", "samples": 1, "bytes": 9, "sha256": "0" * 64}],
+}
+SETTINGS = {
+    "steps": 40,
+    "lr": 1e-4,
+    "betas": [0.9, 0.999],
+    "log-every": 10,
+    "latents": "x",
+    "vae": None,
+    "compile": False,
+}
+POINT = {
+    "format": "dit-tune-point",
+    "version": 1,
+    "request": "r",
+    "metric": "FD-pixels-2k",
+    "value": 1.5,
+    "passes": 40,
+    "recipe": {"sampler": "ddim", "steps": 20, "guidance": 1.5},
+}
+CELL = {
+    "cell": "a",
+    "seed": 0,
+    "tried": "",
+    "flags": {"lr": 1e-4},
+    "settings": {"train": {}, "evaluate": {}, "data": "d"},
+    "parameters": 10,
+    "macs": 20,
+    "patch_size": 2,
+    "points": [{"step": 1, "samples": 8, "metrics": {"FD-pixels-2k": 1.0}, "validation_loss": 0.5}],
+    "seconds": 2.0,
+}
+STUDY = {
+    "question": "q",
+    "samples": 100,
+    "cells": {"a": {"lr": 0.1}, "b": {"evaluate": {"steps": 4}}},
+    "train": {"batch-size": 8},
+    "baseline": "a",
+    "expected": ["b", "a"],
+    "sweep": {"lr": [0.1, 0.2]},
+    "draw": ["curves"],
+}
+SCORES = {
+    "format": "dit-evaluation",
+    "version": 1,
+    "metrics": {"FID-50k": 2.0},
+    "std": {"FID-50k": 0.1},
+    "protocol": {"seed": 0},
+    "samples": {"images": {"count": 5}, "made_by": {"recipe": {"checkpoint": {"step": 40, "weights": "ema"}}}},
+    "reference": {"statistics": {"count": 5}},
+}
+ODD: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2**31,
+        2**63,
+        10**30,
+        10**400,
+        0.5,
+        -0.0,
+        1e38,
+        1e-320,
+        "",
+        "a",
+        "../../x",
+        "/etc/x",
+    ),
+    *(
+        "\0",
+        "\ud800",
+        "\x1b[31m",
+        "a" * 10_000,
+        [],
+        {},
+        [1],
+        [[]],
+        [None],
+        ["\n"],
+        {"": None},
+        {"\0": "\x1b"},
+        "1",
+        "nan",
+    ),
+    *(float("nan"), float("inf"), float("-inf"), [0.5] * 50, list(range(1000))),
+)
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """A copy in which one place has another key, type or value."""
+    value = copy.deepcopy(value)
+    holders = [value]
+    for holder in holders:
+        inner = holder.values() if isinstance(holder, dict) else holder
+        holders += [one for one in inner if isinstance(one, dict | list) and one]
+    holder = draw.choice(holders)
+    keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+    key, what = draw.choice(keys), draw.random()
+    if what < 0.15:
+        del holder[key]
+    elif what < 0.3 and isinstance(holder, dict):
+        holder[draw.choice(["", "\0", "\x1b[2J", "../x", "/x", "\ud800", "version"])] = holder.pop(key)
+    elif what < 0.35:
+        return draw.choice(ODD)
+    else:
+        holder[key] = copy.deepcopy(draw.choice(ODD))
+    return value
+
+
+def mutated_bytes(data: bytes, draw: random.Random) -> bytes:
+    """The bytes with a few of them changed, put in, left out or cut off."""
+    changed = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        place, what = draw.randrange(len(changed) or 1), draw.random()
+        if what < 0.6 and changed:
+            changed[place] = draw.randrange(256)
+        elif what < 0.8:
+            changed[place:place] = draw.choice([b"0", b"-", b"[", b"\x00", b"\xff", b'"', b"9" * 30])
+        else:
+            del changed[place : place + draw.choice([1, 8, 1000])]
+    return bytes(changed)
+
+
+def of_json(value: Any) -> Callable[[random.Random], bytes]:
+    """Mutants of a JSON file: three in four by key, type and value, the others by byte."""
+
+    def make(draw: random.Random) -> bytes:
+        if draw.random() < 0.25:
+            return mutated_bytes(json.dumps(value).encode(), draw)
+        mutant = value
+        for _ in range(draw.randint(1, 3)):
+            mutant = mutated(mutant, draw) if isinstance(mutant, dict | list) and mutant else mutant
+        return json.dumps(mutant).encode()
+
+    return make
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def of_bytes(data: bytes) -> Callable[[random.Random], bytes]:
+    return lambda draw: mutated_bytes(data, draw)
+
+
+def of_npz(**arrays: np.ndarray) -> Callable[[random.Random], bytes]:
+    """Mutants of an .npz: half of them have one sound archive around a mutated member."""
+
+    def make(draw: random.Random) -> bytes:
+        inside, stream = draw.random() < 0.5, io.BytesIO()
+        with zipfile.ZipFile(stream, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+            for name, array in arrays.items():
+                data = _npy(array)
+                archive.writestr(f"{name}.npy", mutated_bytes(data, draw) if inside else data)
+        return stream.getvalue() if inside else mutated_bytes(stream.getvalue(), draw)
+
+    return make
+
+
+def _write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def read_config(folder: Path, data: bytes) -> None:
+    _write(folder / "config.json", data)
+    info = read_info(folder)
+    DiTConfig.from_json(info["model"])
+    make_process(info["diffusion"])
+
+
+class _PastTheGateError(Exception):
+    pass
+
+
+class _NoState:
+    def __getattr__(self, name: str) -> Any:
+        raise _PastTheGateError
+
+
+def read_trainer(folder: Path, data: bytes) -> None:
+    (folder / "state").mkdir(exist_ok=True)
+    _write(folder / "state" / "trainer.json", data)
+    with contextlib.suppress(_PastTheGateError):
+        restore(folder, _NoState())
+
+
+def read_files(folder: Path, data: bytes) -> None:
+    (folder / "state").mkdir(exist_ok=True)
+    _write(folder / "state" / "files.json", data)
+    assert all(".." not in name.split("/") and not name.startswith("/") for name in recorded_files(folder) or {})
+
+
+def read_out(folder: Path, data: bytes) -> None:
+    _write(folder / "x.png.json", data)
+    read_sidecar(folder / "x.png")
+
+
+def read_npy(folder: Path, data: bytes) -> None:
+    try:
+        load_npy(_write(folder / "x.npy", data))
+    except (OSError, ValueError, EOFError) as error:  # what its callers put into words
+        raise UserError(ascii(str(error))) from error
+
+
+def read_images(folder: Path, data: bytes) -> None:
+    images = NpzImages(_write(folder / "x.npz", data))
+    if images.count * images.size[0] * images.size[1] < 1 << 20:
+        list(images.batches(0, images.count, 8))
+    images.close()
+
+
+def read_reference(folder: Path, data: bytes) -> None:
+    StatisticsFile(_write(folder / "x.npz", data))
+
+
+def read_run_settings(folder: Path, data: bytes) -> None:
+    _write(folder / "config.yaml", data)
+    recorded_intervals(folder)
+
+
+def read_study_file(folder: Path, data: bytes) -> None:
+    read_study(str(_write(folder / "s.yaml", data)))
+
+
+def read_cell(folder: Path, data: bytes) -> None:
+    typed(read_json(_write(folder / "RESULT.json", data)), Result, "it is no result of a run", advice="make it again")
+
+
+def read_scores(folder: Path, data: bytes) -> None:
+    stored: Any = SimpleNamespace(weights="ema", info=SimpleNamespace(step=40))
+    read_result(_write(folder / "RESULT.json", data), stored)
+
+
+def _zip(**members: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def read_latents(layout: str, path: str, folder: Path, data: bytes) -> None:
+    """List and read all latents of another project, one of whose files is this one."""
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    _write(folder / path, data)
+    source = LAYOUTS[layout].listed(folder / "x.zip" if path == "x.zip" else folder)
+    source.unscaled(np.stack(source.rows(np.arange(len(source.names)))).astype(np.float32), source.vae)
+
+
+def read_dataset_json(folder: Path, data: bytes) -> None:
+    _write(folder / "a.npy", _npy(np.zeros((8, 2, 2), np.float32)))
+    read_latents("repa", "dataset.json", folder, data)
+
+
+def read_shard(folder: Path, data: bytes) -> None:
+    save_pickled_tensors(folder / "latents_stats.pt", {name: torch.ones(2) for name in ("mean", "std")})
+    read_latents("lightningdit", "x.safetensors", folder, data)
+
+
+def read_stats(folder: Path, data: bytes) -> None:
+    _write(folder / "x.safetensors", SHARD)
+    read_latents("lightningdit", "latents_stats.pt", folder, data)
+
+
+def _pt(**tensors: torch.Tensor) -> bytes:
+    stream = io.BytesIO()
+    torch.save(tensors, stream)
+    return stream.getvalue()
+
+
+LABELS = {"labels": [["a.npy", 3]]}
+LATENT_ZIP = _zip(**{"dataset.json": json.dumps(LABELS).encode(), "a.npy": _npy(np.zeros((8, 2, 2), np.float32))})
+SHARD = save({name: torch.zeros(3, 2, 2, 2) for name in ("latents", "latents_flip")} | {"labels": torch.arange(3)})
+VIEWS = {name: np.zeros((4, 2, 2), np.float32) for name in ("moments", "moments_flip")}
+PROVENANCE = np.asarray(json.dumps({"format": "dit-reference", "version": 1, "inception": {"sha256": "0"}}))
+KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes], Any]]] = {
+    "manifest": (of_json(MANIFEST), lambda folder, data: parse_manifest(data, str(folder / "m"), check_seal=False)),
+    "manifest of features": (
+        of_json(FEATURES),
+        lambda folder, data: parse_features(data, str(folder / "m"), check_seal=False),
+    ),
+    "config.yaml of a run": (of_json(SETTINGS), read_run_settings),
+    "point of a search": (of_json(POINT), lambda folder, data: read_point(_write(folder / "p.json", data), "r")),
+    "study": (of_json(STUDY), read_study_file),
+    "result of a study's run": (of_json(CELL), read_cell),
+    "result of dit-evaluate": (of_json(SCORES), read_scores),
+    "weights": (of_bytes(SHARD), lambda folder, data: read_weight_file(_write(folder / "w.safetensors", data))),
+    "commit record": (of_json(RECORD), lambda folder, data: parse_record(data, folder / "r.json")),
+    "config.json": (of_json(CONFIG), read_config),
+    "trainer.json": (of_json(TRAINER), read_trainer),
+    "files.json": (of_json(FILES), read_files),
+    "sidecar": (of_json(SIDECAR), read_out),
+    "npy": (of_bytes(_npy(np.zeros((1, 2, 3, 3), np.float32))), read_npy),
+    "images npz": (of_npz(arr_0=np.zeros((2, 4, 4, 3), np.uint8)), read_images),
+    "dataset.json of latents": (of_json(LABELS), read_dataset_json),
+    "zip of latents": (of_bytes(LATENT_ZIP), partial(read_latents, "edm2", "x.zip")),
+    "npz of latents": (of_npz(**VIEWS), partial(read_latents, "mar", "a/x.npz")),
+    "safetensors of latents": (of_bytes(SHARD), read_shard),
+    "latents_stats.pt": (of_bytes(_pt(mean=torch.zeros(2), std=torch.ones(2))), read_stats),
+    "reference npz": (of_npz(count=np.asarray(5), mu=np.zeros(3), provenance=PROVENANCE), read_reference),
+}
+
+
+def check(kind: str, count: int, folder: Path) -> None:
+    """Read so many mutants; what ends otherwise than by success or one sentence is named with its number."""
+    make, read = KINDS[kind]
+    refused, wrong = 0, []
+    for number in range(count):
+        data = make(random.Random(f"{kind} {number}"))
+        try:
+            read(folder, data)
+        except UserError as error:
+            refused += 1
+            if not str(error).isprintable() or len(str(error)) > 2000 + len(str(folder)):
+                wrong.append((number, "not printable", str(error)[:100]))
+        except Exception as error:  # noqa: BLE001 -- any other ending is what is looked for
+            wrong.append((number, repr(error)[:100], data[:80]))
+    assert not wrong, f"{len(wrong)} of {count}, such as {wrong[:: max(1, len(wrong) // 6)]}"
+    assert refused > count / 8, "the mutants hardly touch what is read"
+
+
+def test_the_files_that_are_mutated_are_sound(tmp_path):
+    for kind, (_, read) in KINDS.items():
+        sound = {"manifest": MANIFEST, "commit record": RECORD, "config.json": CONFIG, "trainer.json": TRAINER}
+        sound |= {"manifest of features": FEATURES, "config.yaml of a run": SETTINGS, "point of a search": POINT}
+        sound |= {"study": STUDY, "result of a study's run": CELL, "result of dit-evaluate": SCORES}
+        sound |= {"files.json": FILES, "sidecar": SIDECAR, "dataset.json of latents": LABELS}
+        if kind in sound:
+            read(tmp_path, json.dumps(sound[kind]).encode())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_two_hundred_mutants_of_each_kind_end_in_success_or_one_sentence(kind, tmp_path):
+    check(kind, 200, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(120)
+def test_ten_thousand_mutants_of_each_kind_end_in_success_or_one_sentence(kind, tmp_path):
+    check(kind, 10_000, tmp_path)
