@@ -9,6 +9,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from PIL import Image
 
 from pipeline.image_grid import grid, save_png
 from pipeline.runtime.files import explained_writes, replacing, sha256_of
+from pipeline.runtime.gate import Count, Passed
 
 Parts = Iterable[NDArray[Any]]
 Labels = NDArray[np.int64]
@@ -98,16 +100,26 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def is_intact(path: Path, description: dict[str, Any]) -> bool:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Output(Passed):
+    """What a sidecar says of an output: a file of so many bytes, or a folder of so many."""
+
+    file: str | None = None
+    bytes: Count | None = None
+    files: Count | None = None
+    sha256: str | None = None
+
+
+def is_intact(path: Path, description: Output) -> bool:
     """Whether an output still is what its sidecar says, byte for byte."""
-    if "file" in description:
-        same_size = path.is_file() and path.stat().st_size == description.get("bytes")
-        return same_size and sha256_of(path) == description.get("sha256")
+    if description.file is not None:
+        same_size = path.is_file() and path.stat().st_size == description.bytes
+        return same_size and sha256_of(path) == description.sha256
     files = sorted(path.rglob("*.png")) if path.is_dir() else []
-    if len(files) != description.get("files"):
+    if len(files) != description.files:
         return False
     lines = (f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n" for file in files)
-    return _digest(lines) == description.get("sha256")
+    return _digest(lines) == description.sha256
 
 
 def write_grid(

@@ -5,26 +5,70 @@ import hashlib
 import platform
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json, write_json
-from pipeline.runtime.gate import shortened, typed
+from pipeline.runtime.gate import Count, Finite, Passed, shortened, typed
 from pipeline.runtime.publish import finish, work_folder_of
 from pipeline.runtime.work_queue import Presence
 from sample.options import SampleOptions
-from sample.outputs import is_intact
+from sample.outputs import Output, is_intact
 from sample.work_folder import PLAN, differences, is_plan
 
 FORMAT = "dit-samples"
 VERSION = 1
 PACKAGES = ("dit-pipeline", "torch", "diffusers", "numpy", "pillow")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network(Passed):
+    """The weights that images were made by."""
+
+    weights: str | None = None
+    step: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelRule(Passed):
+    """How the classes were chosen."""
+
+    rule: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recipe(Passed):
+    """What images were made with, as far as it is asked for later; None is what is not said."""
+
+    checkpoint: Network | None = None
+    guide: Network | None = None
+    labels: LabelRule | None = None
+    sampler: str | None = None
+    steps: Count | None = None
+    timesteps: tuple[Finite, ...] | None = None
+    eta: Finite | None = None
+    guidance: Finite | None = None
+    guidance_interval: tuple[Finite, Finite] | None = None
+    guidance_channels: str | int | None = None
+    guidance_source: str | None = None
+    middle_guidance: Finite | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sidecar(Passed):
+    """The JSON beside an output."""
+
+    recipe: Recipe
+    output: Output
+    strip: Output | None = None
+    """Of --trajectory; old sidecars say nothing of it."""
 
 
 def sidecar_of(out: Path) -> Path:
@@ -53,9 +97,9 @@ def versions() -> dict[str, str]:
     return {**found, "torch": str(torch.__version__)}  # with its build, which the package's version may leave out
 
 
-def same_recipe(first: Any, second: Mapping[str, Any]) -> bool:
+def same_recipe(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two recipes make the same images: all but the libraries' versions is equal."""
-    return isinstance(first, dict) and _without_versions(first) == _without_versions(second)
+    return _without_versions(first) == _without_versions(second)
 
 
 def _without_versions(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +114,7 @@ def write(
     write_json(path, content if strip is None else {**content, "strip": dict(strip)})
 
 
-def read_sidecar(out: Path) -> dict[str, Any] | None:
+def read_sidecar(out: Path) -> Sidecar | None:
     """The JSON beside an output of ours; None where there is none or it is not ours.
 
     Raises:
@@ -91,14 +135,8 @@ def read_sidecar(out: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path} is of version {shortened(version)}, but this program knows version {VERSION}; upgrade it"
         )
-    typed(content, _Sidecar, f"{path} is damaged", advice="restore it, or remove it together with what it describes")
-    return content
-
-
-class _Sidecar(msgspec.Struct, frozen=True):
-    recipe: dict[str, Any]
-    output: dict[str, Any]
-    strip: dict[str, Any] = msgspec.field(default_factory=dict)
+    advice = "restore it, or remove it together with what it describes"
+    return typed(content, Sidecar, f"{path} is damaged", advice=advice)
 
 
 _IMAGE = re.compile(r"\d{6,}\.png")
@@ -117,7 +155,7 @@ def is_finished(options: SampleOptions, recipe: dict[str, Any]) -> bool:
     """
     out, strip = options.path, strip_of(options.path)
     sidecar = read_sidecar(out)
-    if sidecar is not None and same_recipe(sidecar.get("recipe"), recipe) and out.exists():
+    if sidecar is not None and same_recipe(sidecar.recipe, recipe) and out.exists():
         strip_there = options.trajectory is None or strip.is_file()
         changed = _changed(options, sidecar)
         if strip_there and not changed:
@@ -135,11 +173,11 @@ def is_finished(options: SampleOptions, recipe: dict[str, Any]) -> bool:
     return False
 
 
-def _changed(options: SampleOptions, sidecar: dict[str, Any]) -> list[Path]:
+def _changed(options: SampleOptions, sidecar: Sidecar) -> list[Path]:
     """The output, the strip, or both, as far as they are not what the sidecar says; old ones say nothing of strips."""
-    described = {options.path: sidecar.get("output", {})}
-    if options.trajectory is not None and "strip" in sidecar:
-        described[strip_of(options.path)] = sidecar["strip"]
+    described = {options.path: sidecar.output}
+    if options.trajectory is not None and sidecar.strip is not None:
+        described[strip_of(options.path)] = sidecar.strip
     return [path for path, description in described.items() if not is_intact(path, description)]
 
 
@@ -177,10 +215,10 @@ def _foreign_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if not _IMAGE.fullmatch(path.name) or len(path.relative_to(folder).parts) > 2)
 
 
-def _check_free(options: SampleOptions, sidecar: dict[str, Any] | None, recipe: dict[str, Any]) -> None:
+def _check_free(options: SampleOptions, sidecar: Sidecar | None, recipe: dict[str, Any]) -> None:
     out = options.path
     if out.exists() and not (out.is_dir() and sidecar is None):
-        how = f", made another way ({differences(sidecar.get('recipe'), recipe)})" if sidecar else ""
+        how = f", made another way ({differences(dict(sidecar.recipe), recipe)})" if sidecar else ""
         raise UserError(f"{out} is there already{how}; pass --overwrite to replace it, or name another --out")
     others = [sidecar_of(out)] if sidecar is None else []
     if options.trajectory is not None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from pipeline.randomness import Permutation, derive_seed
 from pipeline.runtime.console import run_command, say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json, write_json
+from pipeline.runtime.gate import typed
 from pipeline.runtime.publish import making, sweep
 from pipeline.runtime.threads import single_threaded
 from pipeline.vae import find_vae
@@ -129,9 +130,13 @@ def make_judge(store: LatentStore, pictures: Callable[[], NDArray[np.uint8]], ou
         say(f"the judge recognises {recognised:.1%} of real pictures that it has not seen")
 
     make_once(out, make)
-    if not (out / ABOUT).is_file() or not about.items() <= read_json(out / ABOUT).items():
+    if not (out / ABOUT).is_file() or not about.items() <= _said(out / ABOUT).items():
         raise UserError(f"{out} is no judge of this store; choose another name, or remove it")
     say(f"{out} is there: the judge of this store")
+
+
+def _said(path: Path) -> dict[str, Any]:
+    return typed(read_json(path), dict[str, Any], f"{path} is damaged", advice="remove its folder")
 
 
 def train_judge(pictures: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str], out: Path) -> float:

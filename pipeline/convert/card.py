@@ -37,10 +37,23 @@ class _Images(msgspec.Struct, frozen=True):
     count: Count
 
 
+class _Network(msgspec.Struct, frozen=True):
+    weights: str | None = None
+    step: Count | None = None
+
+
+class _SampleRecipe(msgspec.Struct, frozen=True):
+    checkpoint: _Network | None = None
+
+
+class _MadeBy(msgspec.Struct, frozen=True):
+    recipe: _SampleRecipe = _SampleRecipe()
+
+
 class _Side(msgspec.Struct, frozen=True):
     images: _Images | None = None
     statistics: _Images | None = None
-    made_by: dict[str, Any] | None = None
+    made_by: _MadeBy | None = None
 
     @property
     def count(self) -> int | None:
@@ -95,10 +108,9 @@ def read_result(path: Path, stored: Stored) -> Result:
     if not isinstance(content, dict) or content.get("format") != "dit-evaluation" or content.get("version") != 1:
         raise UserError(f"{path} is no result that this dit-evaluate writes; {advice}")
     result = typed(content, Result, f"{path} is damaged", advice=advice)
-    recipe = (result.samples.made_by or {}).get("recipe")
-    network = recipe.get("checkpoint") if isinstance(recipe, dict) else None
-    if isinstance(network, dict):
-        theirs, ours = (network.get("weights"), network.get("step")), (stored.weights, stored.info.step)
+    network = None if result.samples.made_by is None else result.samples.made_by.recipe.checkpoint
+    if network is not None:
+        theirs, ours = (network.weights, network.step), (stored.weights, stored.info.step)
         if theirs != ours:
             found, step = (printable(str(value)[:60]) for value in theirs)
             raise UserError(

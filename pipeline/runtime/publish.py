@@ -21,7 +21,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import (
@@ -34,6 +36,7 @@ from pipeline.runtime.files import (
     remove_folder,
     write_json,
 )
+from pipeline.runtime.gate import typed
 from pipeline.runtime.work_queue import OccupiedError, Presence, exclusive
 
 READY = "ready"
@@ -177,20 +180,33 @@ def _one_at_a_time(work: Path) -> contextlib.AbstractContextManager[None]:
     return exclusive(work / "publish.lock", needed=False)
 
 
+class _Name(msgspec.Struct, frozen=True):
+    """Where a part of an output is made, and its name beside the work folder: never one elsewhere."""
+
+    made: Annotated[str, msgspec.Meta(pattern=r"^ready/[0-9]+/(?!\.{1,2}\Z)[^/\0]+\Z")]
+    final: Annotated[str, msgspec.Meta(pattern=r"^\.\./(?!\.{1,2}\Z)[^/\0]+\Z")]
+    inode: int
+
+
+class _Record(msgspec.Struct, frozen=True):
+    overwrite: bool
+    names: tuple[_Name, ...]
+
+
 def _put_all(work: Path) -> Path | None:
     """Give everything in the record its name, as far as it has none yet, and forget the record.
 
     Returns a name that is taken though nothing is to be replaced: then all that was put is taken back.
     """
     ready = work / READY
-    record: dict[str, Any] = read_json(ready / RECORD)
+    record = typed(read_json(ready / RECORD), _Record, f"{ready / RECORD} is damaged", advice="remove its folder")
     done: list[tuple[Path, Path]] = []
     taken: Path | None = None
-    for name in record["names"]:
-        made, final = work / name["made"], Path(os.path.normpath(work / name["final"]))
-        if _inode(final) != name["inode"] and os.path.lexists(made):  # else its user has removed it since
+    for name in record.names:
+        made, final = work / name.made, Path(os.path.normpath(work / name.final))
+        if _inode(final) != name.inode and os.path.lexists(made):  # else its user has removed it since
             try:
-                _put(made, final, overwrite=record["overwrite"])
+                _put(made, final, overwrite=record.overwrite)
             except FileExistsError:
                 taken = final
                 break

@@ -10,7 +10,7 @@ from pipeline.runtime.cli import flag_values
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.devices import memory_explained
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes, make_folder, read_json, sha256_of, write_json
+from pipeline.runtime.files import explained_writes, make_folder, sha256_of, write_json
 from pipeline.runtime.processes import Launch, launch
 from pipeline.runtime.publish import making
 from pipeline.runtime.work_queue import Presence, exclusive
@@ -126,8 +126,9 @@ def _tell_again(job: EvaluationJob) -> None:
     named = [path for path in (job.options.out, job.options.make_reference) if path is not None]
     say(f"{' and '.join(named)}: there already, made from these very inputs; nothing to do")
     if job.metrics:
-        result = read_json(Path(job.options.out or ""))
-        print(report.in_words(result))
+        result = report.read_result(Path(job.options.out or ""))
+        assert result is not None, "job.result_is_there has seen to it"
+        print(report.in_words(result.metrics, result.std, result.protocol))
 
 
 def fill_with_features(
@@ -254,7 +255,7 @@ def _score(job: EvaluationJob) -> None:
         with making(Path(options.out), overwrite=options.overwrite, wait=True) as stage:
             write_json(stage.place(Path(options.out)), result)
         say(f"wrote {options.out}")
-    print(report.in_words(result))
+    print(report.in_words(result["metrics"], result["std"], result["protocol"]))
 
 
 def _fingerprint(side: Side) -> str | None:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pipeline.hub import HUB, HUB_NAME
 from pipeline.latents.names import is_store
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import typed
 from pipeline.runtime.publish import finish
 from pipeline.runtime.remote_files import is_url
 from sample.evaluate.folder import FolderImages
@@ -16,7 +16,7 @@ from sample.evaluate.image_set import ImageSet
 from sample.evaluate.npz import NpzImages, list_arrays
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import StatisticsFile
-from sample.sidecar import read_sidecar
+from sample.sidecar import Recipe, Sidecar, read_sidecar
 
 _OF_CHECKPOINTS = ("checkpoints", "config.yaml", "config.json", "model_index.json")
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
@@ -31,7 +31,7 @@ class Input:
     path: str
     images: ImageSet | None
     statistics: StatisticsFile | None
-    made_by: dict[str, Any] | None
+    made_by: Sidecar | None
     """The sidecar that dit-sample wrote beside it."""
 
     @property
@@ -42,10 +42,12 @@ class Input:
         return None if self.images is None else self.images.count
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Recipe:
         """What dit-sample says that the images were made of, or would, of those made here; empty where nothing does."""
-        said = self.made_by or ({} if self.images is None else self.images.describe())
-        return dict(said.get("recipe", {}))
+        if self.made_by is not None:
+            return self.made_by.recipe
+        said = {} if self.images is None else self.images.describe()
+        return typed(said.get("recipe", {}), Recipe, "this is no recipe", advice="")
 
 
 def open_inputs(options: EvaluateOptions) -> dict[str, Input]:

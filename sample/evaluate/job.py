@@ -11,7 +11,7 @@ from pipeline.features.encoder import EncoderFolder, find_encoder
 from pipeline.runtime.console import warn
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import make_folder, read_json, sha256_of
+from pipeline.runtime.files import make_folder, sha256_of
 from pipeline.runtime.publish import sweep
 from sample.evaluate import report
 from sample.evaluate.encoder import CLIPS, name_of
@@ -21,6 +21,7 @@ from sample.evaluate.inception_weights import InceptionWeights, cache_folder, fi
 from sample.evaluate.inputs import open_inputs
 from sample.evaluate.metrics import METRICS, FeatureName, feature_kind
 from sample.evaluate.options import EvaluateOptions
+from sample.evaluate.reference import read_written
 from sample.evaluate.scoring import Side, resolve_metrics
 from sample.sidecar import sidecar_of
 from sample.work_folder import WorkFolder
@@ -113,9 +114,9 @@ class EvaluationJob:
         if self.options.overwrite or not path.exists():
             return False
         sidecar = sidecar_of(path)
-        written = read_json(sidecar) if sidecar.is_file() else {}
-        intact = written.get("sha256") in {None, sha256_of(path)}  # sidecars of before have none
-        if intact and written.get("request") == self.reference_request:
+        written = read_written(sidecar)
+        intact = written.sha256 in {None, sha256_of(path)}  # sidecars of before have none
+        if intact and written.request == self.reference_request:
             return True
         raise UserError(
             f"--make-reference {path} is there already and holds something else; choose another name or --overwrite"
@@ -133,7 +134,8 @@ class EvaluationJob:
         sweep(path)
         if self.options.overwrite or not path.exists():
             return False
-        if report.request_of(path) == self.score_request:
+        there = report.read_result(path)
+        if there is not None and there.request == self.score_request:
             return True
         raise UserError(f"--out {path} is there already and holds another result; choose another name or --overwrite")
 
@@ -284,9 +286,9 @@ def _check_same_network(sides: Mapping[str, Side], weights: InceptionWeights | N
     """Refuse statistics that other weights made: numbers of two networks cannot be compared."""
     known = {} if weights is None else {"--inception": weights.sha256}
     for side in sides.values():
-        recorded = side.given.statistics.provenance.get("inception") if side.given.statistics is not None else None
-        if isinstance(recorded, dict) and recorded.get("sha256"):
-            known[side.label] = str(recorded["sha256"])
+        recorded = None if side.given.statistics is None else side.given.statistics.provenance.inception
+        if recorded is not None and recorded.sha256:
+            known[side.label] = recorded.sha256
     if len(set(known.values())) > 1:
         found = ", ".join(f"{label} {sha256[:12]}…" for label, sha256 in known.items())
         raise UserError(

@@ -12,6 +12,7 @@
 import json
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import parse_json, shortened
+from pipeline.runtime.files import read_json
+from pipeline.runtime.gate import Passed, parse_json, shortened, typed
 from sample.evaluate.metrics import FeatureName, Gaussian
 from sample.evaluate.npz import content_key, list_arrays, read_array
 
@@ -29,6 +31,45 @@ VERSION = 1
 ARRAY_NAMES: dict[FeatureName, tuple[str, str]] = {"features_2048": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _WIDTHS: dict[FeatureName, int] = {"features_2048": 2048, "spatial": 2023}
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights(Passed):
+    """The FID network's file."""
+
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Provenance(Passed):
+    """What the numbers were made of, as far as it is asked for later; empty in other projects' files."""
+
+    inception: Weights | None = None
+
+
+_NOTHING = typed({}, Provenance, "", advice="")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Written(Passed):
+    """The JSON beside a reference, as far as it is asked for later."""
+
+    request: str | None = None
+    """What was asked for."""
+    sha256: str | None = None
+    """Of the reference."""
+
+
+def read_written(sidecar: Path) -> Written:
+    """The JSON beside a reference; nothing said where there is none.
+
+    Raises:
+        UserError: it is no JSON, or its values are of other types.
+    """
+    said = read_json(sidecar) if sidecar.is_file() else {}
+    return typed(
+        said, Written, f"{sidecar} is damaged", advice="restore it, or make the reference again by --overwrite"
+    )
 
 
 class StatisticsFile:
@@ -98,22 +139,22 @@ class StatisticsFile:
             raise UserError(f"count of {self.path} is no number of images; make the file again with --make-reference")
         return int(count)
 
-    def _read_provenance(self) -> dict[str, Any]:
+    def _read_provenance(self) -> Provenance:
         if "provenance" not in self._arrays:
-            return {}
+            return _NOTHING
         try:
             text = str(read_array(self.path, "provenance")).encode()
         except UnicodeEncodeError as error:
             raise UserError(f"provenance of {self.path} is no text; make it again") from error
         content = parse_json(text, f"provenance of {self.path}", advice="make it again")
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            return {}
+            return _NOTHING
         if (version := content.get("version")) != VERSION:
             raise UserError(
                 f"{self.path} is a reference of version {shortened(version)}, but version {VERSION} is known here; "
                 f"upgrade this program or make the file again"
             )
-        return content
+        return typed(content, Provenance, f"provenance of {self.path} is damaged", advice="make it again")
 
 
 def write_statistics(

@@ -1,16 +1,18 @@
 """The result as a table for people and as JSON for machines, with all that the numbers were made of."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.console import printable
 from pipeline.runtime.files import read_json
+from pipeline.runtime.gate import Finite, Passed, typed
 from sample.evaluate.image_set import ImageSet
 from sample.evaluate.inputs import Input
 from sample.evaluate.scoring import Score
-from sample.sidecar import versions
+from sample.sidecar import Recipe, versions
 
 FORMAT = "dit-evaluation"
 VERSION = 1
@@ -30,25 +32,36 @@ def table(scores: Mapping[str, float], spreads: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def in_words(result: Mapping[str, Any]) -> str:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result(Passed):
+    """What is asked of a result file."""
+
+    metrics: dict[str, Finite]
+    std: dict[str, Finite] = field(default_factory=dict)
+    protocol: dict[str, Any] | None = None
+    request: str | None = None
+    """Whose answer it is."""
+
+
+def in_words(metrics: Mapping[str, float], std: Mapping[str, float], how: Mapping[str, Any] | None) -> str:
     """A result as people read it: the table, and below it how the images were sampled, as far as that is known."""
-    text, how = table(result["metrics"], result["std"]), result.get("protocol")
+    text = table(metrics, std)
     if not how:
         return text
     said = [f"{name.replace('_', ' ')} {printable(str(value))[:60]}" for name, value in how.items()]
     return f"{text}\n{', '.join(said)}"
 
 
-def protocol(recipe: Mapping[str, Any], *, seeds: int) -> dict[str, Any] | None:
+def protocol(recipe: Recipe, *, seeds: int) -> dict[str, Any] | None:
     """What moves metrics in the recipe of the images: sampler, steps, guidance, labels, weights; None without one."""
     found = {name: recipe[name] for name in _PROTOCOL if recipe.get(name) is not None}
     if seeds > 1:
         found["seeds"] = seeds
-    if isinstance(labels := recipe.get("labels"), dict):
-        found["labels"] = labels.get("rule")
-    for name, role in (("weights", "checkpoint"), ("guide", "guide")):
-        if isinstance(network := recipe.get(role), dict):
-            found[name] = f"{network.get('weights')} of step {network.get('step')}"
+    if recipe.labels is not None:
+        found["labels"] = recipe.labels.rule
+    for name, network in (("weights", recipe.checkpoint), ("guide", recipe.guide)):
+        if network is not None:
+            found[name] = f"{network.weights} of step {network.step}"
     return found or None
 
 
@@ -75,9 +88,9 @@ def describe_input(given: Input, *, fingerprint: str | None) -> dict[str, Any]:
         else {
             "contents_sha256": statistics.key(),
             "count": statistics.count,
-            "provenance": statistics.provenance or None,
+            "provenance": dict(statistics.provenance) or None,
         },
-        "made_by": given.made_by,
+        "made_by": None if given.made_by is None else dict(given.made_by),
     }
 
 
@@ -121,9 +134,13 @@ def build(
     }
 
 
-def request_of(path: Path) -> str | None:
-    """What an earlier result answered; None where the file is no result of this version."""
+def read_result(path: Path) -> Result | None:
+    """An earlier result; None where the file is no result of this version.
+
+    Raises:
+        UserError: it is no JSON, or its values are of other types.
+    """
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
         return None
-    return str(content.get("request"))
+    return typed(content, Result, f"{path} is damaged", advice="restore it, or remove it to compute it again")

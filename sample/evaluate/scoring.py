@@ -1,10 +1,9 @@
 """Which metrics two inputs allow, and their values under names that carry the number of images."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from pipeline.runtime.errors import UserError
 from sample.evaluate.features import Blocks
 from sample.evaluate.inputs import Input
 from sample.evaluate.metrics import METRICS, FeatureName, Gaussian, Outcome, fit_gaussian
+from sample.sidecar import Recipe
 
 FEW_FOR_FID = 10_000
 EQUAL_SHARES = ("balanced", "by-class")
@@ -128,9 +128,7 @@ class Side:
         return self.blocks["features_2048"].rows()
 
 
-def count_name(
-    metric: str, count: int | None, recipe: Mapping[str, Any] | None = None, *, encoder: str = "encoder"
-) -> str:
+def count_name(metric: str, count: int | None, recipe: Recipe | None = None, *, encoder: str = "encoder") -> str:
     """The metric's name with its count: FID-50k, FID-2500; FID alone where the count is not known.
 
     FID-50k-balanced where the recipe says that every class was asked for equally often: that moves FID, too.
@@ -138,8 +136,8 @@ def count_name(
     title = METRICS[metric].title.format(encoder=encoder)
     if count is None:
         return title
-    labels = (recipe or {}).get("labels")
-    balanced = isinstance(labels, dict) and labels.get("rule") in EQUAL_SHARES
+    labels = None if recipe is None else recipe.labels
+    balanced = labels is not None and labels.rule in EQUAL_SHARES
     return f"{title}-{f'{count // 1000}k' if count % 1000 == 0 else count}{'-balanced' if balanced else ''}"
 
 

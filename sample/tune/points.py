@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -11,11 +10,24 @@ from pipeline.diffusion import SAMPLERS
 from pipeline.diffusion.process import noise_share
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
-from pipeline.runtime.gate import typed
+from pipeline.runtime.gate import Count, Finite, shortened, typed
 from sample.generate import Generator
 from sample.tune.search import Setting
 
 FORMAT, VERSION = "dit-tune-point", 1
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """How a point's images were made, as far as it is told later."""
+
+    sampler: str
+    steps: Count
+    guidance: Finite
+    guidance_interval: tuple[Finite, Finite] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {shortened(self.sampler)}, but must be one of {', '.join(SAMPLERS)}")
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -23,10 +35,10 @@ class Point(msgspec.Struct, frozen=True):
 
     request: str
     metric: str
-    value: float
-    passes: int
+    value: Finite
+    passes: Count
     """Evaluations of a network that each image takes."""
-    recipe: dict[str, Any]
+    recipe: Recipe
     """What the sidecar of such samples would say."""
 
 
@@ -92,9 +104,9 @@ def passes_per_image(generator: Generator) -> int:
 def in_words(row: Row) -> str:
     """A setting as it was resolved: sampler, steps, guidance, weights, and the passes that an image takes."""
     recipe = row.points[0].recipe
-    interval = recipe.get("guidance_interval")
+    interval = recipe.guidance_interval
     within = f" within {interval[0]:g}:{interval[1]:g}" if interval else ""
     return (
-        f"{row.setting.weights}, {recipe['sampler']} {recipe['steps']}, guidance {recipe['guidance']:g}{within} "
+        f"{row.setting.weights}, {recipe.sampler} {recipe.steps}, guidance {recipe.guidance:g}{within} "
         f"({row.passes} passes)"
     )

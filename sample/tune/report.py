@@ -38,10 +38,10 @@ def described(row: Row) -> dict[str, Any]:
         "values": [point.value for point in row.points],
         "passes": row.passes,
         "weights": row.setting.weights,
-        "sampler": recipe["sampler"],
-        "steps": recipe["steps"],
-        "guidance": recipe["guidance"],
-        "guidance_interval": recipe["guidance_interval"],
+        "sampler": recipe.sampler,
+        "steps": recipe.steps,
+        "guidance": recipe.guidance,
+        "guidance_interval": recipe.guidance_interval,
     }
 
 
@@ -83,17 +83,17 @@ def table(result: dict[str, Any]) -> list[str]:
 def command_of(row: Row, options: TuneOptions) -> str:
     """The dit-sample that samples so, every choice spelled out."""
     recipe = row.points[0].recipe
-    interval = recipe["guidance_interval"]
+    interval = recipe.guidance_interval
     flags: dict[str, Any] = {
         "--checkpoint": options.checkpoint,
         "--out": "samples.npz",
         "--num-samples": options.num_samples,
         "--labels": options.labels,
         "--weights": row.setting.weights,
-        "--sampler": recipe["sampler"],
-        "--steps": recipe["steps"],
+        "--sampler": recipe.sampler,
+        "--steps": recipe.steps,
         "--eta": options.eta or None,
-        "--guidance": f"{recipe['guidance']:g}",
+        "--guidance": f"{recipe.guidance:g}",
         "--guidance-interval": None if interval is None else f"{interval[0]:g}:{interval[1]:g}",
         "--guidance-channels": options.guidance_channels,
         "--guide": options.guide,

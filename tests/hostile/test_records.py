@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from pipeline.checkpoint.folder import find_damage, recorded_files
 from pipeline.runtime.errors import UserError
+from sample.evaluate.reference import StatisticsFile, read_written
+from sample.evaluate.report import read_result
 from sample.sidecar import read_sidecar
-from tests.hostile.test_mutants import FILES, SIDECAR, TRAINER
+from tests.hostile.test_mutants import FILES, SCORES, SIDECAR, TRAINER
 from train.checkpointing import restore
 from train.run_folder import recorded_intervals
 
@@ -55,6 +58,80 @@ def test_a_sidecar_of_other_types_is_refused_by_key(tmp_path, key):
     (tmp_path / "x.png.json").write_text(json.dumps({**SIDECAR, key: ["\x1b"]}))
     with pytest.raises(UserError, match=rf"x.png.json is damaged: {key} is \['\\x1b'\], but must be an object"):
         read_sidecar(tmp_path / "x.png")
+
+
+def test_a_recipe_of_other_types_is_refused_by_key_and_unknown_keys_are_kept(tmp_path):
+    recipe = {"steps": "\x1b[2J", "guidance": 1e999, "checkpoint": {"step": -1}, "mine": [1]}
+    (tmp_path / "x.png.json").write_text(json.dumps({**SIDECAR, "recipe": recipe, "mine": 3}))
+    refusal = "recipe.steps is .*x1b.*; recipe.guidance is inf, but must be a finite number"
+    with pytest.raises(UserError, match=f"recipe.checkpoint.step is -1, .*{refusal}"):
+        read_sidecar(tmp_path / "x.png")
+    (tmp_path / "x.png.json").write_text(json.dumps({**SIDECAR, "recipe": {"mine": [1]}, "mine": 3}))
+    sidecar = read_sidecar(tmp_path / "x.png")
+    assert (sidecar["mine"], sidecar.recipe["mine"], sidecar.recipe.steps) == (3, [1], None)
+
+
+def reference(path, provenance=None):
+    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(path, **arrays, **({} if provenance is None else {"provenance": np.asarray(json.dumps(provenance))}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"inception": ["x"]}, r"inception is \['x'\], but must be an object"),
+        ({"inception": {"sha256": 3}}, "inception.sha256 is 3, but must be a text"),
+        ({"version": 2}, "of version 2, but version 1 is known"),
+    ],
+)
+def test_what_a_reference_says_of_itself_is_refused_by_key(tmp_path, said, sentence):
+    path = reference(tmp_path / "r.npz", {"format": "dit-reference", "version": 1, **said})
+    with pytest.raises(UserError, match=rf"r.npz .*{sentence}"):
+        StatisticsFile(path)
+
+
+def test_references_of_other_projects_are_read_and_unknown_keys_of_ours_are_kept(tmp_path):
+    for provenance in (None, {"format": "theirs", "inception": 3}, [1]):
+        foreign = StatisticsFile(reference(tmp_path / "r.npz", provenance))
+        assert not foreign.provenance and foreign.provenance.inception is None
+        assert foreign.gaussian("features_2048").mean.shape == (2048,)
+    ours = {"format": "dit-reference", "version": 1, "inception": {"sha256": "a", "file": "f"}, "mine": [1]}
+    read = StatisticsFile(reference(tmp_path / "r.npz", ours)).provenance
+    assert (dict(read), read.inception.sha256) == (ours, "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("[]", "it is"), ('{"request": 3}', "request is 3"), ("{", "not valid")]
+)
+def test_the_json_beside_a_reference_and_a_result_of_other_types_are_refused(tmp_path, text, sentence):
+    (tmp_path / "r.npz.json").write_text(text)
+    with pytest.raises(UserError, match=f"r.npz.json is .*{sentence}"):
+        read_written(tmp_path / "r.npz.json")
+    (tmp_path / "RESULT.json").write_text(json.dumps({**SCORES, "metrics": {"FID-50k": text}}))
+    with pytest.raises(UserError, match="RESULT.json is damaged: metrics.* must be a number"):
+        read_result(tmp_path / "RESULT.json")
+
+
+@pytest.mark.parametrize("key", ["made", "final"])
+@pytest.mark.parametrize(
+    "name", ["../../victim", "/victim", "..", "../..", "ready/0/..", "ready/../../victim", "", "\0"]
+)
+def test_a_record_of_names_elsewhere_moves_nothing(tmp_path, key, name):
+    (tmp_path / "data" / ".x.png.work" / "ready" / "0").mkdir(parents=True)
+    (tmp_path / "data" / ".x.png.work" / "ready" / "0" / "x.png").write_text("theirs")
+    (tmp_path / "victim").write_text("mine")
+    names = {"made": "ready/0/x.png", "final": "../x.png", "inode": 1, key: name}
+    record = tmp_path / "data" / ".x.png.work" / "ready" / "publish.json"
+    record.write_text(json.dumps({"overwrite": True, "names": [names]}))
+    with pytest.raises(UserError, match=rf"publish.json is damaged: names\[0\].{key} is"):
+        read_sidecar(tmp_path / "data" / "x.png")
+    assert (tmp_path / "victim").read_text() == "mine"
+    record.write_text(
+        json.dumps({"overwrite": True, "names": [{**names, key: {"made": "ready/0/x.png", "final": "../x.png"}[key]}]})
+    )
+    read_sidecar(tmp_path / "data" / "x.png")
+    assert (tmp_path / "data" / "x.png").read_text() == "theirs"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from sample.outputs import fill_folder, is_intact, write_grid, write_latents, write_npz, write_strip
+from pipeline.runtime.gate import typed
+from sample.outputs import Output, fill_folder, is_intact, write_grid, write_latents, write_npz, write_strip
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 16, 24, 3), dtype=np.uint8)
 LABELS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
@@ -80,6 +81,7 @@ def test_a_folder_has_one_png_per_image_in_its_class_and_its_number_in_the_name(
     assert about["files"] == len(files) == 10
     with Image.open(tmp_path / "f" / "n9" / "000005.png") as image:
         assert (np.asarray(image) == IMAGES[5]).all()
+    about = typed(about, Output, "", advice="")
     assert is_intact(tmp_path / "f", about)
     Image.fromarray(IMAGES[0]).save(tmp_path / "f" / "n9" / "000005.png")
     assert not is_intact(tmp_path / "f", about)

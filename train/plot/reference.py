@@ -11,7 +11,7 @@ A run lies within if no more of its points are outside than chance explains (1 %
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.runtime.config_files import find_config, read_config
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
-from pipeline.runtime.gate import Count, typed
+from pipeline.runtime.gate import Count, Finite, typed
 from train.plot.curves import Points, Series, read_series
 
 FORMAT, VERSION = "dit-reference", 1
@@ -75,6 +75,16 @@ def read_reference(given: str) -> Reference:
     return reference
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scores:
+    metrics: dict[str, Finite] = field(default_factory=dict)
+
+
+def _scores(path: Path) -> dict[str, float]:
+    said: _Scores = typed(read_json(path), _Scores, f"{path} is no result of dit-evaluate", advice="give another one")
+    return said.metrics
+
+
 def make_reference(runs: Sequence[Path], scores: Sequence[Path] = ()) -> dict[str, Any]:
     """The content of a reference's file.
 
@@ -97,7 +107,7 @@ def make_reference(runs: Sequence[Path], scores: Sequence[Path] = ()) -> dict[st
         | {name: [point for point in each[name] if point[0] <= steps] for name in EXACT if name in each}
         for each in series
     ]
-    results = [read_json(path).get("metrics", {}) for path in scores] or [{}] * len(runs)
+    results = [_scores(path) for path in scores] or [{}] * len(runs)
     return {
         "format": FORMAT,
         "version": VERSION,

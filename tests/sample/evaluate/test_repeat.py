@@ -98,9 +98,14 @@ def test_balanced_labels_are_part_of_a_metrics_name(evaluate, smallest, vae_fold
 
 def test_a_strangers_sidecar_moves_no_terminal(evaluate, tmp_path, pictures):
     np.savez(tmp_path / "odd.npz", arr_0=pictures(12, size=16))
-    recipe = {"sampler": "a\x1b[31m" + "b" * 99, "steps": [1], "labels": 3, "checkpoint": "none"}
+    recipe = {"sampler": "a\x1b[31m" + "b" * 99, "labels": {"rule": "\x1b[2J"}, "checkpoint": {"weights": "\x1b"}}
     sidecar = {"format": "dit-samples", "version": 1, "recipe": recipe, "output": {}}
     (tmp_path / "odd.npz.json").write_text(json.dumps(sidecar))
     status, _, shown, said = evaluate("--samples", tmp_path / "odd.npz")
     assert status == 0, said
     assert "\x1b" not in shown and "b" * 60 not in shown
+    sidecar["recipe"] |= {"steps": ["\x1b[2J"]}
+    (tmp_path / "odd.npz.json").write_text(json.dumps(sidecar))
+    status, _, shown, said = evaluate("--samples", tmp_path / "odd.npz")
+    assert status == 2 and "recipe.steps is ['\\x1b[2J'], but must be a whole number" in said
+    assert "\x1b" not in shown + said
