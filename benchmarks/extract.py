@@ -230,7 +230,7 @@ def measure_encoding(data: Path, work: Path, case: Case, setting: Setting) -> di
     stores = iter(range(10**6))
     with Encoder(
         vae,
-        batch_size=None,
+        batch_size=4 if setting.quick else None,
         flip=True,
         store_dtype=torch.float16,
         views=2,

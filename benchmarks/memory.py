@@ -24,7 +24,7 @@ NEAR = 0.05
 
 def pieces(setting: Setting) -> Pieces:
     """Per network, size and way of checkpointing two rows: fixed and per image."""
-    cases = EXPECTED_GIB if setting.on_gpu else {("DiT-Ti/2", 8, True): None}
+    cases = EXPECTED_GIB if setting.on_gpu and not setting.quick else {("DiT-Ti/2", 8, True): None}
     return {_name(*case): partial(_memory, *case, setting) for case in cases}
 
 

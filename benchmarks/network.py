@@ -105,7 +105,7 @@ def _compare(case: Case, setting: Setting) -> list[Row]:
                 rounds=setting.rounds(7),
                 device=setting.device,
                 warm_ups=2 if setting.on_gpu else 1,
-                calls=3 if setting.on_gpu else 1,
+                calls=3 if setting.on_gpu and not setting.quick else 1,
                 clock=device_seconds_of,
             )
             rows.append(

@@ -22,7 +22,7 @@ BOUNDS = {"float32": 1e-4, "TF32": 2e-2, "bf16": 5e-2}
 
 def pieces(setting: Setting) -> Pieces:
     """Per network and precision: forward, backward, and the losses of every objective."""
-    model = "DiT-XL/2" if setting.on_gpu else "DiT-Ti/2"
+    model = "DiT-XL/2" if setting.on_gpu and not setting.quick else "DiT-Ti/2"
     precisions = ("float32", "TF32", "bf16", "bf16, compiled") if setting.on_gpu else ("float32", "bf16")
     return {f"{model} {precision}": partial(_compare, model, precision, setting) for precision in precisions}
 

@@ -49,7 +49,7 @@ def pieces(setting: Setting) -> Pieces:
     """Per variant its rate, and the rate of the usual way in the same rounds; on a CPU the compiled training step."""
     if not setting.on_gpu:
         return {} if setting.quick else {"training step compiled": partial(_compiled_step, setting)}
-    case = Case(model="DiT-XL/2", batch_size=64)
+    case = Case(model="DiT-Ti/2", batch_size=4) if setting.quick else Case(model="DiT-XL/2", batch_size=64)
     return {name: partial(_against_base, name, case, setting) for name in variants() if name != BASE}
 
 
@@ -87,7 +87,12 @@ def _against_base(name: str, case: Case, setting: Setting) -> list[Row]:
                 compile_blocks(network, **options)
             works[role] = _both_ways(network, inputs, around, setting)
         times = interleaved(
-            works, rounds=setting.rounds(3), device=setting.device, warm_ups=2, calls=3, clock=device_seconds_of
+            works,
+            rounds=setting.rounds(3),
+            device=setting.device,
+            warm_ups=2,
+            calls=1 if setting.quick else 3,
+            clock=device_seconds_of,
         )
         peaks = [
             peak_bytes(lambda role=role: contextlib.nullcontext(works[role]), setting.device)  # type: ignore[misc]

@@ -101,13 +101,25 @@ def test_a_shard_claimed_by_a_killed_process_is_free_again(tmp_path, start, refe
     assert hashes(out) == reference
 
 
+HELD = """
+import time, pathlib, extract.fill as shards
+write = shards.write_shard
+def held(*a, **k):
+    while not pathlib.Path({go!r}).exists():
+        time.sleep(0.01)
+    return write(*a, **k)
+shards.write_shard = held
+"""
+
+
 def test_overwrite_waits_for_nobody_and_refuses_while_another_works(tmp_path, start, reference, hashes):
-    out = tmp_path / "store"
-    process = start("--out", out, before=SLOWLY)
-    wait_for((out / "train-00000.json").exists)
+    out, go = tmp_path / "store", tmp_path / "go"
+    process = start("--out", out, before=HELD.format(go=str(go)))
+    wait_for((out / ".work/locks/00000.lock").exists)
     second = start("--out", out, "--overwrite")
     assert finish_all([second]) == [2]
     assert "another process is writing" in second.log()
+    go.touch()
     assert finish_all([process]) == [0]
     assert hashes(out) == reference
 
