@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.features.encoder import quiet
-from pipeline.images import to_pixels
+from pipeline.images import resize, to_pixels
 from pipeline.latents import LatentStore
 from pipeline.randomness import Permutation, derive_seed
 from pipeline.runtime.console import run_command, say
@@ -145,7 +145,7 @@ def train_judge(pictures: NDArray[np.uint8], labels: NDArray[np.int64], classes:
 
     order = Permutation(len(pictures), 0, "held out from the judge")[np.arange(len(pictures))]
     held, taught = np.split(order, [max(1, len(order) // HELD_OUT)])
-    small = np.stack([np.asarray(Image.fromarray(one).resize((PX, PX), Image.Resampling.BICUBIC)) for one in pictures])
+    small = np.stack([np.asarray(resize(Image.fromarray(one), (PX, PX), Image.Resampling.BICUBIC)) for one in pictures])
     pixels = torch.from_numpy(to_pixels(small))
     config = ResNetConfig(
         embedding_size=WIDTHS[0],

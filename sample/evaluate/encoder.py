@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.features.encoder import EncoderFolder, load_classifier, load_encoder, load_image_embedder
-from pipeline.images import to_pixels
+from pipeline.images import resize, to_pixels
 from sample.evaluate.metrics import FeatureName
 
 CLIPS = ("clip", "clip_vision_model")
@@ -78,4 +78,4 @@ def _resized(images: Tensor, side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     rows = images.permute(0, 2, 3, 1).numpy()
     if rows.shape[1:3] == (side, side):
         return np.ascontiguousarray(rows)
-    return np.stack([np.asarray(Image.fromarray(row).resize((side, side), Image.Resampling.BICUBIC)) for row in rows])
+    return np.stack([np.asarray(resize(Image.fromarray(row), (side, side), Image.Resampling.BICUBIC)) for row in rows])
