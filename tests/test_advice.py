@@ -52,6 +52,7 @@ SAID_IN = {
         **dict.fromkeys(("--steps", "--sampler", "--eta"), SAMPLES),
         "--timesteps": TAKES_LISTS,
     },
+    "pipeline/diffusion/process.py": dict.fromkeys(("--loss-weight", "--objective", "--prediction"), TRAINS),
     "pipeline/dit/config.py": {"--model": TRAINS},
     "pipeline/inspect/machine.py": {"--overwrite": WRITES},
     "pipeline/latents/records.py": {"--overwrite": {"dit-extract", "dit-convert"}},

@@ -187,10 +187,10 @@ def start_weights(network: DiT, options: ModelOptions, manifest: Manifest, proce
 def _say_other_objective(origin: str, stored: Stored, process: Process) -> None:
     """A word where the weights were, or may have been, trained to give something else than this run wants of them."""
     theirs = stored.info.process
+    same = theirs.objective == process.objective
+    flags = {k: v for k, v in {"prediction": "prediction", "path": "flow-path"}.items() if same and hasattr(theirs, k)}
     before, wanted = (
-        f"{kind.objective} --prediction {kind.prediction}"
-        if theirs.objective == process.objective and kind.objective in {"ddpm", "flow"}
-        else kind.objective
+        " ".join([kind.objective, *(f"--{flag} {getattr(kind, name)}" for name, flag in flags.items())])
         for kind in (theirs, process)
     )
     if stored.origin.known and stored.origin.note is None and before != wanted:

@@ -11,12 +11,14 @@ from msgspec import Meta
 from pipeline.diffusion.process import (
     OBJECTIVES_HELP,
     FlowPath,
+    FlowPrediction,
     Loss,
+    LossWeight,
     Objective,
-    Prediction,
     Schedule,
     TimestepLaw,
     Variance,
+    check_whose,
 )
 from pipeline.dit.config import BLOCKS, BlockOptions, Blocks
 from pipeline.runtime.bounds import (
@@ -175,8 +177,8 @@ class ObjectiveOptions:
     objective: Annotated[Objective, tyro.conf.arg(help=OBJECTIVES_HELP)] = "ddpm"
     noise_schedule: Schedule = "linear"
     """Noise schedule of ddpm over 1000 timesteps."""
-    prediction: Prediction = "epsilon"
-    """What ddpm predicts: the noise, the clean latent, or their velocity; flow: x0, or else the velocity."""
+    prediction: FlowPrediction = "epsilon"
+    """What ddpm predicts: the noise, the clean latent, or their velocity; flow: x0, or else the velocity; sit: noise, score, or else the velocity."""
     variance: Variance = "learned-range"
     """Reverse variance of ddpm; the learned one doubles the output channels."""
     loss: Loss = "mse"
@@ -190,14 +192,13 @@ class ObjectiveOptions:
     time_shift: Annotated[float, Meta(gt=0, le=10_000)] | Literal["auto"] = 1.0
     """Shift of flow's times to the noise, in training and sampling: t' = X t / (1 + (X - 1) t). auto: √(C·H·W / 4096) of the latent, at least 1."""
     flow_path: FlowPath = "linear"
-    """How sit and repa mix data and noise; cosine is SiT's GVP."""
+    """How sit and repa mix data and noise; cosine is SiT's GVP, vp the diffusion's, for sit."""
+    loss_weight: LossWeight = "none"
+    """What a squared error of sit's noise or score counts: one, as much as its velocity's, or as in the likelihood."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        given = {"time-mean": self.time_mean != 0, "time-std": self.time_std != 1, "time-shift": self.time_shift != 1}
-        given["prediction x0"] = self.prediction == "x0" and self.objective != "ddpm"
-        for name in (name for name, is_given in given.items() if is_given and self.objective != "flow"):
-            raise UserError(f"--{name} is for --objective flow, not {self.objective}; drop one of the two")
+        check_whose(self.objective, self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

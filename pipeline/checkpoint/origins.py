@@ -21,11 +21,15 @@ from pipeline.runtime.errors import UserError
 _PROJECTORS = re.compile(r"projectors\.")
 _SAYS_WHOSE = re.compile(r"(?<![a-z])(sit|dit)(?![a-z])", re.IGNORECASE)
 # (args.path_type, args.prediction) of SiT's training, then of REPA's.
+_PATHS = {"Linear": "linear", "GVP": "cosine", "VP": "vp"}
+_PREDICTIONS = {"velocity": "v", "noise": "noise", "score": "score"}
 _TRAININGS = {
-    ("Linear", "velocity"): {"objective": "sit", "path": "linear"},
-    ("GVP", "velocity"): {"objective": "sit", "path": "cosine"},
-    ("linear", "v"): {"objective": "repa", "path": "linear"},
-    ("cosine", "v"): {"objective": "repa", "path": "cosine"},
+    **{
+        (path, prediction): {"objective": "sit", "path": _PATHS[path], "prediction": _PREDICTIONS[prediction]}
+        for path in _PATHS
+        for prediction in _PREDICTIONS
+    },
+    **{(path, "v"): {"objective": "repa", "path": path} for path in ("linear", "cosine")},
 }
 
 
@@ -115,12 +119,14 @@ def _recorded(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None
         return None
     told = str(arguments["path_type"]), str(arguments.get("prediction"))
     if told not in _TRAININGS:
-        known = ", ".join(f"{way} with {prediction}" for way, prediction in _TRAININGS)
+        known = f"{' or '.join(_PATHS)} with {' or '.join(_PREDICTIONS)} (SiT's), and linear or cosine with v (REPA's)"
         raise UserError(
             f"{path} was trained with path_type {told[0]} and prediction {told[1]}, and only {known} can be sampled "
             f"here; sample it with the code that trained it"
         )
-    return _TRAININGS[told]
+    weight = arguments.get("loss_weight")
+    weighted = weight in {"velocity", "likelihood"} and told[1] in {"noise", "score"}  # elsewhere theirs reads none
+    return {**_TRAININGS[told], **({"loss_weight": weight} if weighted else {})}
 
 
 def _given(objective: str, config: DiTConfig, path: Path) -> dict[str, Any]:

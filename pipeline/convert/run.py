@@ -200,6 +200,8 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
     if unsaid:
         objective = stored.info.process.objective
         told = f"; dit-sample has to be told, with --objective {objective}" if objective != "ddpm" else ""
+        if stored.info.diffusion.get("path", "linear") != "linear":
+            told += ", which takes it for the linear path: sample it as .safetensors"
         told = "" if path.suffix == ".safetensors" else told  # whose metadata says it, to us
         warn(
             f"a bare state dict does not say that {'; '.join(unsaid)}: whoever loads it, the release's samplers among "
@@ -219,7 +221,8 @@ def _write_release(path: Path, stored: Stored, model: DiT, _: ConvertOptions) ->
 def _refuse_what_a_flag_cannot_say(path: Path, stored: Stored) -> None:
     """Raise UserError for a flow's settings that a bare .pt loses, and that --objective does not bring back."""
     diffusion = stored.info.diffusion
-    lost = [f"its {name} is {diffusion[name]}" for name in ("prediction", "time_shift") if name in diffusion]
+    names = ["prediction", "time_shift", *(["path"] if diffusion.get("path") == "vp" else [])]
+    lost = [f"its {name} is {diffusion[name]}" for name in names if name in diffusion]
     if path.suffix == ".pt" and diffusion["objective"] != "ddpm" and lost:
         raise UserError(
             f"a bare .pt has no place for that {'; '.join(lost)}, and whoever loads it would sample nonsense; write "

@@ -30,12 +30,18 @@ from pipeline.diffusion.denoiser import (
     on_host,
     split_output,
 )
-from pipeline.diffusion.process import OF_SAMPLING, Prediction, TimestepLaw
+from pipeline.diffusion.process import OF_SAMPLING, FlowPrediction, TimestepLaw
 from pipeline.runtime.errors import UserError
 
 LEAST_TIME = 0.05
 """Below it a loss on the velocity of a predicted x_0 divides by this in place of t (the paper's constant)."""
-_NEWER = ("prediction", "time_mean", "time_std", "time_shift")  # than the first checkpoints, which do not name them
+_NEWER = (
+    "prediction",
+    "time_mean",
+    "time_std",
+    "time_shift",
+    "loss_weight",
+)  # than the first checkpoints, which do not name them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +50,7 @@ class RectifiedFlow:
 
     timestep_law: TimestepLaw = "logit-normal"
     """How training draws times: a normal number through the logistic function, or uniform."""
-    prediction: Prediction = "v"
+    prediction: FlowPrediction = "v"
     """What the network gives: the velocity, or x_0. `epsilon`, which early runs recorded, is read as v."""
     time_mean: float = 0.0
     """Mean of the logit-normal law's normal number; above 0 more times are near the noise."""
@@ -66,8 +72,10 @@ class RectifiedFlow:
         ]
         if self.timestep_law == "uniform" and law != (0.0, 1.0):
             wrong.append(f"time_mean {law[0]:g} and time_std {law[1]:g} are of the logit-normal law, not the uniform")
-        if self.prediction == "x0" and not self.may_predict_data:
-            wrong.append(f"the networks of {self.objective} give velocities, not x0")
+        if self.prediction not in self.predictions:
+            wrong.append(
+                f"the networks of {self.objective} give {' or '.join(self.predictions)}, not {self.prediction}"
+            )
         if wrong:
             raise UserError(f"this process cannot be made: {'; '.join(wrong)}")
 
@@ -76,12 +84,17 @@ class RectifiedFlow:
     num_timesteps: ClassVar[None] = None  # time is a real number
     preview_sampler: ClassVar[str] = "euler"
     noise_first: ClassVar[bool] = False  # whether the time that the network is fed runs from noise to data
-    may_predict_data: ClassVar[bool] = True
+    predictions: ClassVar[tuple[str, ...]] = ("v", "x0")  # what its networks may give
 
     @property
     def time_scale(self) -> float:
         """What the network is fed at the end of its time."""
         return 1000.0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The times at which samplers stop, by the data, and at which they start, by the noise."""
+        return 0.0, 1.0
 
     @property
     def learns_variance(self) -> bool:
@@ -136,13 +149,14 @@ class RectifiedFlow:
         """The same process for samplers whose steps begin at these times, and whose last one ends at the data.
 
         Raises:
-            UserError: they do not fall, or leave (0, 1].
+            UserError: they do not fall, or leave (0, 1] or what of it samplers keep to.
         """
-        falls = all(a > b for a, b in itertools.pairwise([*timesteps, 0.0]))
-        if not timesteps or not falls or timesteps[0] > 1:
+        last, first = self.ends
+        falls = all(a > b for a, b in itertools.pairwise([*timesteps, last]))
+        if not timesteps or not falls or timesteps[0] > first:
             raise UserError(
-                f"--timesteps {','.join(f'{t:g}' for t in timesteps)} must be times that fall, from 1 (noise) at most "
-                f"to above 0 (data), as this checkpoint's process is a flow"
+                f"--timesteps {','.join(f'{t:g}' for t in timesteps)} must be times that fall, from {first:g} (noise) "
+                f"at most to above {last:g} (data), as this checkpoint's process is a flow"
             )
         return dataclasses.replace(self, times=tuple(timesteps))
 
@@ -151,11 +165,15 @@ class RectifiedFlow:
 
         Equal ones, shifted as the times of training are: what sampler and training do cannot differ. Or those chosen.
         """
-        return [self.shifted(1 - k / steps) for k in range(steps + 1)] if self.times is None else [*self.times, 0.0]
+        last, first = self.ends
+        if self.times is not None:
+            return [*self.times, last]
+        length = first - last
+        return [self.shifted(first - length * k / steps) for k in range(steps)] + [self.shifted(last)]
 
     def steps_back(self, steps: int) -> list[tuple[float, float]]:
         """Where a sampler's steps begin, from noise to data, and how many steps of that length would fill all time."""
-        if self.time_shift == 1 and self.times is None:
+        if self.time_shift == 1 and self.times is None and self.ends == (0.0, 1.0):
             return [(1 - k / steps, float(steps)) for k in range(steps)]
         return [(at, 1 / (at - end)) for at, end in itertools.pairwise(self.step_times(steps))]
 

@@ -30,9 +30,10 @@ def sde(
 
     dx = (v - ½ w · score) dt + sqrt(w) dW with w = 2 sigma(t), as SiT's and REPA's tables were sampled; as the score is
     -epsilon / sigma, the drift is v + epsilon. Steps, equal but for the time shift, lead to (shifted) t = 0.04, and one
-    along the drift alone to 0.
+    along the drift alone to 0. They start where the process's ODE does.
     """
-    equal = [1 - k * (1 - SDE_LAST_STEP) / max(steps - 1, 1) for k in range(steps)]
+    first = process.ends[1]
+    equal = [first - k * (first - SDE_LAST_STEP) / max(steps - 1, 1) for k in range(steps)]
     times = [*(process.times or map(process.shifted, equal)), 0.0]
     x = process.start(noise)
     for k, (at, following) in enumerate(itertools.pairwise(times)):

@@ -24,12 +24,14 @@ Process: TypeAlias = "GaussianDiffusion | RectifiedFlow"
 
 Schedule = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "x0", "v"]
+FlowPrediction = Literal["epsilon", "x0", "v", "noise", "score"]
 Variance = Literal["learned-range", "fixed-small", "fixed-large"]
 Loss = Literal["mse", "rescaled-mse", "kl", "rescaled-kl"]
 TimestepLaw = Literal["logit-normal", "uniform"]
-FlowPath = Literal["linear", "cosine"]
+LossWeight = Literal["none", "velocity", "likelihood"]
+FlowPath = Literal["linear", "cosine", "vp"]
 
-OF_TRAINING = frozenset({"loss", "timestep_law", "time_mean", "time_std"})
+OF_TRAINING = frozenset({"loss", "timestep_law", "time_mean", "time_std", "loss_weight"})
 """Settings that say how a network was trained, and nothing of what it predicts or how it is sampled from."""
 OF_SAMPLING = frozenset({"times"})
 """Settings that whoever samples makes, and no checkpoint has."""
@@ -66,7 +68,12 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         help="rectified flow",
         flags={name: name for name in ("timestep_law", "prediction", "time_mean", "time_std", "time_shift")},
     ),
-    "sit": ObjectiveSpec(module="sit", kind="SiTFlow", help="the flow of SiT's networks", flags={"path": "flow_path"}),
+    "sit": ObjectiveSpec(
+        module="sit",
+        kind="SiTFlow",
+        help="the flow of SiT's networks",
+        flags={"path": "flow_path", "prediction": "prediction", "loss_weight": "loss_weight"},
+    ),
     "repa": ObjectiveSpec(
         module="sit", kind="REPAFlow", help="the flow of REPA's networks", flags={"path": "flow_path"}
     ),
@@ -101,6 +108,24 @@ def process_from_flags(objective: str, options: object) -> Process:
     """The process that training's options describe, each setting from the flag that its objective names."""
     flags = OBJECTIVES[objective].flags
     return make_process({"objective": objective, **{name: getattr(options, flag) for name, flag in flags.items()}})
+
+
+def check_whose(objective: str, options: Any) -> None:
+    """Raise UserError for flags of training that another objective than this one takes."""
+    given = (
+        ("flow", "time-mean", options.time_mean != 0),
+        ("flow", "time-std", options.time_std != 1),
+        ("flow", "time-shift", options.time_shift != 1),
+        ("flow", "prediction x0", options.prediction == "x0" and objective != "ddpm"),
+        ("sit", f"prediction {options.prediction}", options.prediction in {"noise", "score"}),
+        ("sit", "flow-path vp", options.flow_path == "vp"),
+        ("sit", "loss-weight", options.loss_weight != "none"),
+    )
+    for whose, name, is_given in given:
+        if is_given and objective != whose:
+            raise UserError(f"--{name} is for --objective {whose}, not {objective}; drop one of the two")
+    if options.loss_weight != "none" and options.prediction not in {"noise", "score"}:
+        raise UserError(f"--loss-weight {options.loss_weight} is for --prediction noise or score; drop it")
 
 
 def noise_share(process: Process, fed: Tensor) -> Tensor:

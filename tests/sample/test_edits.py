@@ -20,6 +20,7 @@ PROCESSES = [
     *(GaussianDiffusion(prediction=p, variance="fixed-small") for p in ("epsilon", "v", "x0")),
     *(RectifiedFlow(prediction=p, time_shift=s) for p, s in (("v", 1.0), ("x0", 2.0))),
     *(kind(path=path) for kind in (REPAFlow, SiTFlow) for path in ("linear", "cosine")),
+    *(SiTFlow(path=path, prediction=p) for path, p in (("linear", "noise"), ("cosine", "score"), ("vp", "v"))),
 ]
 
 
@@ -68,7 +69,7 @@ def test_what_a_network_would_give_that_knows_x_0_leads_back_to_it(process):
         x_t = process.q_sample(x_start, t, noise)
         found = process.predict_x_start(process.output_for(x_start, x_t, t), x_t, t)
     else:
-        t = torch.tensor([0.01, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+        t = torch.tensor([0.01, 0.2, 0.5, 0.9, process.ends[1]], dtype=torch.float64)
         x_t = process.q_sample(x_start, t, noise)
         velocity = process.velocity(lambda x, _: process.output_for(x_start, x, t), x_t, t)
         torch.testing.assert_close(velocity, process.target(x_start, t, noise))

@@ -103,8 +103,64 @@ def test_sits_training_file_is_sampled_as_its_own_code_does(path_type, learn_sig
     assert status == 0
     assert_close(found, sit_samples(model, scale=3.0))
     recipe = json.loads((tmp_path / "x.safetensors.json").read_text())["recipe"]["checkpoint"]
+    assert "prediction" not in recipe["process"]
     path = {"Linear": "linear", "GVP": "cosine"}[path_type]
     assert (recipe["process"]["objective"], recipe["process"]["path"], recipe["step"]) == ("sit", path, 70)
+
+
+def sit_path(path_type, s):
+    """a and b of x = a · data + b · noise at SiT's time, and their derivatives (arXiv 2401.08740, table 1)."""
+    quarter = math.pi / 2
+    if path_type == "Linear":
+        return s, 1 - s, 1, -1
+    if path_type == "GVP":
+        sin, cos = math.sin(quarter * s), math.cos(quarter * s)
+        return sin, cos, quarter * cos, -quarter * sin
+    beta = 0.1 + 19.9 * (1 - s)
+    a = math.exp(-0.05 * (1 - s) - 19.9 / 4 * (1 - s) ** 2)
+    b = math.sqrt(1 - a * a)
+    return a, b, a * beta / 2, -a * a * beta / (2 * b)
+
+
+GRID = [(path, prediction) for path in ("Linear", "GVP", "VP") for prediction in ("velocity", "noise", "score")]
+
+
+@pytest.mark.parametrize(("path_type", "prediction"), GRID[1:3] + GRID[4:])
+def test_sits_file_of_any_path_and_prediction_is_sampled_goes_on_and_comes_back(
+    path_type, prediction, tmp_path, capsys
+):
+    """By dx / ds = a'/a · x + b · (a'/a · b - b') · score, within 0.001 of the ends as their code is."""
+    model = network_of(learn_sigma=True)
+    told = {"path_type": path_type, "prediction": prediction, "loss_weight": None if path_type == "VP" else "velocity"}
+    file = training_file(tmp_path / "0000070.pt", state_of(model), **told)
+    status, found = sampled(file, tmp_path / "x.safetensors")
+    assert status == 0
+    x, y = noise_and_labels()
+    x = x.double()
+    first = 0 if path_type == "VP" else 1e-3
+    ds = (1 - 1e-3 - first) / STEPS
+    for k in range(STEPS):
+        s = first + k * ds
+        with torch.no_grad():
+            output = model(x.float(), torch.full((COUNT,), s), y)[:, :4].double()
+        a, b, da, db = sit_path(path_type, s)
+        score = output if prediction == "score" else -output / b
+        x = x + ds * (output if prediction == "velocity" else da / a * x + b * (da / a * b - db) * score)
+    assert (found - x).abs().max() < 1e-5 * max(1, x.abs().max())
+    ours, named = tmp_path / "ours", tmp_path / "named.safetensors"
+    assert run(convert_main, "--from", str(file), "--num-heads", "4", "--to", str(ours), "--format", "dit") == 0
+    assert run(convert_main, "--from", str(ours), "--to", str(named), "--format", "facebook") == 0
+    capsys.readouterr()
+    settings = ["timestep_law uniform", *([f"prediction {prediction}"] if prediction != "velocity" else [])]
+    settings.append({"Linear": "path linear", "GVP": "path cosine", "VP": "path vp"}[path_type])
+    settings += ["loss_weight velocity"] * (path_type != "VP")
+    for form in (file, ours, named):
+        assert run(inspect_main, str(form), "--num-heads", "4") == 0
+        assert f"sit ({', '.join(settings)})" in capsys.readouterr().out
+    again = sampled(named, tmp_path / "y.safetensors")[1]
+    assert torch.equal(again, found)
+    assert run(convert_main, "--from", str(ours), "--to", str(tmp_path / "bare.pt"), "--format", "facebook") == 2
+    assert "a bare .pt has no place for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
@@ -182,8 +238,7 @@ def test_weights_like_the_releases_are_taken_for_it_and_that_is_said(tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "flags", "said"),
     [
-        ({"path_type": "VP", "prediction": "velocity"}, (), "path_type VP and prediction velocity"),
-        ({"path_type": "Linear", "prediction": "noise"}, (), "path_type Linear and prediction noise"),
+        ({"path_type": "VP", "prediction": "v"}, (), "path_type VP and prediction v,"),
         ({"path_type": "Linear", "prediction": "velocity"}, ("--objective", "repa"), "was trained for sit"),
         ({"path_type": "linear", "prediction": "v"}, ("--objective", "ddpm"), "was trained for repa"),
         ({"model": "SiT-B/2"}, (), "may be SiT's"),
@@ -196,11 +251,7 @@ def test_what_cannot_be_sampled_rightly_is_refused(arguments, flags, said, tmp_p
     assert said in capsys.readouterr().err
 
 
-UNSPOKEN = [
-    *(("VP", prediction) for prediction in ("velocity", "noise", "score")),
-    *((path, prediction) for path in ("Linear", "GVP") for prediction in ("noise", "score")),
-    ("cosine", "noise"),
-]
+UNSPOKEN = [("VP", "x0"), ("gvp", "velocity"), ("cosine", "noise"), ("vp", "v")]
 
 
 @pytest.mark.parametrize(("path_type", "prediction"), UNSPOKEN)
@@ -243,7 +294,9 @@ def test_what_is_known_of_a_flow_goes_into_a_checkpoint_of_ours_and_back(tmp_pat
     assert status == 0
     assert_close(found, sit_samples(model))
     assert run(convert_main, "--from", str(ours), "--to", str(back), "--format", "facebook") == 0
-    assert "its objective is sit" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "its objective is sit; its path is cosine" in said
+    assert "--objective sit, which takes it for the linear path: sample it as .safetensors" in said
     again = read_checkpoint(back, num_heads=4, objective="sit").model.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
     assert run(convert_main, "--from", str(ours), "--to", str(tmp_path / "d"), "--format", "diffusers") == 2
@@ -305,6 +358,23 @@ def test_a_run_begins_from_sits_training_file_with_every_tensor_of_it(tmp_path, 
     assert f"{len(model.state_dict())} tensors copied as they are" in said
     assert train(store, tmp_path / "other", *flags, steps=1) == 0
     assert "was trained for --objective sit" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_a_score_on_the_vp_path_and_says_what_it_would_learn_anew(tmp_path, capsys):
+    store = make_store(tmp_path / "store", classes=4)
+    flags = ("--objective", "sit", "--flow-path", "vp", "--prediction", "score", "--loss-weight", "likelihood")
+    assert train(store, tmp_path / "run", *flags, "--sample-every", "1", steps=2) == 0
+    info = json.loads((tmp_path / "run/checkpoints/step-0000002/config.json").read_text())["diffusion"]
+    assert info == {
+        "objective": "sit", "timestep_law": "uniform", "path": "vp", "prediction": "score", "loss_weight": "likelihood"
+    }  # fmt: skip
+    assert train(store, tmp_path / "more", *flags, "--init-from", str(tmp_path / "run"), steps=3) == 0
+    assert "learns anew" not in capsys.readouterr().err
+    other = (*flags[:2], "--prediction", "noise", "--init-from", str(tmp_path / "run"))
+    assert train(store, tmp_path / "other", *other, steps=1) == 0
+    said = capsys.readouterr().err
+    assert "was trained for --objective sit --prediction score --flow-path vp" in said
+    assert "this run is for sit --prediction noise --flow-path linear" in said
 
 
 def test_the_guidance_interval_counts_from_data_to_noise_for_a_network_whose_time_runs_back():

@@ -156,6 +156,18 @@ def test_what_a_run_learns_may_not_change_and_where_it_starts_only_after_the_fir
             lambda: ObjectiveOptions(objective="sit", prediction="x0"),
             "--prediction x0 is for --objective flow, not sit",
         ),
+        (
+            lambda: ObjectiveOptions(objective="flow", prediction="noise"),
+            "--prediction noise is for --objective sit, not flow",
+        ),
+        (
+            lambda: ObjectiveOptions(objective="repa", flow_path="vp"),
+            "--flow-path vp is for --objective sit, not repa",
+        ),
+        (
+            lambda: ObjectiveOptions(objective="sit", loss_weight="velocity"),
+            "--loss-weight velocity is for --prediction noise or score",
+        ),
         (lambda: AverageOptions(ema_decay=1.0), "--ema-decay 1.0 must be at least 0 and below 1"),
         (lambda: AverageOptions(extra_ema=("slow",)), "--extra-ema slow must be NAME=DECAY"),
         (lambda: AverageOptions(extra_ema=("a=0.9", "a=0.8")), "the name 'a' is taken"),

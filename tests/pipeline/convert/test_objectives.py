@@ -21,10 +21,16 @@ TRAINED = {
     "kl": {"objective": "ddpm", "loss": "kl"},
     "uniform": {"objective": "flow", "timestep_law": "uniform"},
     "sit-cosine": {"objective": "sit", "path": "cosine"},
+    **{
+        f"sit-{path}-{prediction}": {"objective": "sit", "path": path, "prediction": prediction}
+        for path in ("linear", "cosine", "vp")
+        for prediction in ("v", "noise", "score")
+        if (path, prediction) not in {("linear", "v"), ("cosine", "v")}  # which are above
+    },
     "x0-flow": {"objective": "flow", "prediction": "x0"},
     "shifted": {"objective": "flow", "time_shift": 2.0},
 }
-UNSPEAKABLE = {(name, "diffusers") for name in ("sit", "repa", "sit-cosine")}
+UNSPEAKABLE = {(name, "diffusers") for name in TRAINED if name.startswith(("sit", "repa"))}
 
 
 def checkpoint(folder, diffusion):
@@ -46,8 +52,17 @@ def converted(*arguments):
         return __main__.main()
 
 
-UNSAYABLE = {"x0-flow": "its prediction is x0", "shifted": "its time_shift is 2.0"}  # in a bare .pt
-QUICK = {"ddpm", "flow", "sit"}  # one of each kind; the others with the slow tests
+UNSAYABLE = {  # in a bare .pt
+    "x0-flow": "its prediction is x0",
+    "shifted": "its time_shift is 2.0",
+    "sit-vp-v": "its path is vp",
+    **{
+        name: f"its prediction is {said['prediction']}"
+        for name, said in TRAINED.items()
+        if said.get("prediction") in {"noise", "score"}
+    },
+}
+QUICK = {"ddpm", "flow", "sit", "sit-vp-score"}  # one of each kind; the others with the slow tests
 ROWS = [
     pytest.param(name, form, marks=() if name in QUICK else pytest.mark.slow)
     for name, form in itertools.product(TRAINED, ("dit", "facebook", "diffusers"))

@@ -41,7 +41,11 @@ def test_the_objective_names_the_process_and_defaults_are_the_papers():
         ),
         ({"objective": "flow", "time_shift": "auto"}, "time_shift is 'auto' but must be a number"),
         ({"objective": "flow", "timestep_law": "uniform", "time_mean": 1.0}, "time_mean 1 .* are of the logit-normal"),
-        ({"objective": "sit", "prediction": "x0"}, "the networks of sit give velocities, not x0"),
+        ({"objective": "sit", "prediction": "x0"}, "the networks of sit give v or noise or score, not x0"),
+        ({"objective": "flow", "prediction": "noise"}, "the networks of flow give v or x0, not noise"),
+        ({"objective": "repa", "prediction": "score"}, "the networks of repa give v, not score"),
+        ({"objective": "repa", "path": "vp"}, "the networks of repa have no path vp, only linear or cosine"),
+        ({"objective": "repa", "loss_weight": "velocity"}, "loss_weight is no setting of it"),
         ({"objective": "ddpm", "prediction": "x"}, "prediction is 'x' but must be one of epsilon, x0, v"),
     ],
 )
