@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
+from pipeline.runtime.gate import shortened
 
 HUB: Final = "hf:"
 """Before OWNER/NAME, where a name must not be taken for a folder's."""
@@ -86,6 +87,8 @@ def offline_if_unreachable() -> Iterator[bool]:
 def is_pointer(path: Path) -> bool:
     """Whether Git LFS has left a few lines in place of the file, as a clone without `git lfs pull` does."""
     try:
+        if not path.is_file():  # a pipe would wait
+            return False
         with path.open("rb") as file:
             return file.read(len(_POINTER)) == _POINTER
     except OSError:
@@ -105,8 +108,10 @@ def fetch_network(name: str, weights: Sequence[str]) -> Path:
     index = folder / "model_index.json"
     if not index.is_file() and (folder / "config.json").is_file():
         return _fetch_part(name, ["*.json", *weights])
-    kind = read_json(index).get("_class_name") if index.is_file() else "repository without model_index.json"
+    said = read_json(index) if index.is_file() else {"_class_name": "repository without model_index.json"}
+    kind = said.get("_class_name") if isinstance(said, dict) else None
     if kind != "DiTPipeline":
+        kind = shortened(kind).strip("'")
         raise UserError(f"{name} on the Hub is a {kind}, not a DiTPipeline; give the name of a diffusers DiT pipeline")
     for suffix in (".safetensors", ".bin"):
         folder = _fetch_part(name, weight_patterns("transformer/", suffix))

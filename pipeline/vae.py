@@ -157,7 +157,7 @@ def load_vae(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtyp
     """
     folder, known_as = find_folder(name)
     config = read_config(folder, name)
-    class_name = config["_class_name"]
+    class_name = config.class_name
     sha256 = fingerprint(folder)
     model = load_model(folder, class_name, name, dtype)
     model.requires_grad_(False).eval()

@@ -5,20 +5,23 @@ Only safetensors are read, whatever else lies in the folder, and no code that ca
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
+import msgspec
 import torch
+from msgspec import Meta
 
 from pipeline.hub import POINTER_ADVICE, fetch, is_pointer, weight_patterns
+from pipeline.runtime.console import printable
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
-from pipeline.runtime.gate import shortened
+from pipeline.runtime.gate import Finite, Passed, check_regular, shortened, typed
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "demo-vae"
 KINDS = {
@@ -29,6 +32,48 @@ KINDS = {
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+_SHOWN = 5
+"""Tensors that are named in one sentence."""
+_LONGEST = 4
+"""Times its longest tensor a network may be wide: parts of one tensor stand for several in some."""
+
+
+Size: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 20)]
+"""Of a part of a network, of an image in pixels."""
+Sizes: TypeAlias = Annotated[tuple[Size, ...], Meta(min_length=1, max_length=1000)]
+Layers: TypeAlias = Annotated[int, Meta(ge=0, le=10_000)]
+LayersOfBlocks: TypeAlias = Annotated[tuple[Layers, ...], Meta(min_length=1, max_length=1000)]
+_AGAIN = "fetch it again, or give another folder"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VaeConfig(Passed):
+    """A VAE's config.json: what is asked of it here, and the sizes that its library makes modules by."""
+
+    _class_name: str = "AutoencoderKL"
+    in_channels: Size = 3
+    out_channels: Size = 3
+    latent_channels: Size | None = None
+    block_out_channels: Sizes | None = None
+    encoder_block_out_channels: Sizes | None = None
+    decoder_block_out_channels: Sizes | None = None
+    layers_per_block: Layers | LayersOfBlocks | None = None
+    encoder_layers_per_block: Layers | LayersOfBlocks | None = None
+    decoder_layers_per_block: Layers | LayersOfBlocks | None = None
+    norm_num_groups: Size | None = None
+    sample_size: Size | Sizes | None = None
+    patch_size: Size | None = None
+    encoder_hidden_size: Size | None = None
+    scaling_factor: Finite | None = None
+    shift_factor: Finite | None = None
+
+    @property
+    def class_name(self) -> str:
+        return self._class_name
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
 
 
 def find_folder(name: str) -> tuple[Path, str]:
@@ -60,7 +105,11 @@ def _holds_vae(folder: Path) -> bool:
     """Whether the folder's config.json is one of a VAE that can be used, and not of what the VAE is part of."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() and not is_pointer(path) else None
-    return isinstance(config, dict) and config.get("_class_name") in KINDS
+    return isinstance(config, dict) and _is_known(config.get("_class_name"))
+
+
+def _is_known(class_name: object) -> bool:
+    return isinstance(class_name, str) and class_name in KINDS
 
 
 def _from_hub(name: str) -> Path:
@@ -82,21 +131,25 @@ def _from_hub(name: str) -> Path:
     raise UserError(f"{name} on the Hub holds no VAE: it has neither config.json nor vae/config.json")
 
 
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The configuration as its file has it.
+def read_config(folder: Path, name: str) -> VaeConfig:
+    """The configuration.
 
     Raises:
-        UserError: it is of no class that can be used.
+        UserError: it is of no class that can be used, or its values are of other types or out of bounds.
     """
     if is_pointer(folder / "config.json"):
         raise UserError(f"{folder / 'config.json'} {POINTER_ADVICE}")
     config = read_json(folder / "config.json")
     class_name = config.get("_class_name") if isinstance(config, dict) else None
-    if class_name not in KINDS:
-        found = f"a {class_name}" if class_name else "not a diffusers model (its config.json has no _class_name)"
+    if not _is_known(class_name):
+        found = (
+            f"a {shortened(class_name).strip(chr(39))}"
+            if class_name
+            else "not a diffusers model (its config.json has no _class_name)"
+        )
         raise UserError(f"{name} is {found}; the VAEs that can be used are {', '.join(KINDS)}")
     _check_settings(config, name)
-    return config
+    return typed(config, VaeConfig, f"{folder / 'config.json'} is damaged", advice=_AGAIN)
 
 
 def _check_settings(config: dict[str, Any], name: str) -> None:
@@ -104,15 +157,15 @@ def _check_settings(config: dict[str, Any], name: str) -> None:
     for key, what in (("in_channels", "takes"), ("out_channels", "gives")):
         if config.get(key, 3) != 3:
             raise UserError(
-                f"the VAE {name} {what} images of {config[key]} channels ({key} in its config.json), and images here "
-                f"have the 3 of RGB; give a VAE of RGB images"
+                f"the VAE {name} {what} images of {shortened(config[key])} channels ({key} in its config.json), and "
+                f"images here have the 3 of RGB; give a VAE of RGB images"
             )
     scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
     for key, value, may_miss in (("scaling_factor", scale, False), ("shift_factor", shift, True)):
         if not (value is None and may_miss) and not (_is_finite(value) and (may_miss or value != 0)):
             raise UserError(
-                f"the VAE {name} has {key} {value!r} in its config.json, where a number is needed; write there what "
-                f"its networks were trained with (Stable Diffusion's first VAEs have a scaling_factor of 0.18215)"
+                f"the VAE {name} has {key} {shortened(value)} in its config.json, where a number is needed; write "
+                f"there what it was trained with (Stable Diffusion's first VAEs have a scaling_factor of 0.18215)"
             )
     for key in ("latents_mean", "latents_std"):
         values = config.get(key)
@@ -120,12 +173,12 @@ def _check_settings(config: dict[str, Any], name: str) -> None:
             isinstance(values, list) and all(_is_finite(value) and (value or key != "latents_std") for value in values)
         ):
             raise UserError(
-                f"the VAE {name} has {key} {values!r} in its config.json, where a list of numbers is needed"
+                f"the VAE {name} has {key} {shortened(values)} in its config.json, where a list of numbers is needed"
             )
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -135,7 +188,10 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         UserError: some are missing.
     """
     check_weights(folder, name)
-    return _named_weights(folder)
+    files = _named_weights(folder)
+    for file in files:
+        check_regular(file)
+    return files
 
 
 def check_weights(folder: Path, name: str, *, or_else: str = "fetch it again, or give another folder") -> None:
@@ -170,19 +226,21 @@ def _missing_weights(folder: Path) -> list[Path]:
     return [path for path in _named_weights(folder) if not path.exists()]
 
 
-def shard_names(index: Path) -> list[str]:
-    """The safetensors files that an index of weights names.
+def shard_names(index: Path, suffix: str = ".safetensors") -> list[str]:
+    """The files that an index of weights names.
 
     Raises:
         UserError: it is damaged, or names files elsewhere.
     """
-    content = read_json(index)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(
-        isinstance(name, str) and name.endswith(".safetensors") and "/" not in name for name in names.values()
-    ):
-        raise UserError(f"{index} must map every tensor to a .safetensors file beside it; restore the file")
-    return sorted(set(names.values()))
+    wanted = f"must map every tensor to a {suffix} file beside it"
+    names = sorted(
+        {*typed(read_json(index), _Index, f"{index} {wanted}", advice="restore the file").weight_map.values()}
+    )
+    outside = [name for name in names if not name.endswith(suffix) or Path(name).name != name or not name.isprintable()]
+    if outside or not names:
+        what = f"names {', '.join(map(shortened, outside[:3]))}" if outside else "names none"
+        raise UserError(f"{index} {wanted}, but {what}; restore the file")
+    return names
 
 
 def load_model(folder: Path, class_name: str, name: str, dtype: torch.dtype) -> Any:
@@ -206,7 +264,7 @@ def load_model(folder: Path, class_name: str, name: str, dtype: torch.dtype) -> 
         )
     wrong = {what: report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[what]}
     if wrong:
-        details = "; ".join(f"{what.replace('_', ' ')}: {', '.join(map(str, keys))}" for what, keys in wrong.items())
+        details = "; ".join(f"{what.replace('_', ' ')}: {_first(keys)}" for what, keys in wrong.items())
         raise UserError(f"the weights of the VAE {name} do not fit its config.json ({details})")
     return model
 
@@ -214,18 +272,23 @@ def load_model(folder: Path, class_name: str, name: str, dtype: torch.dtype) -> 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn a damaged file, a setting that fits no model or a library that is not there into a `UserError`."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except ImportError as error:
         raise UserError(f"the VAE in {path} needs a library that is not installed: {_one_line(error)}") from error
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # libraries have many for files that are damaged and settings that fit no model
         raise UserError(f"the VAE in {path} cannot be loaded, its files are damaged: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    return printable(" ".join(str(error).split())[:300].rstrip("."))
+
+
+def _first(keys: Collection[object]) -> str:
+    shown = sorted(map(str, keys))[:_SHOWN]
+    return ", ".join([*shown, *([f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])])
 
 
 def fingerprint(folder: Path) -> str:
@@ -247,23 +310,29 @@ def fingerprint(folder: Path) -> str:
 def check_sizes(config: Mapping[str, Any], files: Sequence[Path], name: str) -> None:
     """Raise UserError for settings of a network larger than its weights, before a module is made by them.
 
-    No network has more layers than tensors, nor more of anything than its weights have bytes.
+    No network has more layers than tensors, nor is it much wider than its longest tensor, nor has it more of anything
+    than its weights have bytes.
     """
     from safetensors import safe_open
 
-    tensors, held = 0, sum(path.stat().st_size for path in files)
+    shapes: list[list[int]] = []
     for path in files:
         with safe_open(path, framework="pt") as file:
-            tensors += len(file.keys())
+            names = file.keys()
+            shapes += (file.get_slice(name).get_shape() for name in names)
+    tensors, held = len(shapes), sum(path.stat().st_size for path in files)
+    longest = max((side for shape in shapes for side in shape), default=0)
     found: list[tuple[str, Any]] = list(config.items())
     for key, value in found:
         if isinstance(value, dict | list):
             found += value.items() if isinstance(value, dict) else [(key, inner) for inner in value]
         most = tensors if re.search("layer|depth|blocks", str(key)) else held
+        is_side = re.search("(hidden_sizes?|intermediate_size|out_channels|latent_channels|embed_dim)$", str(key))
+        most = min(most, _LONGEST * longest) if is_side else most
         if isinstance(value, int) and abs(value) > most:
             raise UserError(
-                f"{name} has {key} {shortened(value)} in its config.json, but its weights are {tensors:,} tensors of "
-                f"{held:,} bytes; restore the files"
+                f"{name} has {shortened(key)[1:-1]} {shortened(value)} in its config.json, but its weights are "
+                f"{tensors:,} tensors of {held:,} bytes, none longer than {longest:,}; restore the files"
             )
 
 

@@ -6,11 +6,14 @@ right after the last one; so a label table is filled up with copies of the null 
 copies are cut off on the way in.
 """
 
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from pipeline.checkpoint.info import CheckpointInfo, make_info
@@ -20,7 +23,9 @@ from pipeline.diffusion.gaussian import DIFFUSERS_PREDICTIONS
 from pipeline.dit import DiTConfig
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
+from pipeline.runtime.gate import Count, Finite, Passed, shortened, typed
 from pipeline.vae import STABLE_DIFFUSION
+from pipeline.vae_folder import Size, VaeConfig, shard_names
 
 PIPELINE_NULL_CLASS: Final = 1000
 """The label that diffusers' DiTPipeline takes for "no class", whatever the number of classes."""
@@ -47,6 +52,68 @@ _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model
 _SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {theirs: ours for ours, theirs in DIFFUSERS_PREDICTIONS.items()}
 _TRANSFORMERS = ("DiTTransformer2DModel", "Transformer2DModel")
+
+
+_AGAIN = "restore it, or give another folder"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Kept(Passed):
+    """What a checkpoint said that a pipeline was made from."""
+
+    weights: str | None = None
+    step: Count | None = None
+    diffusion: dict[str, Any] | None = None
+    class_ids: tuple[str, ...] | None = None
+    vae: dict[str, Any] = field(default_factory=dict)
+    image: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PipelineIndex(Passed):
+    """A pipeline's model_index.json."""
+
+    id2label: dict[str, str] | None = None
+    _dit: _Kept | None = None
+
+    def __post_init__(self) -> None:
+        for label in self.id2label or ():
+            if not re.fullmatch("[0-9]{1,7}", label):
+                raise ValueError(f"id2label has the key {shortened(label)}, but must have labels from 0 on")
+
+    @property
+    def kept(self) -> _Kept:
+        return self._dit or _Kept()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Transformer(Passed):
+    """A DiT's config.json."""
+
+    num_attention_heads: Size = 16
+    attention_head_dim: Size = 72
+    in_channels: Size = 4
+    out_channels: Size | None = None
+    sample_size: Size = 32
+    patch_size: Size = 2
+    num_layers: Annotated[int, Meta(ge=1, le=10**9)] = 28
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Scheduler(Passed):
+    """A scheduler's settings."""
+
+    _class_name: str = ""
+    prediction_type: str = "epsilon"
+    beta_schedule: str = "linear"
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    beta_start: Finite = 0.0001
+    beta_end: Finite = 0.02
+
+    @property
+    def class_name(self) -> str:
+        return self._class_name
 
 
 def from_diffusers(tensors: Mapping[str, Tensor], *, depth: int, origin: object) -> dict[str, Tensor]:
@@ -149,21 +216,21 @@ def _read(folder: Path, hub_name: str | None) -> tuple[dict[str, Tensor], DiTCon
     index = _pipeline_index(folder)
     transformer = transformer_folder(folder)
     settings = _transformer_settings(transformer)
-    depth = int(settings.get("num_layers", 28))
+    depth = settings.num_layers
     tensors = {name: tensor for file in weight_paths(transformer) for name, tensor in load_tensors(file).items()}
     state = from_diffusers(tensors, depth=depth, origin=transformer)
-    names = _class_names(index or {})
+    names = _class_names(index)
     table = state["y_embedder.embedding_table.weight"]
     count = _class_count(table, len(names))
     state["y_embedder.embedding_table.weight"] = torch.cat([table[:count], table[-1:]])
     config = _config(settings, count)
-    kept = (index or {}).get("_dit", {})
+    kept = index.kept
     info = default_info(
         config,
-        diffusion=kept.get("diffusion") or _process_settings(folder / "scheduler" / "scheduler_config.json", config),
+        diffusion=kept.diffusion or _process_settings(folder / "scheduler" / "scheduler_config.json", config),
         classes=names if len(names) == count else None,
-        class_ids=kept.get("class_ids") or (_identifiers(names) if len(names) == count else None),
-        **_vae_facts(folder / "vae", kept.get("vae", {}), hub_name),
+        class_ids=kept.class_ids or (_identifiers(names) if len(names) == count else None),
+        **_vae_facts(folder / "vae", kept.vae, hub_name),
     )
     told = {key: kept[key] for key in ("step", "image", "training") if key in kept}
     return state, config, make_info(info, origin=folder / "model_index.json", **told)
@@ -177,7 +244,7 @@ def _whole_pipeline(folder: Path) -> Path:
 
 def recorded_weights(folder: Path) -> str | None:
     """Which weights ("raw", "ema", "ema-NAME") the checkpoint had that a pipeline was made from, if that is known."""
-    return (_pipeline_index(_whole_pipeline(folder)) or {}).get("_dit", {}).get("weights")
+    return _pipeline_index(_whole_pipeline(folder)).kept.weights
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -185,40 +252,45 @@ def transformer_folder(folder: Path) -> Path:
     return folder / "transformer" if (folder / "model_index.json").is_file() else folder
 
 
-def _pipeline_index(folder: Path) -> dict[str, Any] | None:
+def _pipeline_index(folder: Path) -> _PipelineIndex:
+    """What the pipeline says; nothing of a transformer folder alone."""
     path = folder / "model_index.json"
     if not path.is_file():
-        return None
+        return _PipelineIndex()
     index = read_json(path)
     if not isinstance(index, dict) or index.get("_class_name") != "DiTPipeline":
         kind = index.get("_class_name") if isinstance(index, dict) else None
-        raise UserError(f"{path} describes a {kind}, not a DiTPipeline; give a diffusers folder of a DiT")
-    return index
+        raise UserError(f"{path} describes a {_bare(kind)}, not a DiTPipeline; give a diffusers folder of a DiT")
+    return typed(index, _PipelineIndex, f"{path} is damaged", advice=_AGAIN)
 
 
-def _transformer_settings(folder: Path) -> dict[str, Any]:
+def _bare(kind: object) -> str:
+    return shortened(kind).strip("'")
+
+
+def _transformer_settings(folder: Path) -> _Transformer:
     settings = read_json(folder / "config.json")
     kind = settings.get("_class_name") if isinstance(settings, dict) else None
+    norm = shortened(settings.get("norm_type")) if isinstance(settings, dict) else None
     if kind not in _TRANSFORMERS or settings.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
         raise UserError(
-            f"{folder / 'config.json'} describes a {kind} with norm {settings.get('norm_type')!r}, not the DiT "
-            f"that is known here ({' or '.join(_TRANSFORMERS)} with 'ada_norm_zero')"
+            f"{folder / 'config.json'} describes a {_bare(kind)} with norm {norm}, not the DiT that is known here "
+            f"({' or '.join(_TRANSFORMERS)} with 'ada_norm_zero')"
         )
-    return settings
+    return typed(settings, _Transformer, f"{folder / 'config.json'} is damaged", advice=_AGAIN)
 
 
-def _config(settings: Mapping[str, Any], count: int) -> DiTConfig:
-    heads = int(settings.get("num_attention_heads", 16))
-    channels = int(settings.get("in_channels", 4))
+def _config(settings: _Transformer, count: int) -> DiTConfig:
+    heads, channels = settings.num_attention_heads, settings.in_channels
     return DiTConfig(
-        input_size=int(settings.get("sample_size", 32)),
-        patch_size=int(settings.get("patch_size", 2)),
+        input_size=settings.sample_size,
+        patch_size=settings.patch_size,
         in_channels=channels,
-        hidden_size=heads * int(settings.get("attention_head_dim", 72)),
-        depth=int(settings.get("num_layers", 28)),
+        hidden_size=heads * settings.attention_head_dim,
+        depth=settings.num_layers,
         num_heads=heads,
         num_classes=count,
-        learn_sigma=settings.get("out_channels", channels) == 2 * channels,
+        learn_sigma=settings.out_channels == 2 * channels,
     )
 
 
@@ -233,18 +305,13 @@ def weight_paths(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
-            outside = [file for file in files if Path(file).name != file]
-            if outside:
-                raise UserError(f"{index} names files outside its folder: {join_names(outside)}")
-            return [folder / file for file in files]
+            return [folder / file for file in shard_names(index, Path(name).suffix)]
     raise UserError(f"{folder} has no weights; {' or '.join(_WEIGHT_FILES)} is expected there")
 
 
-def _class_names(index: Mapping[str, Any]) -> list[str]:
+def _class_names(index: _PipelineIndex) -> list[str]:
     """The pipeline's class names in label order; none if the labels are not 0, 1, 2, …."""
-    mapping = index.get("id2label") or {}
-    by_label = {int(label): str(name) for label, name in mapping.items()}
+    by_label = {int(label): name for label, name in (index.id2label or {}).items()}
     return [by_label[label] for label in range(len(by_label))] if by_label.keys() == set(range(len(by_label))) else []
 
 
@@ -274,19 +341,17 @@ def _process_settings(path: Path, config: DiTConfig) -> dict[str, Any] | None:
     """The process that a scheduler's settings describe; None where there are none."""
     if not path.is_file():
         return None
-    settings = read_json(path)
-    if "FlowMatch" in settings.get("_class_name", "") or settings.get("prediction_type") == "flow_prediction":
+    settings = typed(read_json(path), _Scheduler, f"{path} is damaged", advice=_AGAIN)
+    if "FlowMatch" in settings.class_name or settings.prediction_type == "flow_prediction":
         return {"objective": "flow"}
-    schedule = _SCHEDULES.get(settings.get("beta_schedule", "linear"))
-    prediction = _PREDICTIONS.get(settings.get("prediction_type", "epsilon"))
-    steps = int(settings.get("num_train_timesteps", 1000))
-    ends = (settings.get("beta_start", 0.0001), settings.get("beta_end", 0.02))
+    schedule, prediction = _SCHEDULES.get(settings.beta_schedule), _PREDICTIONS.get(settings.prediction_type)
+    steps, ends = settings.num_train_timesteps, (settings.beta_start, settings.beta_end)
     usual = schedule == "cosine" or ends == (0.1 / steps, 20 / steps)
     if schedule is None or prediction is None or not usual or settings.get("trained_betas") is not None:
         raise UserError(
             f"{path} describes a noise schedule that is not known here (beta_schedule "
-            f"{settings.get('beta_schedule')!r} from {ends[0]} to {ends[1]}, prediction_type "
-            f"{settings.get('prediction_type')!r}); linear from 0.0001 to 0.02 and squaredcos_cap_v2 are"
+            f"{shortened(settings.beta_schedule)} from {ends[0]} to {ends[1]}, prediction_type "
+            f"{shortened(settings.prediction_type)}); linear from 0.0001 to 0.02 and squaredcos_cap_v2 are"
         )
     variance = "learned-range" if config.learn_sigma else "fixed-large"
     return {"objective": "ddpm", "schedule": schedule, "steps": steps, "prediction": prediction, "variance": variance}
@@ -301,15 +366,16 @@ def _vae_facts(folder: Path, kept: Mapping[str, Any], hub_name: str | None) -> d
     """
     if not (folder / "config.json").is_file():
         return {"vae": kept} if kept else {}
-    settings = read_json(folder / "config.json")
-    downsample = 2 ** (len(settings.get("block_out_channels", [0] * 4)) - 1)
+    path = folder / "config.json"
+    settings = typed(read_json(path), VaeConfig, f"{path} is damaged", advice=_AGAIN)
+    downsample = 2 ** (len(settings.block_out_channels or [0] * 4) - 1)
     if kept.get("name") == "demo" or not any(folder.glob("*.safetensors")):
         return {"vae": kept or STABLE_DIFFUSION, "downsample": downsample}
     vae = {
         "name": str(folder.resolve()),
-        "class": settings.get("_class_name", "AutoencoderKL"),
+        "class": settings.class_name,
         "scaling_factor": settings.get("scaling_factor", STABLE_DIFFUSION["scaling_factor"]),
-        "shift_factor": settings.get("shift_factor"),
+        "shift_factor": settings.shift_factor,
         "recorded": dict(kept) or ({"name": hub_name} if hub_name else {}),
     }
     return {"vae": vae, "downsample": downsample}

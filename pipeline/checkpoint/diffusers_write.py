@@ -144,7 +144,7 @@ def _write_vae(folder: Path, recorded: RecordedVae, override: str | None, *, cha
         for file in (source / "config.json", *weight_files(source, vae.name), *source.glob("*.safetensors.index.json")):
             shutil.copyfile(file, folder / file.name)
         return vae
-    config = read_config(source, vae.name)
+    config: dict[str, Any] = dict(read_config(source, vae.name))
     tensors = {name: t for file in weight_files(source, vae.name) for name, t in read_safetensors(file).items()}
     if {"quant_conv.weight", "post_quant_conv.weight"} <= tensors.keys():
         config, tensors = fold_normalization(config, tensors, vae.scaling_factor, vae.shift_factor)

@@ -11,23 +11,67 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
+from msgspec import Meta
 from torch import Tensor, nn
 
 from pipeline.features.manifest import Encoder
 from pipeline.hub import POINTER_ADVICE, fetch, is_pointer
+from pipeline.runtime.console import printable
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
-from pipeline.runtime.gate import typed
-from pipeline.vae_folder import check_sizes, fingerprint_of, shard_names
+from pipeline.runtime.gate import Finite, Passed, check_regular, typed
+from pipeline.vae_folder import Layers, LayersOfBlocks, Size, Sizes, check_sizes, fingerprint_of, shard_names
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 _PATTERNS = ["*.json", WEIGHTS, "model-0*.safetensors"]
 _EXAMPLE = "facebook/dinov2-base"
+_AGAIN = "fetch it again, or give another folder"
+_Px: TypeAlias = Annotated[int, Meta(ge=1, le=1 << 12)]
+_Settings = TypeVar("_Settings")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Network(Passed):
+    """The sizes that transformers makes modules by."""
+
+    hidden_size: Size | Sizes | None = None
+    hidden_sizes: Sizes | None = None
+    intermediate_size: Size | Sizes | None = None
+    num_hidden_layers: Layers | None = None
+    depths: LayersOfBlocks | None = None
+    num_attention_heads: Size | LayersOfBlocks | None = None
+    image_size: _Px | tuple[_Px, ...] | None = None
+    patch_size: _Px | tuple[_Px, ...] | None = None
+    num_channels: Size | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Config(_Network):
+    """An encoder's config.json."""
+
+    model_type: str
+    architectures: tuple[str, ...] | None = None
+    id2label: dict[str, str] | None = None
+    vision_config: _Network | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Processor(Passed):
+    """An encoder's preprocessor_config.json."""
+
+    do_center_crop: bool | None = None
+    do_rescale: bool | None = None
+    do_normalize: bool | None = None
+    size: _Px | tuple[_Px, ...] | dict[str, _Px | None] | None = None
+    crop_size: _Px | tuple[_Px, ...] | dict[str, _Px | None] | None = None
+    rescale_factor: Finite | None = None
+    image_mean: Finite | tuple[Finite, ...] | None = None
+    image_std: Finite | tuple[Finite, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,24 +144,35 @@ def find_encoder(name: str) -> EncoderFolder:
                 f"model and image processor, or a Hub name such as {_EXAMPLE}"
             )
     files = _weight_files(path, name)
-    content = read_json(path / "config.json")
-    config = typed(content, dict[str, Any], f"{path / 'config.json'} is damaged", advice="fetch it again")
+    for beside in path.glob("*.json"):  # all that the library may look into
+        read_json(beside)
+    config, processor = (
+        _settings(path / "config.json", _Config),
+        _settings(path / "preprocessor_config.json", _Processor),
+    )
+    std = processor.image_std
+    if 0 in (std if isinstance(std, tuple) else (std,)):
+        raise UserError(f"{path / 'preprocessor_config.json'} is damaged: image_std has a 0; {_AGAIN}")
     kept = {key: value for key, value in config.items() if key[:1] != "_" and key != "transformers_version"}
     with _explained(name):
         check_sizes(kept, files, name)
         sha256 = fingerprint_of(kept, files)
     resolution, mean, std = _pixels(path, name)
-    classifies = str(config.get("architectures")).endswith("ForImageClassification']")
+    classifies = str((config.architectures or ("",))[-1]).endswith("ForImageClassification")
     return EncoderFolder(
         path=path,
         name=known_as,
-        kind=str(config.get("model_type")),
+        kind=config.model_type,
         sha256=sha256,
         resolution=resolution,
         mean=mean,
         std=std,
-        classes=len(config.get("id2label", "01")) if classifies else 0,  # two are not written
+        classes=len(config.id2label or "01") if classifies else 0,  # two are not written
     )
+
+
+def _settings(path: Path, kind: type[_Settings]) -> _Settings:
+    return typed(read_json(path), kind, f"{path} is damaged", advice=_AGAIN)
 
 
 def _find_folder(name: str) -> tuple[Path, str]:
@@ -146,7 +201,9 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     for file in files:
         if is_pointer(file):
             raise UserError(f"the encoder {name} is not whole: {file} {POINTER_ADVICE}")
-        if not file.exists():
+        if file.exists():
+            check_regular(file)
+        else:
             pickled = "; its .bin file is a pickle, which could run code and is never loaded: convert it to safetensors"
             raise UserError(f"the encoder {name} has no {file.name}{pickled if any(folder.glob('*.bin')) else ''}")
     return files
@@ -276,8 +333,6 @@ def _load(folder: EncoderFolder, class_name: str, dtype: torch.dtype, device: to
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turn a damaged file, a setting that fits no model or a library that is not there into a `UserError`."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except ImportError as error:
@@ -285,12 +340,14 @@ def _explained(name: str) -> Iterator[None]:
             f"the encoder {name} needs a library that is not installed ({_one_line(error)}); "
             "pip install 'dit-pipeline[features]'"
         ) from error
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # libraries have many for files that are damaged and settings that fit no model
         raise UserError(f"the encoder {name} cannot be used: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")
+    return printable(" ".join(str(error).split())[:300].rstrip("."))
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ def _keep(passed: Any, value: Any) -> None:
 
 
 def _faults(value: Any, kind: Any, key: str = "") -> list[str]:
-    """All that keeps a value from being of a type, object by object; of a list the first thing."""
+    """All that keeps a value from being of a type, object by object; of a list or a mapping the first."""
     found = []
     for name, inner, is_needed in _fields(kind) if isinstance(value, Mapping) else ():
         place = f"{key}.{name}" if key else name
@@ -167,6 +167,10 @@ def _faults(value: Any, kind: Any, key: str = "") -> list[str]:
             found += _faults(value[name], inner, place)
         elif is_needed:
             found.append(f"{place} is missing")
+    if typing.get_origin(kind) is dict and isinstance(value, Mapping):
+        held = typing.get_args(kind)[1]
+        inside = (_faults(inner, held, f"{key}.{shortened(name)[1:-1]}".strip(".")) for name, inner in value.items())
+        found += next(filter(None, inside), [])
     if found:
         return found
     try:

@@ -40,6 +40,7 @@ from sample.sidecar import read_sidecar
 from sample.tune.points import read_point
 from studies.cells import read_study
 from studies.measure import Result
+from tests.hostile import model_folders
 from train.checkpointing import restore
 from train.run_folder import recorded_intervals
 
@@ -392,6 +393,16 @@ def _pt(**tensors: torch.Tensor) -> bytes:
     return stream.getvalue()
 
 
+ENCODER_CONFIG = {"model_type": "dinov2", "hidden_size": 8, "num_hidden_layers": 2, "id2label": {"0": "a"}}
+PIXELS = {
+    "image_processor_type": "ViTImageProcessor",
+    "size": {"height": 28, "width": 28},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.2, 0.2, 0.2],
+}
 LABELS = {"labels": [["a.npy", 3]]}
 LATENT_ZIP = _zip(**{"dataset.json": json.dumps(LABELS).encode(), "a.npy": _npy(np.zeros((8, 2, 2), np.float32))})
 SHARD = save({name: torch.zeros(3, 2, 2, 2) for name in ("latents", "latents_flip")} | {"labels": torch.arange(3)})
@@ -421,6 +432,17 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes],
     "npz of latents": (of_npz(**VIEWS), partial(read_latents, "mar", "a/x.npz")),
     "safetensors of latents": (of_bytes(SHARD), read_shard),
     "latents_stats.pt": (of_bytes(_pt(mean=torch.zeros(2), std=torch.ones(2))), read_stats),
+    "index of weights": (of_json(model_folders.INDEX), model_folders.read_index),
+    "VAE's config.json": (of_json(model_folders.VAE_CONFIG), model_folders.read_vae),
+    "encoder's config.json": (of_json(ENCODER_CONFIG), partial(model_folders.read_encoder, "config.json")),
+    "encoder's preprocessor_config.json": (
+        of_json(PIXELS),
+        partial(model_folders.read_encoder, "preprocessor_config.json"),
+    ),
+    **{
+        f"{name} of diffusers": (of_json(value), partial(model_folders.read_pipeline, name))
+        for name, value in model_folders.FILES.items()
+    },
     "reference npz": (of_npz(count=np.asarray(5), mu=np.zeros(3), provenance=PROVENANCE), read_reference),
 }
 
