@@ -127,7 +127,7 @@ def _race(case: Case, ours: tuple[Build, int], plain: tuple[Build, int], setting
             rounds=setting.rounds(5 if setting.on_gpu else 7),
             device=setting.device,
             warm_ups=2,
-            calls=3 if setting.on_gpu else 1,
+            calls=3 if setting.on_gpu and not setting.quick else 1,
             hand_over=setting.on_gpu,
         )
         release(setting.device)
@@ -160,7 +160,7 @@ def _race(case: Case, ours: tuple[Build, int], plain: tuple[Build, int], setting
 
 def data_wait(our_work: Work, setting: Setting) -> float:
     """The share of the time that our loop waits for data."""
-    steps = 10 if setting.on_gpu else 3
+    steps = 10 if setting.on_gpu and not setting.quick else 3
 
     def waited() -> float:
         seconds = our_work()
