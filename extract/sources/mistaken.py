@@ -30,10 +30,11 @@ COMPRESSED = (
     "*.zst",
 )
 _CONVERT = "write their images as files in class folders, or as WebDataset tars, first"
+_SCRIPT = f'{_CONVERT} (docs/sources.md, "Images inside other files", has a script)'
 CONTAINERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("*.mds", "*.mds.*"), "MosaicML's streaming shards (MDS)", _CONVERT),
-    (("*.tfrecord*", "*.tfrec", "*-of-[0-9][0-9][0-9][0-9][0-9]"), "TFRecord files", _CONVERT),
-    (("*.mdb", "*.lmdb"), "an LMDB database", _CONVERT),
+    (("*.mds", "*.mds.*"), "MosaicML's streaming shards (MDS)", _SCRIPT),
+    (("*.tfrecord*", "*.tfrec", "*-of-[0-9][0-9][0-9][0-9][0-9]"), "TFRecord files", _SCRIPT),
+    (("*.mdb", "*.lmdb"), "an LMDB database", _SCRIPT),
     (("*.beton",), "FFCV's files", _CONVERT),
     (("*.rec",), "MXNet's RecordIO files", _CONVERT),
     (("*.h5", "*.hdf5"), "HDF5 files", _CONVERT),

@@ -47,7 +47,7 @@ def rows_of(image, labels):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["index.json", "shard.00000.mds"], "MDS.*WebDataset tars, first"),
+        (["index.json", "shard.00000.mds"], r"MDS.*WebDataset tars, first \(docs/sources.md, .* has a script\)"),
         (["train/index.json", "train/shard.00000.mds.zstd"], "MDS.*WebDataset tars, first"),
         (["data.mdb", "lock.mdb"], "an LMDB database"),
         (["train-00000-of-01024", "train-00001-of-01024"], "TFRecord"),
