@@ -20,8 +20,9 @@ from pipeline.classes import find_class
 from pipeline.diffusion import GaussianDiffusion, NetworkFn
 from pipeline.diffusion.denoiser import at_least_float32
 from pipeline.diffusion.process import Process, noise_share
+from pipeline.dit import DiTConfig
+from pipeline.dit.embeddings import state_noise
 from pipeline.images import ImageError, decode_image
-from pipeline.randomness import normal
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.gate import read_regular
 from pipeline.vae import normalize
@@ -95,10 +96,10 @@ class Inpainting(Edit):
             nonlocal known, anew
             output = denoise(x_t, t)
             at = t.long() if isinstance(process, GaussianDiffusion) else noise_share(process, t)
-            x = at_least_float32(x_t)
+            count = known.shape[1]  # channels of a class token may follow, which is made anew
+            x = at_least_float32(x_t[:, :count])
             known, anew = known.to(x), anew.to(x.device)  # sent to a GPU by the first step alone
             would = process.output_for(known, x, at)
-            count = x_t.shape[1]
             mixed = torch.where(anew, output[:, :count].to(x), would)
             return torch.cat([mixed, output[:, count:].to(x)], dim=1)
 
@@ -114,6 +115,8 @@ class Interpolation(Edit):
     Gaussians of one covariance the Gaussian on the straight line between their means, at every noise level.
     """
 
+    config: DiTConfig
+    """The network's."""
     to_seed: int | None
     to_class: int | None
     in_a_row: int
@@ -143,7 +146,7 @@ class Interpolation(Edit):
         """Noise of unit variance between that of the two seeds."""
         if self.to_seed is None:
             return noise
-        other = normal(tuple(noise.shape[1:]), self.to_seed, NOISE, 0).to(noise)
+        other = state_noise(self.config, self.to_seed, NOISE, 0).to(noise)
         return slerp(noise, other.expand_as(noise), self._shares(images, noise))
 
 
@@ -175,6 +178,11 @@ def read_source(options: EditOptions, checkpoint: Checkpoint) -> Source | None:
     given = options.vary or options.inpaint
     if given is None:
         return None
+    if options.vary is not None and checkpoint.config.class_token:
+        raise UserError(
+            f"--vary {given} begins between noise and image, where the class token that this checkpoint's network "
+            f"denoises along with the latent is not known; use --inpaint, or a checkpoint without --class-token"
+        )
     flag, path = ("--vary" if options.vary else "--inpaint"), Path(given.rpartition("@")[0])
     if path.suffix != ".safetensors":
         raise UserError(f"{flag} {given}: {path} must be latents, a .safetensors as dit-sample --out writes it")
@@ -220,7 +228,9 @@ def make_edit(
     """
     if options.interpolates:
         to_class = _class_of(options.interpolate_class, checkpoint)
-        return Interpolation(to_seed=options.interpolate, to_class=to_class, in_a_row=in_a_row)
+        return Interpolation(
+            config=checkpoint.config, to_seed=options.interpolate, to_class=to_class, in_a_row=in_a_row
+        )
     if source is None:
         return None
     vae = checkpoint.info.vae

@@ -21,7 +21,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.diffusion import SAMPLERS, NetworkFn, classifier_free_guidance
 from pipeline.diffusion.guidance import MiddleHead, OtherNetwork, guided
 from pipeline.dit import DiT
-from pipeline.randomness import normal
+from pipeline.dit.embeddings import state_noise
 from pipeline.runtime.devices import float32_products
 from pipeline.runtime.processes import keep_freed_memory
 from pipeline.runtime.threads import CPU_MICRO_BATCH, ParallelMap, finite_rows, one_thread_each
@@ -150,8 +150,8 @@ class Generator:
         return self.raw(x)
 
     def raw(self, x: Tensor) -> Tensor:
-        """Latents as the VAE gives them, from latents in the network's scale."""
-        return denormalize(x.float(), self._scale, self._shift)
+        """Latents as the VAE gives them, from latents in the network's scale; a class token beside them is left out."""
+        return denormalize(x[:, : self.shape[0]].float(), self._scale, self._shift)
 
     def pixels(self, latents: Tensor) -> NDArray[np.uint8]:
         """Images uint8 [B, H, W, 3] of raw latents, decoded in lanes of one size.
@@ -218,7 +218,7 @@ class Generator:
     def _noise(self, first: int, count: int, *step: int) -> Tensor:
         """Standard normals [count, C, h, w] of images first … first + count − 1, on the CPU."""
         images = map(self.edit.takes_noise_of, range(first, first + count))
-        return torch.stack([normal(self.shape, self.plan.seed, NOISE, k, *step) for k in images])
+        return torch.stack([state_noise(self.checkpoint.config, self.plan.seed, NOISE, k, *step) for k in images])
 
     def _lanes(self) -> contextlib.AbstractContextManager[ParallelMap]:
         return one_thread_each(self.device, workers=self._workers)

@@ -48,6 +48,7 @@ def _differences(checkpoint: Checkpoint, guide: Checkpoint) -> list[str]:
             f"{its.in_channels}×{its.height}×{its.width}",
         ),
         "classes": (ours.num_classes, its.num_classes),
+        "class token": (ours.class_token, its.class_token),
     }
     process, its_process = checkpoint.process.to_json(), guide.process.to_json()
     for name in sorted((process.keys() | its_process.keys()) - MAY_DIFFER):
@@ -61,6 +62,8 @@ def _differences(checkpoint: Checkpoint, guide: Checkpoint) -> list[str]:
         wrong.append(f"its VAE is {its_vae.name}, of another fingerprint than {vae.name}")
     elif checkpoint.folder and guide.folder and vae.scaling_factor != its_vae.scaling_factor:
         wrong.append(f"its latents are scaled by {factors(its_vae.scaling_factor)}, not {factors(vae.scaling_factor)}")
+    if checkpoint.info.training.get("class_token") != guide.info.training.get("class_token"):
+        wrong.append("its class token is fed by other statistics")
     ids, its_ids = checkpoint.info.class_ids, guide.info.class_ids
     if checkpoint.folder and guide.folder and len(ids) == len(its_ids) and ids != its_ids:
         others = [f"{b} for {a}" for a, b in zip(ids, its_ids, strict=True) if a != b]

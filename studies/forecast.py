@@ -11,6 +11,8 @@ import torch
 from pipeline.dit import DiT, DiTConfig
 from pipeline.dit.config import BLOCKS
 from pipeline.dit.macs import count_macs, count_parameters
+from pipeline.features import FeatureManifest
+from pipeline.features.store import features_of
 from pipeline.latents import LatentStore, Manifest
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
@@ -22,13 +24,19 @@ _TIMED_MACS = 1e11
 HEADING = ("cell", "runs", "parameters", "GFLOPs", "samples", "training GFLOPs", "hours", "disk")
 
 
-def network(flags: Mapping[str, Any], manifest: Manifest) -> DiTConfig:
-    """The network that dit-train makes of these flags for a store.
+def network(flags: Mapping[str, Any], manifest: Manifest, features: FeatureManifest | None = None) -> DiTConfig:
+    """The network that dit-train makes of these flags for a store, and for the features that stand beside it.
 
     Raises:
-        UserError: there is no such model, or its sizes do not fit together or the store.
+        UserError: there is no such model, or its sizes do not fit together or the store, or its features are missing.
     """
     values = {name.replace("-", "_"): value for name, value in flags.items()}
+    for name in ("align_features", "class_token"):
+        if values.get(name):
+            widths = {} if features is None else {name: features.encoder.width, "class_token": features.columns.cls}
+            if not widths.get(name):
+                raise UserError(f"--{name.replace('_', '-')} needs what dit-extract --features puts beside the store")
+            values[name] = widths[name]
     given = BLOCKS.get(values.get("blocks", "release"), {}) | values
     fields = {field.name for field in dataclasses.fields(DiTConfig)}
     latent, ddpm = manifest.latent, values.get("objective", "ddpm") == "ddpm"
@@ -51,14 +59,14 @@ def forecast(study: Study, data: str) -> tuple[list[tuple[str, ...]], dict[str, 
     Training takes 3 × the multiply-adds of a forward pass per sample. Hours are for one process on this machine and
     for training alone; disk is what stays, one checkpoint of each run.
     """
-    manifest = LatentStore(data).manifest
+    manifest, features = LatentStore(data).manifest, features_of(data)
     rows: list[tuple[str, ...]] = []
     bad: dict[str, str] = {}
     sums: list[tuple[float, ...]] = []
     for cell, runs in _runs_by_cell(study).items():
         flags = train_flags(study, runs[0], data=data, out=Path())
         try:
-            config = network(flags, manifest)
+            config = network(flags, manifest, features)
         except UserError as error:
             bad[cell] = str(error)
             continue
@@ -90,7 +98,7 @@ def _step_seconds(config: DiTConfig, flags: Flags) -> float:
     batch = int(flags.get("batch-size", 256))
     part = max(1, min(batch, int(_TIMED_MACS / 3 / count_macs(config))))
     model = DiT(config, seed=0).to(device)
-    x = torch.zeros(part, config.in_channels, config.height, config.width, device=device)
+    x = torch.zeros(part, *config.state_shape, device=device)
     t, y = torch.zeros(part, device=device), torch.zeros(part, dtype=torch.long, device=device)
     for _ in range(2):
         began = time.perf_counter()

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import Stored, read_stored
+from pipeline.checkpoint.info import read_info
 from pipeline.diffusion.flow import shift_for
 from pipeline.diffusion.process import Process, process_from_flags
 from pipeline.dit import PRESETS, DiT, DiTConfig
 from pipeline.dit.config import BlockOptions
 from pipeline.features.store import FeatureStore, features_faults
+from pipeline.features.targets import LEAST_DEVIATION, FeatureTargets, TokenNormalization
 from pipeline.latents import LatentStore, Manifest
 from pipeline.latents.manifest import make_manifest
 from pipeline.recorded import Factor, RecordedVae
@@ -28,8 +30,6 @@ from train.losses import LatentNormalization
 from train.options import DataOptions, ModelOptions, ObjectiveOptions, TrainOptions
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
-LEAST_DEVIATION = 1e-5
-"""Of the widest channel's: what varies less is rounding, and is not blown up."""
 
 
 def open_store(path: str, options: DataOptions) -> LatentStore:
@@ -48,19 +48,66 @@ def open_store(path: str, options: DataOptions) -> LatentStore:
 
 
 def open_features(options: TrainOptions, manifest: Manifest) -> FeatureStore | None:
-    """The features beside the store that --align-features asks for (with --verify-data every byte of them checked).
+    """The features beside the store that --align-features or --class-token ask for, all bytes checked by --verify-data.
 
     Raises:
-        UserError: the store has none, or they are damaged or of other samples.
+        UserError: the store has none, or they are damaged or of other samples, or have no class token and need one.
     """
-    if not options.model.align_features:
+    if not options.model.align_features and not options.model.class_token:
         return None
     path, cache = options.data.latents, options.data.cache
     features = FeatureStore(path, manifest, cache=cache)
     faults = features_faults(path, manifest, cache) if options.data.verify_data else []
     if faults:
         raise UserError(f"{features.path} is damaged: {'; '.join(faults)}; restore what is named, or make it again")
+    if options.model.class_token and not features.manifest.columns.cls:
+        raise UserError(
+            f"--class-token needs one stored, and {features.path} has none, as its encoder "
+            f"{features.manifest.encoder.name} has none; take an encoder that has, or leave the flag away"
+        )
     return features
+
+
+def token_normalization(
+    features: FeatureStore | None, config: DiTConfig, going_on_from: Path | None, device: torch.device
+) -> TokenNormalization | None:
+    """How --class-token's tokens are fed: as the checkpoint records it that a run goes on from, else as measured.
+
+    Raises:
+        UserError: the checkpoint does not say it.
+    """
+    if features is None or not config.class_token:
+        return None
+    if going_on_from is None:
+        return TokenNormalization.measured(features).to(device)
+    recorded = read_info(going_on_from).training.class_token
+    if recorded is None or not len(recorded.mean) == len(recorded.std) == config.class_token:
+        raise UserError(
+            f"{going_on_from} does not say how its {config.class_token} numbers of a class token are fed "
+            f"(training.class_token of its config.json); restore it, or go on from another checkpoint"
+        )
+    return TokenNormalization(mean=torch.tensor(recorded.mean), std=torch.tensor(recorded.std)).to(device)
+
+
+def feature_targets(features: FeatureStore | None, config: DiTConfig, device: torch.device) -> FeatureTargets | None:
+    """What --align-features wants, if it is asked for."""
+    return None if features is None or not config.align_features else FeatureTargets.on(device, features, config.grid)
+
+
+def held_out_tokens(path: str, manifest: Manifest, options: TrainOptions, ours: FeatureStore) -> FeatureStore:
+    """The class tokens of a --validation store.
+
+    Raises:
+        UserError: it has none, or another encoder's than the training store's.
+    """
+    theirs = FeatureStore(path, manifest, cache=options.data.cache)
+    pairs = [(each.manifest.encoder.sha256, each.manifest.columns.cls) for each in (ours, theirs)]
+    if pairs[0] != pairs[1]:
+        raise UserError(
+            f"{theirs.path} are features of another encoder ({theirs.manifest.encoder.name}) than --latents has "
+            f"({ours.manifest.encoder.name}), so --class-token cannot be validated on them; make them by that one"
+        )
+    return theirs
 
 
 def data_identity(manifest: Manifest, features: FeatureStore | None = None) -> str:
@@ -112,7 +159,8 @@ def network_config(
         learn_sigma=process.learns_variance,
         middle_head=options.middle_head,
         align_latent=options.align_latent,
-        align_features=0 if features is None else features.manifest.encoder.width,
+        align_features=features.manifest.encoder.width if features is not None and options.align_features else 0,
+        class_token=features.manifest.columns.cls if features is not None and options.class_token else 0,
         **options.sizes,
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(BlockOptions)},
     )
@@ -221,6 +269,7 @@ def checkpoint_info(
     config: DiTConfig,
     process: Process,
     features: FeatureStore | None,
+    class_token: TokenNormalization | None,
     identity: str,
 ) -> dict[str, Any]:
     """What a checkpoint says about itself, all but the step; the manifest is `as_fed`, `identity` that of the data."""
@@ -257,6 +306,7 @@ def checkpoint_info(
             "views": list(manifest.views),
             "data_identity": identity,
             **({} if features is None else {"encoder": msgspec.to_builtins(features.manifest.encoder)}),
+            **({} if class_token is None else {"class_token": class_token.to_json()}),
         },
     }
 

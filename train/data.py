@@ -8,8 +8,8 @@ A thread reads the batches ahead of the loop.
 
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -156,6 +156,8 @@ class Batch:
     labels: Int64[Tensor, " batch"]
     features: Float16[Tensor, "batch patch stored"] | None = None
     """An encoder's, of the same views, as stored; where they are asked for."""
+    cls: Float16[Tensor, "batch dim"] | None = None
+    """Its class tokens, likewise."""
 
 
 @dataclass(slots=True)
@@ -164,8 +166,10 @@ class _Slot:
 
     latents: Tensor
     labels: Tensor
-    features: Tensor | None = None
-    has_features: bool = False
+    columns: dict[str, Tensor]
+    """Of an encoder's features."""
+    filled: dict[str, Tensor] = field(default_factory=dict)
+    """Those of them that the batch has."""
     copied: torch.cuda.Event | None = None
 
 
@@ -188,12 +192,14 @@ class BatchReader:
         device: torch.device,
         features: "FeatureStore | None" = None,
         features_until: int | None = None,
+        columns: Sequence[str] = ("features",),
     ) -> None:
         """Begin to read.
 
         Args:
             features: what stands beside the store, to be read of the same samples and views.
-            features_until: the first batch without them.
+            features_until: the first batch without the column of that name.
+            columns: what is read of it.
         """
         self.waited_seconds = 0.0
         self._store, self._order, self._shard = store, order, shard
@@ -209,7 +215,9 @@ class BatchReader:
             _Slot(
                 torch.empty(shape, dtype=getattr(torch, latent.dtype), pin_memory=self._pinned),
                 torch.empty(shard.local_size, dtype=torch.int64, pin_memory=self._pinned),
-                None if features is None else features.room_for(shard.local_size, pin_memory=self._pinned)["features"],
+                {}
+                if features is None
+                else features.room_for(shard.local_size, columns=columns, pin_memory=self._pinned),
             )
             for _ in range(prefetch + 1)
         ]
@@ -230,17 +238,15 @@ class BatchReader:
             yield self._on_device(number, slot)
 
     def _on_device(self, number: int, slot: _Slot) -> Batch:
-        features = slot.features if slot.has_features else None
         if self._device.type == "cpu":
-            return Batch(number=number, latents=slot.latents, labels=slot.labels, features=features)
-        if features is not None:
-            features = features.to(self._device, non_blocking=self._pinned)
+            return Batch(number=number, latents=slot.latents, labels=slot.labels, **slot.filled)
+        beside = {name: column.to(self._device, non_blocking=self._pinned) for name, column in slot.filled.items()}
         latents = slot.latents.to(self._device, non_blocking=self._pinned)
         labels = slot.labels.to(self._device, non_blocking=self._pinned)
         if self._pinned:
             slot.copied = torch.cuda.Event(blocking=True)
             slot.copied.record()
-        return Batch(number=number, latents=latents, labels=labels, features=features)
+        return Batch(number=number, latents=latents, labels=labels, **beside)
 
     def _read(self, number: int) -> _Slot:
         """A batch in its buffer, whose last contents the device has read."""
@@ -253,9 +259,10 @@ class BatchReader:
         _, labels = self._store.gather(indices, views, out=slot.latents)
         check_labels(labels.numpy(), len(self._store.manifest.classes), self._store.path)
         slot.labels.copy_(labels)
-        slot.has_features = self._features_until is None or number < self._features_until
-        if self._features is not None and slot.features is not None and slot.has_features:
-            self._features.gather(indices, views, out={"features": slot.features})
+        is_over = self._features_until is not None and number >= self._features_until
+        slot.filled = {name: column for name, column in slot.columns.items() if not (is_over and name == "features")}
+        if self._features is not None and slot.filled:
+            self._features.gather(indices, views, out=slot.filled)
         return slot
 
 

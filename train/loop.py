@@ -35,7 +35,8 @@ from train.options import TrainOptions
 if TYPE_CHECKING:  # the loop is handed an open store and finished pictures; it opens and draws none
     from PIL import Image
 
-    from pipeline.features.targets import FeatureTargets
+    from pipeline.features import FeatureStore
+    from pipeline.features.targets import FeatureTargets, TokenNormalization
     from pipeline.latents import LatentStore
 
 TIME_IS_UP = int(signal.SIGALRM)  # a time limit ends like an alarm clock: status 128 + 14
@@ -52,8 +53,12 @@ class Trainer:
     shard: BatchShard
     process: Process
     normalization: LatentNormalization
+    feature_store: "FeatureStore | None"
+    """Where those and class tokens are read from."""
     features: "FeatureTargets | None"
     """What --align-features wants."""
+    class_token: "TokenNormalization | None"
+    """How --class-token's tokens are fed."""
     state: TrainState
     saver: Saver
     timer: StepTimer
@@ -75,6 +80,10 @@ class Trainer:
     def features_of(self, batch: Batch, rows: slice) -> Tensor | None:
         """What the tokens of some rows are to be aligned with, if they are."""
         return None if self.features is None or batch.features is None else self.features.of(batch.features[rows])
+
+    def class_token_of(self, batch: Batch, rows: slice) -> Tensor | None:
+        """The clean class tokens of some rows, as the network is fed them, if it is."""
+        return None if self.class_token is None or batch.cls is None else self.class_token.of(batch.cls[rows])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,8 +201,9 @@ def reader_of(trainer: Trainer) -> BatchReader:
         first=trainer.state.batch_number,
         prefetch=options.prefetch,
         device=trainer.hardware.device,
-        features=None if trainer.features is None else trainer.features.store,
+        features=trainer.feature_store,
         features_until=None if until is None else until + trainer.state.batch_offset,
+        columns=[*["features"] * (trainer.features is not None), *["cls"] * (trainer.class_token is not None)],
     )
 
 
@@ -204,8 +214,8 @@ def train_step(trainer: Trainer, batch: Batch, *, with_losses: bool) -> StepResu
     draws = _draws_of(trainer, batch)
 
     # Forward and backward, one micro-batch after the other.
-    middle_weights = trainer.options.model.middle_weights
-    sums = LossSums(device, list(middle_weights)) if with_losses else None
+    further_weights = trainer.options.model.further_weights
+    sums = LossSums(device, list(further_weights)) if with_losses else None
     for part in range(shard.accumulation):
         rows = shard.micro_rows(part)
         some = draws.rows(rows)
@@ -218,10 +228,11 @@ def train_step(trainer: Trainer, batch: Batch, *, with_losses: bool) -> StepResu
                 batch.labels[rows],
                 some,
                 null_class=config.null_class,
-                middle_weights=middle_weights,
+                further_weights=further_weights,
                 features=trainer.features_of(batch, rows),
+                class_token=trainer.class_token_of(batch, rows),
             )
-            state.optimizer.backward(trained_loss(losses, middle_weights), shard.accumulation)
+            state.optimizer.backward(trained_loss(losses, further_weights), shard.accumulation)
         if sums is not None:
             sums.add(losses, noise_share(trainer.process, trainer.process.network_timesteps(some.t)))
 
@@ -244,6 +255,7 @@ def _draws_of(trainer: Trainer, batch: Batch) -> Draws:
         seed=trainer.options.data.seed,
         dropout=config.class_dropout_prob,
         device=str(trainer.hardware.device),
+        token=config.class_token,
     )
 
 

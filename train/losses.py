@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.diffusion import Process
+from pipeline.dit.embeddings import DRAWN_FOR, joined, parted
 from pipeline.dit.inside import Findings, look_at_gradients, watched
 from pipeline.randomness import generator
 from pipeline.runtime.devices import widest_float
@@ -56,25 +57,52 @@ class Draws:
     """What makes a latent of the stored mean and spread."""
     dropped: Bool[Tensor, " batch"]
     """Whether a sample's label is replaced by the null class."""
+    token: Float[Tensor, "batch dim"] | None = None
+    """What the process adds to a class token, where there is one."""
 
     def rows(self, rows: slice) -> "Draws":
         """The same draws for some of the rows."""
-        return Draws(t=self.t[rows], noise=self.noise[rows], posterior=self.posterior[rows], dropped=self.dropped[rows])
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same draws on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Draws":
+        return Draws(
+            t=function(self.t),
+            noise=function(self.noise),
+            posterior=function(self.posterior),
+            dropped=function(self.dropped),
+            token=None if self.token is None else function(self.token),
+        )
 
 
 def draw(
-    process: Process, number: int, shard: BatchShard, shape: tuple[int, ...], *, seed: int, dropout: float, device: str
+    process: Process,
+    number: int,
+    shard: BatchShard,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    dropout: float,
+    device: str,
+    token: int = 0,
 ) -> Draws:
     """The draws of batch `number`: made for the whole global batch on every process, then cut to its own rows.
 
     So they are the same for any number of processes and any accumulation. A CPU and a GPU draw different streams.
+
+    Args:
+        shape: of a latent.
+        token: numbers of a class token; 0 for none.
     """
 
     def own(whole: Tensor) -> Tensor:
         """This process's rows, as a copy: a view would keep the whole batch's draws in memory to the step's end."""
         return whole if shard.processes == 1 else whole[shard.rows].clone()
 
-    def normal(purpose: str) -> Tensor:
+    def normal(purpose: str, shape: tuple[int, ...] = shape) -> Tensor:
         draws = generator(seed, purpose, number, device=device)
         return own(torch.randn((shard.batch_size, *shape), generator=draws, device=device))
 
@@ -86,6 +114,7 @@ def draw(
         noise=normal("diffusion noise"),
         posterior=normal("posterior noise"),
         dropped=own(uniform) < dropout,
+        token=normal(DRAWN_FOR, (token,)) if token else None,
     )
 
 
@@ -108,21 +137,25 @@ def sample_losses(
     draws: Draws,
     *,
     null_class: int,
-    middle_weights: Mapping[str, float] = MappingProxyType({}),
+    further_weights: Mapping[str, float] = MappingProxyType({}),
     features: Float[Tensor, "batch token feature"] | None = None,
+    class_token: Float[Tensor, "batch dim"] | None = None,
 ) -> dict[str, Float[Tensor, " batch"]]:
     """{"loss", "mse", "vb"}, each [batch], of stored latents under the given draws.
 
     Args:
-        middle_weights: what is trained besides "loss", in one forward pass and with the same draws: "middle", the
+        further_weights: what is trained besides "loss", in one forward pass and with the same draws: "middle", the
             same loss of the middle head's output, and "align", the smooth L1 distance of its tokens' latent from the
-            clean one, and "features", the mean of −cos between its projected tokens and `features`. Each is one more
-            entry of the result; `trained_loss` adds them up.
+            clean one, "features", the mean of −cos between its projected tokens and `features`, and "class_token", the
+            loss of the token's own prediction. Each is one more entry of the result; `trained_loss` adds them up.
         features: of an encoder, one for each token; without them "features" is 0, and so are its gradients.
+        class_token: the clean one, normalised, of a network that has one: it is noised at the same time.
     """
     x_start = clean_latents(stored, normalization, draws.posterior)
     y = torch.where(draws.dropped | (labels < 0), null_class, labels)
-    if not middle_weights:
+    if class_token is not None:
+        model, token_losses = _beside_token(model, process, class_token, draws)
+    if not further_weights:
         return process.training_losses(lambda x_t, t: model(x_t, t, y), x_start, draws.t, draws.noise)
 
     # One pass gives all outputs; the process asks for the final one.
@@ -133,14 +166,16 @@ def sample_losses(
         return made[0].final
 
     losses = process.training_losses(final, x_start, draws.t, draws.noise)
-    if "middle" in middle_weights:
+    if "class_token" in further_weights:
+        losses["class_token"] = token_losses()
+    if "middle" in further_weights:
         middle = process.training_losses(lambda _x, _t: made[0].middle, x_start, draws.t, draws.noise)
         losses["middle"] = middle["loss"]
-    if "align" in middle_weights:
+    if "align" in further_weights:
         aligned = made[0].aligned.float()
         distance = functional.smooth_l1_loss(aligned, x_start, reduction="none", beta=ALIGN_BETA)
         losses["align"] = distance.flatten(1).mean(1)
-    if "features" in middle_weights:
+    if "features" in further_weights:
         projected = made[0].features.float()
         if features is None:  # every weight takes part in every step
             losses["features"] = projected[:, :0].flatten(1).sum(1)
@@ -149,10 +184,31 @@ def sample_losses(
     return losses
 
 
-def trained_loss(losses: Mapping[str, Tensor], middle_weights: Mapping[str, float]) -> Tensor:
-    """The scalar that gradients are of: the mean of "loss", plus that of what the middle is trained for, weighted."""
+def _beside_token(
+    model: Model, process: Process, class_token: Tensor, draws: Draws
+) -> tuple[Model, Callable[[], Float[Tensor, " batch"]]]:
+    """The network as the latent's process sees it, and afterwards the loss of what it said of the token.
+
+    The token goes through the same process at the same time, as a latent of one cell.
+    """
+    assert draws.token is not None, "drawn wherever there is a token"
+    clean, noise = (numbers[:, :, None, None] for numbers in (class_token, draws.token))
+    said: list[Tensor] = []
+
+    def beside(x_t: Tensor, t: Tensor, y: Tensor, **options: bool) -> Any:
+        noised = process.q_sample(clean, draws.t, noise)
+        made = model(joined(x_t, noised.flatten(1)), t, y, **options)
+        latent, token = parted(made.final if options else made, x_t.shape[1], clean.shape[1])
+        said.append(token[:, :, None, None])
+        return made._replace(final=latent) if options else latent
+
+    return beside, lambda: process.training_losses(lambda _x, _t: said[0], clean, draws.t, noise)["loss"]
+
+
+def trained_loss(losses: Mapping[str, Tensor], further_weights: Mapping[str, float]) -> Tensor:
+    """The scalar that gradients are of: the mean of "loss", plus those of what else is trained, weighted."""
     whole = losses["loss"]
-    for name, weight in middle_weights.items():
+    for name, weight in further_weights.items():
         whole = whole + weight * losses[name]
     return whole.mean()
 
@@ -241,7 +297,7 @@ def _look(trainer: "Trainer", batch: Batch) -> Findings:
             watched(network, found),
         ):
             losses = _losses(trainer, batch, draws, rows)
-        loss = trained_loss(losses, options.middle_weights)
+        loss = trained_loss(losses, options.further_weights)
         found.see("activations", "the loss", loss)
         if alone and loss.isfinite():
             look_at_gradients(network, loss, found)
@@ -258,6 +314,7 @@ def _losses(trainer: "Trainer", batch: Batch, draws: Draws, rows: slice) -> dict
         batch.labels[rows],
         draws.rows(rows),
         null_class=trainer.state.placement.network.config.null_class,
-        middle_weights=trainer.options.model.middle_weights,
+        further_weights=trainer.options.model.further_weights,
         features=trainer.features_of(batch, rows),
+        class_token=trainer.class_token_of(batch, rows),
     )

@@ -43,6 +43,7 @@ from pipeline.runtime.errors import UserError
 EMA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Order = Literal["scattered", "runs"]
 ALIGN = {to: {f"align_{name}": name == to for name in ("latent", "features")} for to in ("none", "latent", "features")}
+FURTHER = {"middle": "middle_head", "align": "align_latent", "features": "align_features", "class_token": "class_token"}
 
 T = TypeVar("T")
 FREE: Final = "may change when a run goes on"
@@ -124,6 +125,10 @@ class ModelOptions(BlockOptions):
     """Weight of --align-features' loss beside the network's own."""
     features_until: AmountOrNone | None = None
     """Step after which --align-features is not trained any more. Default: it is to the end."""
+    class_token: bool = False
+    """Denoise an encoder's class token along with the latent, as one more token (REG); the store has it by dit-extract --features."""
+    class_token_weight: Scale = 0.03
+    """Weight of --class-token's loss beside the network's own."""
     class_dropout: Share = 0.1
     """Share of labels replaced by the null class; guidance needs some. 0 for none."""
     init_from: Start[str | None] = None
@@ -147,9 +152,7 @@ class ModelOptions(BlockOptions):
             raise UserError("--features-until is for --align-features; give that too")
         switches = {name: getattr(self, name) for name in BLOCKS["release"]}
         if self.blocks != "release" and switches == BLOCKS["release"]:
-            raise UserError(
-                f"--blocks {self.blocks} with each of its switches turned off is --blocks release: say that"
-            )
+            raise UserError(f"--blocks {self.blocks} with each of its switches turned off is --blocks release")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -163,11 +166,9 @@ class ModelOptions(BlockOptions):
         return " ".join([self.model, *(f"--{name.replace('_', '-')} {size}" for name, size in self.sizes.items())])
 
     @property
-    def middle_weights(self) -> dict[str, float]:
-        """{loss: weight} of what the middle of the network is trained for; mostly nothing."""
-        wanted = {"middle": self.middle_head, "align": self.align_latent, "features": self.align_features}
-        weights = {"middle": self.middle_weight, "align": self.align_weight, "features": self.features_weight}
-        return {name: weights[name] for name, is_on in wanted.items() if is_on}
+    def further_weights(self) -> dict[str, float]:
+        """{loss: weight} of what the network is trained for besides; mostly nothing."""
+        return {name: getattr(self, f"{name}_weight") for name, flag in FURTHER.items() if getattr(self, flag)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,9 +272,7 @@ class AverageOptions:
         check_bounds(self)
         taken = self.decays.keys() & {f"ema-sigma-{sigma:g}" for sigma in self.sigmas}
         if taken:
-            raise UserError(
-                f"--extra-ema and --ema-sigma both name {min(taken)}; give the further average another name"
-            )
+            raise UserError(f"--extra-ema and --ema-sigma both name {min(taken)}; give the former another name")
         if self.ema_snapshot_every and not self.sigmas:
             raise UserError("--ema-snapshot-every is for the averages of --ema-sigma; give that too, as in 0.05,0.10")
 

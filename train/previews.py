@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pipeline.diffusion import SAMPLERS, Process, classifier_free_guidance
 from pipeline.dit import DiTConfig
+from pipeline.dit.embeddings import state_noise
 from pipeline.image_grid import grid, save_png
 from pipeline.latents import Manifest
-from pipeline.randomness import normal
 from pipeline.runtime.console import warn
 from pipeline.runtime.devices import is_out_of_memory
 from pipeline.runtime.errors import UserError
@@ -112,10 +112,10 @@ class Previews:
         # This process's cells of the grid: every n-th, some twice where they do not divide.
         rounds = -(-len(labels) // hardware.processes)
         mine = [(hardware.rank + k * hardware.processes) % len(labels) for k in range(rounds)]
-        shape = (config.in_channels, config.height, config.width)
 
         def noise(purpose: str, *numbers: int) -> Tensor:
-            return torch.stack([normal(shape, self._seed, purpose, k, *numbers) for k in mine]).to(hardware.device)
+            drawn = [state_noise(config, self._seed, purpose, k, *numbers) for k in mine]
+            return torch.stack(drawn).to(hardware.device)
 
         y = torch.tensor([labels[k] for k in mine]).to(hardware.device)
         scale = options.preview_guidance if config.num_classes and config.has_null_class else 1.0
@@ -131,7 +131,7 @@ class Previews:
         made = sampler(
             self._process, denoise, noise("preview"), lambda k: noise("preview step", k), steps=options.preview_steps
         )
-        return self._in_order(made, len(labels))
+        return self._in_order(made[:, : config.in_channels], len(labels))
 
     def _in_order(self, made: Tensor, count: int) -> Tensor:
         """All processes' latents on every one, in the order of the grid."""

@@ -20,7 +20,8 @@ from pipeline.diffusion import Process
 from pipeline.dit import DiT, DiTConfig, compile_blocks
 from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.dit.matrices import count_in_matrices
-from pipeline.features.targets import FeatureTargets
+from pipeline.features.store import FeatureStore
+from pipeline.features.targets import TokenNormalization
 from pipeline.latents import LatentStore, Manifest
 from pipeline.runtime.console import refuse_unless, say, warn
 from pipeline.runtime.devices import memory_explained
@@ -146,7 +147,9 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
         restore(Path(found), state)
     origin = "from the beginning" if found is None else f"going on after step {state.step:,}"
     say_summary(options, manifest, config, state, machine, shard, order, origin=origin)
-    validation = _validation(options, store, order, normalization, process, config, machine, stack)
+    class_token = build.token_normalization(features, config, found, machine.device)
+    beside = None if features is None or class_token is None else (features, class_token)
+    validation = _validation(options, store, order, normalization, process, config, machine, stack, tokens=beside)
     kept_lines = _lines_kept(options, state.step)
 
     # All is found right: from here on the folder is this run's.
@@ -154,7 +157,7 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
         machine.on_main(lambda: _check_room(options, config))
     _begin(options, machine, identity, mirror)
     machine.on_main(lambda: clean_up(options.run))
-    info = build.checkpoint_info(options, manifest, config, process, features, identity)
+    info = build.checkpoint_info(options, manifest, config, process, features, class_token, identity)
     saver = Saver(options.run, machine, info, mirror)
     saver.saved_step = state.step if found is not None else None
     stack.callback(saver.finish)
@@ -171,7 +174,9 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
         shard=shard,
         process=process,
         normalization=normalization,
-        features=None if features is None else FeatureTargets.on(machine.device, features, config.grid),
+        feature_store=features,
+        features=build.feature_targets(features, config, machine.device),
+        class_token=class_token,
         state=state,
         saver=saver,
         timer=StepTimer(),
@@ -311,6 +316,8 @@ def _validation(
     config: DiTConfig,
     machine: Hardware,
     stack: contextlib.ExitStack,
+    *,
+    tokens: tuple[FeatureStore, TokenNormalization] | None,
 ) -> Validation | None:
     data = options.data
     indices = order.held_out(data.validation_samples)
@@ -319,11 +326,22 @@ def _validation(
         build.check_same_kind(store.manifest, held_out.manifest, data.validation)
         every = DataOrder(held_out.manifest.samples, data.seed)
         indices = every.indices(np.arange(min(data.validation_samples, every.samples), dtype=np.int64))
+        if tokens is not None:
+            tokens = build.held_out_tokens(data.validation, held_out.manifest, options, tokens[0]), tokens[1]
         store = held_out
     if not len(indices):
         return None
     say(f"validation loss on {len(indices):,} held-out samples every {data.validate_every:,} steps")
-    return Validation(store, indices, normalization, process, machine, null_class=config.null_class, seed=data.seed)
+    return Validation(
+        store,
+        indices,
+        normalization,
+        process,
+        machine,
+        null_class=config.null_class,
+        seed=data.seed,
+        tokens=tokens,
+    )
 
 
 def _previews(

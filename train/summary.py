@@ -66,6 +66,7 @@ def describe_work(
         f"scale {factors(vae.scaling_factor)}, shift {factors(vae.shift_factor)}",
         "device": hardware.reason,
         **_describe_features(options.model, config),
+        **_describe_class_token(options.model, config),
         **_describe_averages(options, config),
     }
 
@@ -79,6 +80,13 @@ def _describe_features(options: ModelOptions, config: DiTConfig) -> dict[str, st
         "features": f"{config.align_features} numbers for a token after block {config.middle_block}, "
         f"weight {options.features_weight:g}, {until}"
     }
+
+
+def _describe_class_token(options: ModelOptions, config: DiTConfig) -> dict[str, str]:
+    """What --class-token adds, if it is asked for."""
+    if not config.class_token:
+        return {}
+    return {"class token": f"{config.class_token} numbers as one more token, weight {options.class_token_weight:g}"}
 
 
 def _describe_averages(options: TrainOptions, config: DiTConfig) -> dict[str, str]:

@@ -5,6 +5,9 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion import Process
+from pipeline.dit.embeddings import DRAWN_FOR
+from pipeline.features.store import FeatureStore
+from pipeline.features.targets import TokenNormalization
 from pipeline.latents import LatentStore
 from pipeline.randomness import derive_seed, generator
 from pipeline.runtime.devices import widest_float
@@ -30,10 +33,12 @@ class Validation:
         *,
         null_class: int,
         seed: int,
+        tokens: tuple[FeatureStore, TokenNormalization] | None = None,
     ) -> None:
+        """`tokens`: where the class tokens of a network that has one are, and how it is fed them."""
         self._store, self._indices = store, np.sort(indices)
         self._normalization, self._process, self._hardware = normalization, process, hardware
-        self._null_class = null_class
+        self._null_class, self._tokens = null_class, tokens
         self._seed = derive_seed(seed, "validation")
 
     def losses(self, state: TrainState) -> Numbers:
@@ -65,17 +70,20 @@ class Validation:
         device = self._hardware.device
         indices = self._indices[chunk * CHUNK : (chunk + 1) * CHUNK]
         stored, labels = self._store.gather(indices, np.zeros(len(indices), dtype=np.int64))
-        draws = self._draws(chunk, len(indices))
-        fields = [draws.t, draws.noise, draws.posterior, draws.dropped]
-        t, noise, posterior, dropped = (tensor.to(device) for tensor in fields)
+        class_token = None
+        if self._tokens is not None:
+            features, normalization = self._tokens
+            out = features.room_for(len(indices), columns=["cls"])
+            class_token = normalization.of(features.gather(indices, out=out)["cls"].to(device))
         return sample_losses(
             model,
             self._process,
             self._normalization,
             stored.to(device),
             labels.to(device),
-            Draws(t=t, noise=noise, posterior=posterior, dropped=dropped),
+            self._draws(chunk, len(indices)).to(device),
             null_class=self._null_class,
+            class_token=class_token,
         )["loss"].double()
 
     def _draws(self, chunk: int, count: int) -> Draws:
@@ -87,4 +95,11 @@ class Validation:
             noise=torch.randn(shape, generator=generator(self._seed, "diffusion noise", chunk)),
             posterior=torch.randn(shape, generator=generator(self._seed, "posterior noise", chunk)),
             dropped=torch.zeros(CHUNK, dtype=torch.bool),
+            token=self._token_noise(chunk),
         ).rows(slice(count))
+
+    def _token_noise(self, chunk: int) -> Tensor | None:
+        if self._tokens is None:
+            return None
+        dim = self._tokens[0].manifest.columns.cls
+        return torch.randn((CHUNK, dim), generator=generator(self._seed, DRAWN_FOR, chunk))

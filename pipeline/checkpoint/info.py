@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from pipeline.checkpoint.folder import FORMAT, VERSION
 from pipeline.diffusion.process import Process, make_process
@@ -13,6 +15,14 @@ from pipeline.recorded import LatentGrid, RecordedImage, RecordedVae
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
 from pipeline.runtime.gate import Count, Finite, Passed, shortened, typed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenStatistics:
+    """How a class token is fed: (numbers − mean) / std."""
+
+    mean: tuple[Finite, ...]
+    std: tuple[Annotated[float, Meta(gt=0, le=1e300)], ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +35,7 @@ class Training(Passed):
     ema_sigma: tuple[Finite, ...] = ()
     """Relative widths of the power-function averages that the checkpoint holds."""
     data_identity: str | None = None
+    class_token: TokenStatistics | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

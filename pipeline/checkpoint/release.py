@@ -106,6 +106,8 @@ def unlike_the_release(config: DiTConfig) -> list[str]:
     reasons |= {name: said for name, said in _SAID.items() if name in reasons}
     if config.middle_head:
         reasons["middle_head"] = "it has a middle head"
+    if config.class_token:
+        reasons |= {"class_token": "it denoises a class token along with the latent"}
     if config.head_width:
         reasons["head_width"] = "it has a wide head"
     if config.height != config.width:

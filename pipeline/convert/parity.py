@@ -48,7 +48,7 @@ def forward_difference(ours: DiT, theirs: Forward) -> Difference:
 def _batch(config: DiTConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, timesteps, and the first, last and null label."""
     labels = [0, config.label_rows - 1, max(config.num_classes - 1, 0), 0]
-    x = randomness.normal((4, config.in_channels, config.height, config.width), 0, "parity")
+    x = randomness.normal((4, *config.state_shape), 0, "parity")
     return x, torch.tensor([0, 1, 500, 999]), torch.tensor(labels)
 
 

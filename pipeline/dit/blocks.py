@@ -220,20 +220,26 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens as patches of the output, flattened in the order (row, column, channel)."""
+    """Tokens as patches of the output, flattened in the order (row, column, channel); the last may be a class token."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, *, class_token: int = 0) -> None:
+        """`class_token` numbers, and variances where they are learned, are made of a last token that is no patch."""
         super().__init__()
         self.norm_final = _norm(config)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
         self.modulated = config.design.modulation_vectors > 0
         if self.modulated:
             self.adaLN_modulation = modulation_layer(config.hidden_size, 2)
+        self.class_token = nn.Linear(config.hidden_size, config.output_parts * class_token) if class_token else None
 
-    def forward(self, x: Tokens, condition: Tensor | None) -> Float[Tensor, "batch token patch"]:
+    def forward(
+        self, x: Tokens, condition: Tensor | None
+    ) -> Float[Tensor, "batch token patch"] | tuple[Float[Tensor, "batch token patch"], Float[Tensor, "batch dim"]]:
         x = self.norm_final(x)
         if self.modulated:
             x = modulate(x, Modulation(*modulation_of(self.adaLN_modulation, condition, x).chunk(2, dim=-1)))
+        if self.class_token is not None:
+            return self.linear(x[:, :-1]), self.class_token(x[:, -1])
         return self.linear(x)
 
 
@@ -267,7 +273,8 @@ class WideHead(nn.Module):
 
 def register_tables(module: nn.Module, config: DiTConfig) -> None:
     """Give a network its tables of positions: computed from the grid, and in no state dict."""
-    head_size, added = config.hidden_size // config.num_heads, config.design.added_tokens
+    head_size = config.hidden_size // config.num_heads
+    added = config.design.added_tokens + bool(config.class_token)
     rotary = rotary_table(*config.grid, head_size, added) if config.rotary else None
     module.register_buffer("pos_embed", position_table(*config.grid, config.hidden_size), persistent=False)
     module.register_buffer("rotary", rotary, persistent=False)

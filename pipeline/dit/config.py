@@ -103,7 +103,7 @@ if TYPE_CHECKING:
 else:
     Blocks = Literal[tuple(BLOCKS)]
 _WHERE_SET = (
-    *("middle_head", "align_latent", "align_features", "head_width", "head_depth"),
+    *("middle_head", "align_latent", "align_features", "class_token", "head_width", "head_depth"),
     *("mlp", "norm", "rotary", "value_residual"),
 )
 """Fields that a config.json names only where they are not the release's."""
@@ -144,6 +144,8 @@ class DiTConfig(BlockOptions):
     """Whether a small MLP makes the clean latent of the tokens there, in training alone."""
     align_features: int = 0
     """Width of an encoder's features, which another MLP makes of the tokens there, in training alone; 0 for none."""
+    class_token: int = 0
+    """Numbers of an encoder's class token, which is denoised along with the latent as one more token; 0 for none."""
     head_width: int = 0
     """Width of the blocks behind these, which read the noisy latent once more (`WideHead`); 0 for none."""
     head_depth: int = 2
@@ -185,7 +187,22 @@ class DiTConfig(BlockOptions):
     @property
     def out_channels(self) -> int:
         """Channels of the output: C, or 2C with a learned variance."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
+        return self.in_channels * self.output_parts
+
+    @property
+    def output_parts(self) -> int:
+        """Numbers of the output for one of the latent's: a prediction, and a variance where that is learned."""
+        return 2 if self.learn_sigma else 1
+
+    @property
+    def state_channels(self) -> int:
+        """Channels of what the network is given: the latent's, and as many as hold a class token (`class_token`)."""
+        return self.in_channels + -(-self.class_token // (self.height * self.width))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Of what the network is given, for one image."""
+        return self.state_channels, self.height, self.width
 
     @property
     def head(self) -> "DiTConfig | None":
@@ -201,6 +218,7 @@ class DiTConfig(BlockOptions):
             middle_head=False,
             align_latent=False,
             align_features=0,
+            class_token=0,
             head_width=0,
         )
 
@@ -325,6 +343,8 @@ def _out_of_range(config: DiTConfig) -> list[str]:
         wrong.append(f"mlp_ratio is {config.mlp_ratio} but must be above 0 and at most {WIDEST_MLP}")
     if not 0 <= config.align_features <= WIDEST_FEATURES:
         wrong.append(f"align_features is {shortened(config.align_features)} but must lie in 0 … {WIDEST_FEATURES}")
+    if not 0 <= config.class_token <= WIDEST_FEATURES:
+        wrong.append(f"class_token is {shortened(config.class_token)} but must lie in 0 … {WIDEST_FEATURES}")
     if not 0 <= config.head_width <= WIDEST_FEATURES:
         wrong.append(f"head_width is {shortened(config.head_width)} but must lie in 0 … {WIDEST_FEATURES}")
     if config.num_classes < 0:
@@ -346,6 +366,8 @@ def _mismatched(config: DiTConfig) -> list[str]:
             f"a latent of {config.height}×{config.width} cells does not divide into patches of {config.patch_size}×"
             f"{config.patch_size}; dit-train takes a --model with another patch, dit-extract another --image-size"
         )
+    if config.class_token and config.head_width:
+        wrong.append("class_token does not go with head_width, whose blocks have no such token; leave one away")
     return wrong + [fault for name in ("hidden_size", "head_width") for fault in _width_faults(config, name)]
 
 

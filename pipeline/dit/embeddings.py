@@ -1,12 +1,24 @@
-"""Latents, timesteps and labels as vectors of the network's width."""
+"""Latents, timesteps and labels as vectors of the network's width, and a class token beside the latent.
+
+An encoder's class token, D numbers, can be denoised along with the latent (REG: Wu et al. 2025, arXiv 2507.01467).
+Samplers and guidance need not know: the state of a network with a token has the latent's C channels and then as many as
+hold D numbers, the rest of them 0, and so has its output, where variance channels follow in the same order.
+"""
 
 import math
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.dit.config import DiTConfig
+from pipeline.randomness import normal
 
 TIMESTEP_FEATURES = 256
+Latents = Float[Tensor, "batch channel height width"]
+Token = Float[Tensor, "batch dim"]
+DRAWN_FOR = "class token"
 
 
 def timestep_features(t: Tensor, count: int = TIMESTEP_FEATURES) -> Float[Tensor, "batch {count}"]:
@@ -98,3 +110,29 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Int[Tensor, " batch"]) -> Float[Tensor, "batch hidden"]:
         return self.embedding_table(y)
+
+
+def joined(latent: Latents, token: Token, parts: int = 1) -> Latents:
+    """The state of a latent [N, parts · C, H, W] and a token [N, parts · D]; parts: 2 with variance, else 1."""
+    _, _, height, width = latent.shape
+    numbers = token.unflatten(1, (parts, -1))
+    numbers = functional.pad(numbers, (0, -numbers.shape[2] % (height * width)))
+    channels = numbers.unflatten(2, (-1, height, width))
+    return torch.cat([latent.unflatten(1, (parts, -1)), channels], dim=2).flatten(1, 2)
+
+
+def parted(state: Latents, channels: int, dim: int) -> tuple[Latents, Token]:
+    """The inverse of `joined`, of the state or output for C channels and a token's D numbers."""
+    each = channels + -(-dim // math.prod(state.shape[2:]))
+    numbers = state.unflatten(1, (-1, each))
+    latent, token = numbers[:, :, :channels], numbers[:, :, channels:]
+    return latent.flatten(1, 2), token.flatten(2)[:, :, :dim].flatten(1)
+
+
+def state_noise(config: DiTConfig, seed: int, purpose: str, *numbers: int) -> Float[Tensor, "channel height width"]:
+    """Standard normals for one state: the latent's are those of a network without a token, the token's drawn apart."""
+    latent = normal((config.in_channels, config.height, config.width), seed, purpose, *numbers)
+    if not config.class_token:
+        return latent
+    token = normal((config.class_token,), seed, f"{DRAWN_FOR} {purpose}", *numbers)
+    return joined(latent[None], token[None])[0]

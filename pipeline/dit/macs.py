@@ -71,7 +71,7 @@ def _at_depth(config: DiTConfig, count: Callable[[DiTConfig], int]) -> int:
 
 
 def _counted(config: DiTConfig) -> int:
-    x = torch.empty(1, config.in_channels, config.height, config.width, device="meta")
+    x = torch.empty(1, *config.state_shape, device="meta")
     t, y = torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
     model = on_meta(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -4,6 +4,7 @@ The constants were read off steps traced storage by storage (`tests/fake_cuda`),
 5 % of the traced peak. Fragmentation, workspaces and the CUDA context come on top: about a GB on a real card.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -139,7 +140,7 @@ def forward_bytes(config: DiTConfig, images: int, *, precision: Precision) -> in
     if config.head is not None:
         in_head = config.hidden_size * _FORWARD_BESIDE + config.head_width * _FORWARD_HEAD[precision]
         per_token = max(per_token, in_head)
-    latent = 4 * config.in_channels * config.height * config.width
+    latent = 4 * math.prod(config.state_shape)
     return images * int(2 * tokens(config) * per_token + _SAMPLED * latent)
 
 
@@ -192,4 +193,4 @@ def _added(config: DiTConfig, precision: Precision) -> tuple[float, float]:
 
 def tokens(config: DiTConfig) -> int:
     """Tokens of one image in a block."""
-    return config.height * config.width // config.patch_size**2 + config.design.added_tokens
+    return config.tokens + bool(config.class_token) + config.design.added_tokens

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline import randomness
 from pipeline.dit.blocks import Aligner, Block, FinalLayer, Projector, WideHead, introduce, register_tables
 from pipeline.dit.config import ConfigError, DiTConfig
-from pipeline.dit.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder
+from pipeline.dit.embeddings import LabelEmbedder, PatchEmbedder, TimestepEmbedder, joined, parted
 from pipeline.runtime.devices import machine_bytes
 
 _MOST_BYTES: Final = 10**16
@@ -28,7 +28,7 @@ class Outputs(NamedTuple):
     """What one forward pass gives where its middle is looked at; each [batch, …, height, width]."""
 
     final: Tensor
-    """The network's output."""
+    """The network's output; with a class token that of the whole state."""
     middle: Tensor | None = None
     """The same from the middle head (internal guidance, Zhou et al. 2025, arXiv 2512.24176)."""
     aligned: Tensor | None = None
@@ -63,12 +63,13 @@ class DiT(nn.Module):
             self.t_embedder = TimestepEmbedder(config.hidden_size)
             self.y_embedder = LabelEmbedder(config.label_rows, config.hidden_size)
             self.blocks = nn.ModuleList([Block(config, first=number == 0) for number in range(config.depth)])
-            self.final_layer = FinalLayer(config.head or config)
+            self.final_layer = FinalLayer(config.head or config, class_token=config.class_token)
             # last, so that the others' starting weights are drawn as without them
             self.middle_layer = FinalLayer(config) if config.middle_head else None
             self.aligner = Aligner(config) if config.align_latent else None
             self.projector = Projector(config) if config.align_features else None
             self.head = WideHead(config) if config.head else None
+            self.class_embedder = nn.Linear(config.class_token, config.hidden_size) if config.class_token else None
         self.to_empty(device=device)
         register_tables(self, config)
         if self.head is not None and config.head is not None:
@@ -101,7 +102,7 @@ class DiT(nn.Module):
         """The network's output on noisy latents: C predicted channels, then C variance channels if it learns them.
 
         Args:
-            x: noisy, normalised latents.
+            x: noisy, normalised latents; with a class token the state of both, as the output is (`class_token`).
             t: one timestep per sample in the original process's units, 0 (data) to 1000 (noise), whole or not.
             y: one label per sample, `config.null_class` for none; None only where the network has no classes.
             middle: give what the middle says, too, as `Outputs`; else its layers cost nothing.
@@ -110,20 +111,28 @@ class DiT(nn.Module):
             ValueError: a shape or a label that this network does not take.
         """
         y = self._checked(x, t, y)
-        tokens, time = self.x_embedder(x) + self.pos_embed, self.t_embedder(t)
+        image_tokens, own_tokens = self.config.tokens, self.config.tokens + bool(self.config.class_token)
+        latent, class_token = self._parted(x) if self.class_embedder is not None else (x, None)
+        tokens, time = self.x_embedder(latent) + self.pos_embed, self.t_embedder(t)
+        if self.class_embedder is not None:
+            tokens = torch.cat([tokens, self.class_embedder(class_token)[:, None]], dim=1)
         tokens, condition = introduce(self.config.design, tokens, time, self.y_embedder(y))
         values, seen = None, None
         for number, block in enumerate(self.blocks, 1):
             made = self._run(block, tokens, condition, self.rotary, values)
             tokens, values = made if block.gives_values else (made, values)
             if number == self.config.middle_block:
-                seen = tokens[:, : self.config.tokens]
-        tokens, last = tokens[:, : self.config.tokens], condition
+                seen = tokens[:, :image_tokens]
+        tokens, last = tokens[:, :own_tokens], condition
         if self.head is not None:
             tokens, last = self.head.begin(x, tokens, time)
             for block in self.head.blocks:
                 tokens = self._run(block, tokens, last, self.head.rotary)
-        final = self._unpatchify(self.final_layer(tokens, last), self.config.out_channels)
+        made = self.final_layer(tokens, last)
+        patches, class_token = made if self.class_embedder is not None else (made, None)
+        final = self._unpatchify(patches, self.config.out_channels)
+        if class_token is not None:
+            final = joined(final, class_token, self.config.output_parts)
         return self._with_middle(final, seen, condition) if middle else final
 
     def forward_with_middle(
@@ -131,13 +140,17 @@ class DiT(nn.Module):
     ) -> tuple[Float[Tensor, "batch out height width"], Float[Tensor, "batch out height width"]]:
         """(the output, the middle head's) from one forward pass; the arguments are `forward`'s.
 
+        Of a class token the middle says what the output does, so that guidance leaves it alone.
+
         Raises:
             ValueError: the network has no middle head.
         """
         if self.middle_layer is None:
             raise ValueError("this network has no middle head")
         made = self(x, t, y, middle=True)
-        return made.final, made.middle
+        if not self.config.class_token:
+            return made.final, made.middle
+        return made.final, joined(made.middle, self._parted(made.final)[1], self.config.output_parts)
 
     def _with_middle(self, final: Tensor, tokens: Tensor | None, condition: Tensor | None) -> Outputs:
         said = aligned = features = None
@@ -148,6 +161,9 @@ class DiT(nn.Module):
         if self.projector is not None:
             features = self.projector(tokens)
         return Outputs(final, said, aligned, features)
+
+    def _parted(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        return parted(state, self.config.in_channels, self.config.class_token)
 
     def _run(self, block: nn.Module, *arguments: Tensor | None) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -163,7 +179,7 @@ class DiT(nn.Module):
     def _checked(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The labels, null where there are none, once all shapes are found right."""
         config = self.config
-        wanted = (config.in_channels, config.height, config.width)
+        wanted = config.state_shape
         if x.ndim != 4 or x.shape[1:] != wanted:
             raise ValueError(f"x has shape {list(x.shape)}, but this network takes [batch, {str(wanted)[1:-1]}]")
         if t.shape != x.shape[:1]:
@@ -240,7 +256,7 @@ def _starts_at_zero(name: str, config: DiTConfig) -> bool:
     if config.head is not None and name.startswith(("head.", "final_layer.")):
         design = config.head.design
     is_modulation = "adaLN_modulation" in name and design.zero_start
-    is_output = name.startswith(("final_layer.linear", "middle_layer.linear"))
+    is_output = name.startswith(("final_layer.linear", "final_layer.class_token", "middle_layer.linear"))
     return is_modulation or is_output or name.endswith("bias")
 
 

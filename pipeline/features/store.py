@@ -1,6 +1,6 @@
 """Reading the features beside a store: any samples in any order, by one sorted read per batch; every byte checked."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,11 +120,14 @@ class FeatureStore(ShardReader[Starts]):
             assert scale is not None, "a shard's layout has it wherever its manifest says int8"
             out[at] = (steps[at].float() * scale).to(out.dtype)
 
-    def room_for(self, samples: int, *, pin_memory: bool = False) -> dict[str, Tensor]:
-        """Uninitialised memory for one view of so many samples."""
+    def room_for(
+        self, samples: int, *, columns: Collection[str] | None = None, pin_memory: bool = False
+    ) -> dict[str, Tensor]:
+        """Uninitialised memory for one view of so many samples, of all columns or those that are named."""
         return {
             name: torch.empty((samples, *shape), dtype=torch.float16, pin_memory=pin_memory)
             for name, shape in self.manifest.columns.shapes.items()
+            if columns is None or name in columns
         }
 
     def _read(self, rows: NDArray[np.int64], views: NDArray[np.int64], out: dict[str, Tensor]) -> None:

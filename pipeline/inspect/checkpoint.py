@@ -87,6 +87,7 @@ def _special_blocks(config: DiTConfig) -> Iterator[str]:
     yield from ["RMSNorm"] * (config.norm == "rms")
     yield from ["rotary positions"] * config.rotary
     yield from ["value residual"] * config.value_residual
+    yield from [f"a class token of {config.class_token} numbers"] * bool(config.class_token)
     yield from [f"a head of width {config.head_width}, depth {config.head_depth}"] * bool(config.head_width)
 
 

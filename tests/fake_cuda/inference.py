@@ -89,11 +89,12 @@ WAYS = {
     "fp16": {"precision": "fp16"},
     "another network": {"guide": True},
     "middle head": {"source": "middle", "config": {"middle_head": True}},
+    "class token": {"config": {"class_token": 768}},
     "both": {"source": "both", "middle_guidance": 1.5, "config": {"middle_head": True}},
     "inpainting": {"edit": Inpainting(latents=LATENTS, anew=torch.ones(32, 32) > 0)},
     "inpainting of a flow": {"sampler": "euler", "edit": Inpainting(latents=LATENTS, anew=torch.ones(32, 32) > 0)},
     "variation": {"sampler": "ddim", "edit": Variation(latents=LATENTS, first=600.0)},
-    "interpolation": {"edit": Interpolation(to_seed=1, to_class=None, in_a_row=4)},
+    "interpolation": {"edit": Interpolation(config=DiTConfig(), to_seed=1, to_class=None, in_a_row=4)},
     "SiT": {"sampler": "sde", "process": {"objective": "sit", "path": "cosine"}},
     "modern": {"config": MODERN},
 }

@@ -29,7 +29,7 @@ def test_no_sampler_waits_in_a_step(traced):
 
 def test_no_way_of_guiding_or_editing_waits_in_a_step(traced):
     """Neither an interval nor a mask, another network or the middle head: what they need is sent once."""
-    assert len(traced["ways"]) == 15
+    assert len(traced["ways"]) == 16
     for name, (four, five) in traced["ways"].items():
         assert five["kernels"] > four["kernels"] and waits(five) == waits(four), name
 

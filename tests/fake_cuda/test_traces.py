@@ -13,7 +13,7 @@ def traced(guard):
 
 
 def test_a_training_step_reads_nothing_and_uploads_nothing_that_waits(traced):
-    assert len(traced["steps"]) == 14
+    assert len(traced["steps"]) == 15
     for name, step in (traced["steps"] | traced["fits"]).items():
         assert (step["reads"], step["uploads"]) == ({}, {}), name
         assert step["kernels"] > 400 and step["averaging"] == 1, (

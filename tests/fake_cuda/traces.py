@@ -23,7 +23,7 @@ from pipeline.dit import DiT, DiTConfig
 from pipeline.dit.config import BLOCKS
 from pipeline.dit.memory import StepSettings, step_memory
 from pipeline.features.pca import Projection
-from pipeline.features.targets import FeatureTargets
+from pipeline.features.targets import FeatureTargets, TokenNormalization
 from train import loop, losses
 from train.checkpointing import TrainState
 from train.data import Batch, BatchShard
@@ -49,6 +49,7 @@ VARIANTS = {
     "qk-norm": {"qk_norm": True},
     "modern": MODERN,
     "middle head and alignment": {"middle_head": True, "align_latent": True},
+    "class token": {"class_token": 768},
 }
 
 
@@ -114,6 +115,7 @@ def trainer(
                 middle_head=config.middle_head,
                 align_latent=config.align_latent,
                 align_features=config.align_features > 0,
+                class_token=config.class_token > 0,
             ),
         ),
         hardware=hardware,
@@ -126,6 +128,7 @@ def trainer(
         state=TrainState(placement=placement, optimizer=optimizer, averages=averages),
         shard=BatchShard(batch_size=batch, accumulation=accumulation),
         features_of=lambda batch, rows: targets().of(batch.features[rows]) if more else None,
+        class_token_of=lambda batch, rows: fed(config).of(batch.cls[rows]) if config.class_token else None,
         config=config,
     )
 
@@ -139,12 +142,17 @@ def targets():
     )
 
 
+def fed(config):
+    return TokenNormalization(mean=torch.empty(config.class_token, device=CARD), std=torch.empty((), device=CARD))
+
+
 def batch_of(made, number):
     rows, side = made.shard.local_size, made.config.height
     latents = torch.empty(rows, 8, side, side, dtype=torch.float16, device=CARD)
     features = torch.empty(rows, 256, 64, dtype=torch.float16, device=CARD)
     labels = torch.empty(rows, dtype=torch.int64, device=CARD)
-    return Batch(number=number, latents=latents, labels=labels, features=features)
+    cls = torch.empty(rows, made.config.class_token, dtype=torch.float16, device=CARD)
+    return Batch(number=number, latents=latents, labels=labels, features=features, cls=cls)
 
 
 def training_step(*, with_losses=False, **variant):

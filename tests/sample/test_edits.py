@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.diffusion import SAMPLERS, GaussianDiffusion, RectifiedFlow
 from pipeline.diffusion.sit import REPAFlow, SiTFlow
+from pipeline.dit import DiTConfig
 from sample.edits import Inpainting, Interpolation, Variation, slerp, steps_from
 
 COUNT = 4000
@@ -136,7 +137,7 @@ def test_what_is_kept_ends_as_it_is_and_what_is_made_anew_fits_it(name, process,
 def test_between_two_gaussian_classes_of_one_covariance_lies_the_gaussian_between_them(name, process, steps):
     """Whatever the process, the sampler and what the network predicts."""
     spread, apart = covariance(0.6), torch.tensor([2.0, -1.0], dtype=torch.float64)
-    edit = Interpolation(to_seed=None, to_class=1, in_a_row=5)
+    edit = Interpolation(config=DiTConfig(), to_seed=None, to_class=1, in_a_row=5)
     images, draw = np.full(COUNT, 7), normals(6)  # 2 of 4 steps along its row
 
     def guided(labels):

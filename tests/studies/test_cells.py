@@ -6,6 +6,7 @@ from pipeline.runtime.errors import UserError
 from studies.cells import SHIPPED, planned, read_study, train_flags
 from studies.forecast import forecast
 from tests.train.runs import make_store
+from tests.train.test_alignment import add_features
 from train.__main__ import PRESETS
 from train.options import TrainOptions
 
@@ -93,3 +94,11 @@ def test_a_network_that_cannot_be_is_named_before_anything_is_trained(tmp_path):
     rows, bad = forecast(study, str(make_store(tmp_path / "store")))
     assert [row[0] for row in rows] == ["good", "all"]
     assert list(bad) == ["bad"] and "8×8 cells does not divide into patches of 3" in bad["bad"]
+
+
+def test_a_network_with_an_encoders_features_is_as_wide_as_those_beside_the_store_and_else_cannot_be(tmp_path):
+    cells = {"aligned": {"align-features": True}, "token": {"class-token": True}}
+    study = read_study(written(tmp_path, train={"model": "DiT-Ti/2"}, cells=cells))
+    rows, bad = forecast(study, str(add_features(make_store(tmp_path / "store"), cls=10)))
+    assert [row[0] for row in rows] == ["aligned", "token", "all"] and not bad
+    assert "--class-token needs" in forecast(study, str(make_store(tmp_path / "bare")))[1]["token"]

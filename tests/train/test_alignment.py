@@ -35,7 +35,13 @@ def features_of(store, *, seed=1):
     return (means @ mix).tanh().unflatten(2, (-1, WIDTH)) + 0.1
 
 
-def add_features(store, *, dim=None, seed=1):
+def tokens_of(store, *, dim, seed=1):
+    """[N, V, D] that depend on each sample's latent, each number of another size."""
+    mixed = features_of(store, seed=seed).flatten(2)[..., :dim]
+    return 3.0 + mixed * torch.arange(1.0, dim + 1)
+
+
+def add_features(store, *, dim=None, seed=1, cls=0, sha256="0" * 64):
     """Put features beside a store, as dit-extract would."""
     with LatentStore(store) as latents:
         manifest, indices = latents.manifest, latents.indices().numpy()
@@ -47,13 +53,14 @@ def add_features(store, *, dim=None, seed=1):
         projection, variances = sums.principal(dim)
         pca = write_projection(folder, projection, variances, images=len(values))
         values = projection.forth(values)
-    columns = Columns(views=len(manifest.views), tokens=GRID[0] * GRID[1], dim=dim or WIDTH, cls=0)
+    columns = Columns(views=len(manifest.views), tokens=GRID[0] * GRID[1], dim=dim or WIDTH, cls=cls)
+    values = torch.cat([values.flatten(2), tokens_of(store, dim=cls, seed=seed)], dim=2)
     records, first = [], 0
     for number, shard in enumerate(manifest.shards):
         part = slice(first, first + shard.samples)
         rows = FeatureRows(
             columns=columns,
-            values=values[part].half().flatten(2),
+            values=values[part].half(),
             indices=indices[part],
             keys=[f"{k}.png" for k in range(part.start, part.stop)],
         )
@@ -62,7 +69,7 @@ def add_features(store, *, dim=None, seed=1):
     encoder = Encoder(
         name="e",
         class_name="E",
-        sha256="0" * 64,
+        sha256=sha256,
         resolution=6,
         grid=GRID,
         width=WIDTH,
@@ -138,10 +145,10 @@ def test_the_loss_is_the_mean_of_minus_the_cosine_and_0_with_no_gradient_without
         return seen[-1]
 
     arguments = (remember, process, normalization, stored, labels, draws)
-    losses = sample_losses(*arguments, null_class=4, middle_weights={"features": 0.5}, features=targets)
+    losses = sample_losses(*arguments, null_class=4, further_weights={"features": 0.5}, features=targets)
     unit = functional.normalize(seen[0].features, dim=-1), functional.normalize(targets, dim=-1)
     torch.testing.assert_close(losses["features"], -(unit[0] * unit[1]).sum(-1).mean(1))
-    without = sample_losses(*arguments, null_class=4, middle_weights={"features": 0.5})
+    without = sample_losses(*arguments, null_class=4, further_weights={"features": 0.5})
     assert torch.equal(without["loss"], losses["loss"]) and without["features"].tolist() == [0.0] * 4
     (0.5 * without["features"]).mean().backward()
     assert all(not parameter.grad.any() for parameter in model.projector.parameters())

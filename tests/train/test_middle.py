@@ -66,7 +66,7 @@ def test_the_losses_are_the_networks_own_the_same_of_the_middle_and_smooth_l1_to
     arguments = (process, normalization, stored, labels, draws)
     with torch.no_grad():
         plain = sample_losses(model, *arguments, null_class=5)
-        both = sample_losses(counted, *arguments, null_class=5, middle_weights=weights)
+        both = sample_losses(counted, *arguments, null_class=5, further_weights=weights)
         middle = sample_losses(lambda x, t, y: model.forward_with_middle(x, t, y)[1], *arguments, null_class=5)
         assert calls == [{"middle": True}], "one forward pass"
         assert all(torch.equal(plain[name], both[name]) for name in plain)
