@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from extract.sources.folders import gone
 from extract.sources.labels import AS_GIVEN, Labels, numbered_labels, plain_name
 from extract.sources.listing import UNLABELLED, Listing, Source, UnreadableInputError, sorted_listing
-from extract.sources.tables import LABEL_COLUMNS, PATH_COLUMNS, refuse_missing
+from extract.sources.tables import LABEL_COLUMNS, PATH_COLUMNS, check_table, leads_to_file, refuse_missing
 from pipeline.classes import synsets_of
 from pipeline.hub import offline_if_unreachable
-from pipeline.runtime.console import say
+from pipeline.runtime.console import printable, say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
-from pipeline.runtime.gate import check_regular
+from pipeline.runtime.gate import read_regular, shortened, typed
 
+MOST_IMAGE_BYTES = 1 << 30
+_BINARY, _TEXT = frozenset({"binary", "large_binary"}), frozenset({"string", "large_string"})
 _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)\b", re.IGNORECASE)
 
 
@@ -81,11 +85,19 @@ class TableSource(Source):
         labels = [UNLABELLED if label is None else max(int(label), UNLABELLED) for label in column]
         stripped = [plain_name(name) for name in names]
         names = stripped if len(set(stripped)) == len(names) else names
+        if max(labels, default=0) >= len(names):
+            raise UserError(
+                f"column {self.label_column!r} of {self.name} has the label {max(labels)}, but names {len(names)} "
+                f"classes; choose another --label-column, or read it without labels by --layout flat"
+            )
         return Labels(values=labels, class_ids=synsets_of(names) or tuple(names), order=AS_GIVEN)
 
     def read(self, listing: Listing, index: int) -> bytes:
         del listing
-        value = self.table[index][self.image_column]
+        try:
+            value = self.table[index][self.image_column]
+        except (ValueError, OverflowError) as error:  # of pyarrow's, too
+            raise UnreadableInputError(f"its row cannot be read ({printable(str(error)[:200])})") from error
         if isinstance(value, dict):
             if value.get("bytes") is not None:
                 return bytes(value["bytes"])
@@ -94,11 +106,12 @@ class TableSource(Source):
             return value
         if value is None:
             raise UnreadableInputError("the row has no image")
+        if not isinstance(value, str) or "\0" in value:
+            raise UnreadableInputError(f"the row's image is {shortened(value)}, which is neither bytes nor a path")
         places = [folder / value for folder in self.folders]
-        value = next((place for place in places if place.is_file()), places[0] if places else Path(value))
+        value = next((place for place in places if leads_to_file(place)), places[0] if places else Path(value))
         try:
-            check_regular(Path(value))
-            return Path(value).read_bytes()
+            return read_regular(value, most=MOST_IMAGE_BYTES)
         except UserError as error:
             raise UnreadableInputError(str(error)) from error
         except FileNotFoundError as error:
@@ -154,9 +167,14 @@ def open_table(
     except UserError:
         raise
     except Exception as error:  # the Hub's client and the table readers raise many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = printable(" ".join(str(error).split())[:300])
         raise UserError(f"{data} cannot be opened as a data set with split {split!r}: {reason}") from error
     image = _image_column(table.features, image_column, data)
+    if not _can_hold_images(table.features[image]):
+        raise UserError(
+            f"column {printable(image)!r} of {data} is {shortened(table.features[image])}, but images are bytes, "
+            f"paths, or both in a struct; choose one by --image-column NAME"
+        )
     label = None if is_flat else _label_column(table.features, label_column, data)
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
@@ -170,16 +188,24 @@ def open_table(
     )
 
 
+class _Splits(msgspec.Struct, frozen=True):
+    splits: tuple[str, ...] = ()
+
+
 def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool, are_alone: bool) -> Any:
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
-        splits = [name for name in read_json(folder / "dataset_dict.json").get("splits", ()) if name]
+        path = folder / "dataset_dict.json"
+        told = typed(read_json(path), _Splits, f"{path} is damaged", advice="fetch the data set again")
+        splits = [name for name in told.splits if name]
         if split not in splits:
             raise UserError(f"{folder} holds the splits {', '.join(splits)}; choose one by --split")
         return _from_disk(folder / split, files, anyway=anyway)
     if (folder / "state.json").is_file():
         return _from_disk(folder, files, anyway=anyway)
+    for path in files:
+        check_table(path)
     begins = re.compile(rf"{re.escape(split)}(?![A-Za-z0-9])")
     of_split = [path for path in files if begins.match(path.name) or path.parent.name == split]
     if (note := refuse_missing(of_split or files, anyway=anyway)) is not None:
@@ -220,6 +246,19 @@ def _from_disk(folder: Path, files: Sequence[Path], *, anyway: bool) -> Any:
         return datasets.load_from_disk(str(folder))
     say(note)
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in there])
+
+
+def _can_hold_images(kind: Any) -> bool:
+    import datasets
+
+    if isinstance(kind, dict):
+        path = kind.get("path")
+        return _dtype(kind.get("bytes")) in _BINARY and (path is None or _dtype(path) in {*_TEXT, "null"})
+    return isinstance(kind, datasets.Image) or _dtype(kind) in _BINARY | _TEXT
+
+
+def _dtype(kind: Any) -> str | None:
+    return getattr(kind, "dtype", None)
 
 
 def _image_column(features: Any, wanted: str | None, data: str) -> str:

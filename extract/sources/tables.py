@@ -1,16 +1,22 @@
 """Which parquet and arrow files hold images, told by their schemas alone."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.hub import POINTER_ADVICE, is_pointer
+from pipeline.runtime.console import printable
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import check_regular
+from pipeline.runtime.units import size
 
 PATH_COLUMNS = ("image", "image_path", "img_path", "file_name", "filename", "file", "path", "filepath", "file_path")
 LABEL_COLUMNS = ("label", "labels", "cls", "class")
 _LOOKED_AT = 100
+_MOST_ROWS_PER_BYTE = 1032
+"""Each row has an image or a path; this much a deflated stream holds at most."""
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.parquet|\.arrow)")
 
 
@@ -61,13 +67,73 @@ def _leads_to_file(file: Path, column: str) -> bool:
 
     if file.suffix != ".parquet":
         return False
-    batch = next(parquet.ParquetFile(file).iter_batches(_LOOKED_AT, columns=[column]), None)
-    values = batch[0].to_pylist() if batch is not None else []
-    return any(isinstance(value, str) and (file.parent / value).is_file() for value in values)
+    with _told(file):
+        batch = next(parquet.ParquetFile(file).iter_batches(_LOOKED_AT, columns=[column]), None)
+        values = batch[0].to_pylist() if batch is not None else []
+    return any(isinstance(value, str) and leads_to_file(file.parent / value) for value in values)
+
+
+def leads_to_file(path: Path) -> bool:
+    """Whether a regular file is there; of no path that a system refuses."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _has_bytes(kind: Any) -> bool:
     return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))
+
+
+def check_table(path: Path) -> None:
+    """Compare what a parquet file says at its end with its bytes and this machine's memory, before a page is read.
+
+    Raises:
+        UserError: it is no regular file, no parquet, or claims what cannot be in it.
+    """
+    from pyarrow import parquet
+
+    from pipeline.runtime.devices import machine_bytes
+
+    check_regular(path)
+    if path.suffix != ".parquet":
+        return
+    with _told(path):
+        footer, held = parquet.read_metadata(path), path.stat().st_size
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    rows, most = footer.num_rows, machine_bytes()
+    fault = None
+    if rows < 0 or rows != sum(group.num_rows for group in groups) or any(group.num_rows < 0 for group in groups):
+        fault = f"it claims {rows:,} rows, and its parts others"
+    elif rows > held * _MOST_ROWS_PER_BYTE:
+        fault = f"it claims {rows:,} rows in {held:,} bytes"
+    elif any(
+        min(_begin(each), each.total_compressed_size) < 0 or _begin(each) + each.total_compressed_size > held
+        for each in columns
+    ):
+        fault = f"it claims columns outside of its {held:,} bytes"
+    elif any(group.total_byte_size < 0 or group.total_byte_size > most for group in groups):
+        fault = f"a part of it claims more at once than the {size(most)} that this machine has, or less than nothing"
+    if fault is not None:
+        raise UserError(f"{path} is damaged: {fault}; fetch it again, or leave it out by --ignore")
+
+
+def _begin(column: Any) -> int:
+    first = column.dictionary_page_offset if column.has_dictionary_page else None
+    return int(column.data_page_offset if first is None else min(first, column.data_page_offset))
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = printable(" ".join(str(error).split())[:300])
+        what = POINTER_ADVICE if is_pointer(path) else f"cannot be read as parquet ({reason}); fetch it again"
+        raise UserError(f"{path} {what}, or leave it out by --ignore") from error
 
 
 def _schema(path: Path) -> Any:
@@ -75,16 +141,15 @@ def _schema(path: Path) -> Any:
     import pyarrow as pa
     from pyarrow import parquet
 
-    try:
-        if path.suffix == ".parquet":
+    check_table(path)
+    if path.suffix == ".parquet":
+        with _told(path):
             return parquet.read_schema(path)
+    try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_stream(source).schema
-    except (pa.ArrowException, OSError) as error:
-        if path.suffix == ".arrow":
-            return None
-        what = POINTER_ADVICE if is_pointer(path) else f"cannot be read as parquet ({error}); fetch it again"
-        raise UserError(f"{path} {what}, or leave it out by --ignore") from error
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def refuse_missing(files: Sequence[Path], *, anyway: bool) -> str | None:

@@ -16,10 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import save
 
+from extract.sources.tables import check_table
 from pipeline.checkpoint.folder import recorded_files
 from pipeline.checkpoint.info import read_info
 from pipeline.checkpoint.tensor_files import read_weight_file, save_pickled_tensors
@@ -387,6 +390,12 @@ def read_stats(folder: Path, data: bytes) -> None:
     read_latents("lightningdit", "latents_stats.pt", folder, data)
 
 
+def _parquet() -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pa.table({"image": [{"bytes": b"a", "path": "a.png"}] * 9, "label": [0, 1, 2] * 3}), stream)
+    return stream.getvalue()
+
+
 def _pt(**tensors: torch.Tensor) -> bytes:
     stream = io.BytesIO()
     torch.save(tensors, stream)
@@ -443,6 +452,7 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes],
         f"{name} of diffusers": (of_json(value), partial(model_folders.read_pipeline, name))
         for name, value in model_folders.FILES.items()
     },
+    "parquet": (of_bytes(_parquet()), lambda folder, data: check_table(_write(folder / "x.parquet", data))),
     "reference npz": (of_npz(count=np.asarray(5), mu=np.zeros(3), provenance=PROVENANCE), read_reference),
 }
 

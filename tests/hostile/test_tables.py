@@ -1,0 +1,170 @@
+"""Parquet of a stranger: damaged, absurd or of other types, it ends in one sentence before memory is taken."""
+
+import os
+import random
+from types import SimpleNamespace
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from extract.sources.huggingface import TableSource, open_table
+from extract.sources.listing import UnreadableInputError
+from extract.sources.tables import check_table
+from pipeline.runtime.errors import UserError
+
+pytestmark = pytest.mark.timeout(60)
+IMAGE = {"bytes": b"\xff\xd8" + bytes(40), "path": None}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+def written(path, **columns):
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+def opened(path, *columns):
+    """Read a folder of tables as dit-extract does: the listing, and every image."""
+    files = sorted(path.parent.iterdir())
+    source = open_table(str(path.parent), "train", *(columns or (None, None)), files=files)
+    listing = source.inputs()
+    return [source.read(listing, row) for row in range(min(len(listing.keys), 10))]
+
+
+def varint(number):
+    out = b""
+    while number > 127:
+        out, number = out + bytes([number & 127 | 128]), number >> 7
+    return out + bytes([number])
+
+
+def with_rows(path, rows):
+    """The footer's count of rows (Thrift's compact form: a zigzag varint) made another, of the file and of its parts."""
+    data, count = path.read_bytes(), parquet.read_metadata(path).num_rows
+    end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    footer = data[end:-8].replace(b"\x16" + varint(2 * count), b"\x16" + varint(2 * rows))
+    path.write_bytes(data[:end] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    return path
+
+
+@pytest.mark.parametrize("rows", [10**12, (1 << 62) - 1])
+def test_an_absurd_row_count_in_the_footer_is_refused(rows, tmp_path):
+    table = with_rows(written(tmp_path / "d" / "x.parquet", image=[IMAGE] * 77, label=[1] * 77), rows)
+    assert parquet.read_metadata(table).num_rows == rows
+    with pytest.raises(UserError, match=r"x.parquet is damaged: it claims [\d,]+ rows"):
+        opened(table)
+
+
+@pytest.mark.parametrize("length", [0, 8, 1 << 30, (1 << 32) - 1])
+def test_a_footer_of_another_length_is_refused(length, tmp_path):
+    table = written(tmp_path / "d" / "x.parquet", image=[IMAGE], label=[1])
+    table.write_bytes(table.read_bytes()[:-8] + length.to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(UserError, match="x.parquet cannot be read as parquet"):
+        opened(table)
+
+
+def test_columns_outside_of_the_file_are_refused(tmp_path):
+    images = [random.Random(row).randbytes(4000) for row in range(9)]
+    table = written(tmp_path / "d" / "x.parquet", image=images, label=[1] * 9)
+    data = table.read_bytes()
+    end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    table.write_bytes(b"PAR1" + data[end:])
+    with pytest.raises(UserError, match=r"is damaged: it claims columns outside of its [\d,]+ bytes"):
+        opened(table)
+
+
+def test_an_image_that_claims_more_than_its_page_is_refused(tmp_path):
+    (tmp_path / "d").mkdir()
+    table = tmp_path / "d" / "x.parquet"
+    rows = pa.table({"image": pa.array([b"A" * 40] * 3, pa.binary()), "label": [0, 1, 1]})
+    parquet.write_table(rows, table, use_dictionary=False, compression="none")
+    table.write_bytes(table.read_bytes().replace(b"\x28\0\0\0" + b"A" * 40, b"\xff\xff\xff\x7f" + b"A" * 40))
+    with pytest.raises(UserError, match="cannot be opened as a data set"):
+        opened(table)
+
+
+@pytest.mark.parametrize(
+    ("cells", "why"),
+    [
+        ([[1, 2], [3, 4]], "but images are bytes, paths, or both"),
+        ([[b"a"], [b"b"]], "but images are bytes, paths, or both"),
+        ([1.5, 2.5], "but images are bytes, paths, or both"),
+        ([{"bytes": [1, 2], "path": "x"}] * 2, "but images are bytes, paths, or both"),
+        ([{"bytes": "text", "path": "x"}] * 2, "but images are bytes, paths, or both"),
+        ([{"bytes": b"x", "path": [1]}] * 2, "but images are bytes, paths, or both"),
+    ],
+)
+def test_a_column_of_another_type_holds_no_images(cells, why, tmp_path):
+    table = written(tmp_path / "d" / "x.parquet", image=cells, label=[0, 1])
+    with pytest.raises(UserError, match=why):
+        opened(table, "image", "label")
+
+
+@pytest.mark.parametrize(
+    "labels", [[[1], [0]], [{"a": 1}] * 2, ["\x1b[2J", {}][:1] * 2, [10**18, -(10**18)], [b"a"] * 2]
+)
+def test_labels_of_any_type_are_classes_or_one_sentence(labels, tmp_path):
+    table = written(tmp_path / "d" / "x.parquet", image=[IMAGE] * 2, label=labels)
+    said = ""
+    try:
+        opened(table)
+    except UserError as error:
+        said = str(error)
+    assert (said or "x").isprintable() and len(said) < 2000
+
+
+def test_a_label_without_a_name_is_refused(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"image": [IMAGE] * 2, "label": [0, 1]}, features=features)
+    (tmp_path / "d").mkdir()
+    rows.to_parquet(tmp_path / "d" / "x.parquet")
+    table = parquet.read_table(tmp_path / "d" / "x.parquet")
+    parquet.write_table(table.set_column(1, "label", pa.array([0, 10**15])), tmp_path / "d" / "x.parquet")
+    parquet.write_table(
+        parquet.read_table(tmp_path / "d" / "x.parquet").replace_schema_metadata(table.schema.metadata),
+        tmp_path / "d" / "x.parquet",
+    )
+    with pytest.raises(UserError, match="has the label 1000000000000000, but names 2 classes|cannot be opened"):
+        opened(tmp_path / "d" / "x.parquet")
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("pipe", "is a named pipe, where a file is expected"),
+        ("zero", "is a device, where a file is expected"),
+        ("/dev/zero", "is a device, where a file is expected"),
+        ("d/../pipe", "is a named pipe, where a file is expected"),
+        (".", "is a folder, where a file is expected"),
+        ("a\0b", "neither bytes nor a path"),
+        ("x" * 5000, "cannot be opened"),
+        ("huge", r"has more than the 1\.1 GB"),
+        (7, "which is neither bytes nor a path"),
+        ([b"x"], "which is neither bytes nor a path"),
+    ],
+)
+def test_a_cell_that_leads_to_no_image_is_a_bad_input(value, why, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "d").mkdir()
+    table = SimpleNamespace(table=[{"image": value}], image_column="image", folders=(tmp_path, tmp_path / "d"))
+    with pytest.raises(UnreadableInputError, match=why):
+        TableSource.read(table, None, 0)
+
+
+@pytest.mark.parametrize("leads_to", ["pipe", "/dev/zero", "folder"])
+def test_a_table_that_is_no_file_is_never_opened(leads_to, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.parquet").symlink_to(leads_to)
+    with pytest.raises(UserError, match=r"x.parquet is a (named pipe|device|folder), where a file is expected"):
+        check_table(tmp_path / "x.parquet")
