@@ -47,7 +47,8 @@ def _is_repa(path: Path) -> bool:
 
 
 def _is_edm2(path: Path) -> bool:
-    return (path.suffix.lower() == ".zip" and path.is_file()) or (path / "dataset.json").is_file()
+    is_zip = path.suffix.lower() == ".zip" and path.exists() and not path.is_dir()
+    return is_zip or (path / "dataset.json").exists()
 
 
 def _is_lightningdit(path: Path) -> bool:

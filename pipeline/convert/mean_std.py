@@ -49,7 +49,7 @@ def listed_edm2(path: Path) -> Source:
 
 
 def _listed(path: Path, vae: Mapping[str, Any], overrides: Mapping[str, Any]) -> Source:
-    names, data, load = _zipped(path) if path.is_file() else _in_folder(path)
+    names, data, load = _in_folder(path) if path.is_dir() else _zipped(path)
     if data is None:
         raise UserError(f"{path} has no {_JSON}, which tells the labels; fetch or encode it again")
     labels = _labels_of(names, data, f"{path}/{_JSON}")
@@ -75,8 +75,6 @@ def _listed(path: Path, vae: Mapping[str, Any], overrides: Mapping[str, Any]) ->
 
 
 def _in_folder(folder: Path) -> tuple[list[str], bytes | None, _Load]:
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; check --from")
     names = sorted(
         (Path(root) / file).relative_to(folder).as_posix()
         for root, _, files in os.walk(folder)
@@ -89,6 +87,8 @@ def _in_folder(folder: Path) -> tuple[list[str], bytes | None, _Load]:
 
 def _zipped(path: Path) -> tuple[list[str], bytes | None, _Load]:
     """Members are read in place under their names; nothing is unpacked, so no name in the zip becomes a path."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check --from")
     check_regular(path)
     with reading(path, "a zip", "fetch or encode it again"):
         archive = zipfile.ZipFile(path)

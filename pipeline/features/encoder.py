@@ -138,7 +138,7 @@ def find_encoder(name: str) -> EncoderFolder:
     """
     path, known_as = _find_folder(name)
     for file in ("config.json", "preprocessor_config.json"):
-        if not (path / file).is_file():
+        if not (path / file).exists():
             raise UserError(
                 f"the encoder {name} has no {file}; give a folder as save_pretrained of transformers writes it, "
                 f"model and image processor, or a Hub name such as {_EXAMPLE}"
