@@ -1,5 +1,6 @@
 """What `dit-extract` says about its data before the first image is encoded: how it was understood."""
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,7 +27,20 @@ def lines(description: str, listing: Listing, classes: Sequence[str]) -> Iterato
         by_number = f" ({BY_LABEL})" if listing.order == BY_LABEL else ""
         yield f"labels: from {listing.labels_from or 'the data'}{by_number}{order}"
         yield f"classes: {_counts(listing, classes)}"
+        yield from _alike(listing.class_ids or classes)
     yield from listing.notes
+
+
+def _alike(names: Sequence[str]) -> Iterator[str]:
+    """A line for classes that a person would take for one, as copies from another system or by hand make them."""
+    by_reading: dict[str, list[str]] = {}
+    for name in names:
+        by_reading.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)
+    pairs = [group for group in by_reading.values() if len(group) > 1]
+    if pairs:
+        shown = ", ".join(ascii(name) for name in pairs[0])
+        more = f", and {len(pairs) - 1:,} more such" if len(pairs) > 1 else ""
+        yield f"classes that differ only in case, spaces or the encoding of accents: {shown}{more}; are they one?"
 
 
 def _counts(listing: Listing, classes: Sequence[str]) -> str:

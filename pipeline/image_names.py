@@ -15,6 +15,8 @@ LITTER = (
     "ehthumbs.db",
     "ehthumbs_vista.db",
     "desktop.ini",
+    "Picasa.ini",
+    "FOUND.000",
     "$RECYCLE.BIN",
     "System Volume Information",
     # disks in a network: Synology, QNAP, NetApp
@@ -29,6 +31,7 @@ LITTER = (
     "__pycache__",
 )
 """Names in any case of letters; hidden names (`._*`, `.DS_Store`, `.Trash-1000`) need no entry."""
+_ENDS = (":zone.identifier", "~")  # what Windows says of a download, copied as a file; backups of editors
 _FOLDED = frozenset(name.casefold() for name in LITTER)
 
 
@@ -39,4 +42,4 @@ def named_like_image(path: str) -> bool:
 
 def is_litter(name: str) -> bool:
     """Whether a file or folder is known, by its name without the folders above it, to be no data."""
-    return name.casefold() in _FOLDED
+    return name.casefold() in _FOLDED or name.casefold().endswith(_ENDS)

@@ -4,6 +4,7 @@ Each refusal says what was found, what is probably meant, and how to say that it
 """
 
 import fnmatch
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -56,6 +57,9 @@ _LABEL_COLUMNS = frozenset(
     "label_id class_id category_id class_name label_name class_label".split()
 )
 _LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
+_PLAIN = (".txt", ".lst", ".csv", ".tsv", ".json")
+_MOST_PLAIN = 20
+_LARGEST_JSON = 1 << 28
 _LOOKED_AT = 3
 
 
@@ -96,28 +100,52 @@ def refuse_hub_cache(folder: Path) -> None:
 
 
 def refuse_label_list(root: Path, names: Iterable[str], beside: Iterable[Path]) -> None:
-    """Raise UserError for a list with a column of labels beside images that would be unlabelled.
+    """Raise UserError for a list that tells labels of images that would be unlabelled, by a column or line by line.
 
     Args:
         root: where the images are.
         names: what lies there.
         beside: what lies beside the root and may be about it.
     """
-    lists = [
-        *(root / name for name in sorted(names) if _is_list(name)),
-        *(path for path in beside if _is_list(path.name)),
-    ]
-    for path in lists:
-        if found := sorted(_columns(path) & _LABEL_COLUMNS):
+    images = set(names)
+    files = [*(root / name for name in sorted(images)), *beside]
+    plain = {path for path in files if path.suffix.lower() in _PLAIN}
+    if len(plain) > _MOST_PLAIN:  # one for each image, as captions are
+        plain = set()
+    for path in files:
+        found = sorted(_columns(path) & _LABEL_COLUMNS) if path.name.lower().endswith(_LISTS) else []
+        if found or (path in plain and _tells_labels(path, images)):
+            told = f"has a column {found[0]!r}" if found else "tells a label of each image"
             raise UserError(
-                f"{path} has a column {found[0]!r}, but lists are not read, and the images would be unlabelled; put "
+                f"{path} {told}, but lists are not read, and the images would be unlabelled; put "
                 "them in class folders, or make a parquet table of the list (a column of paths such as file_name, one "
                 "of labels), or read them without labels by --layout flat"
             )
 
 
-def _is_list(name: str) -> bool:
-    return name.lower().endswith(_LISTS)
+def _tells_labels(path: Path, images: Collection[str]) -> bool:
+    """Whether a file without columns is a list of images with their labels: `0.jpg 3`, {"0.jpg": 3}, COCO's."""
+    try:
+        if path.suffix.lower() == ".json":
+            content = json.loads(path.read_bytes()) if path.stat().st_size < _LARGEST_JSON else None
+            if not isinstance(content, dict):
+                return False
+            pairs = [(str(name), label) for name, label in itertools.islice(content.items(), _LOOKED_AT)]
+            return {"annotations", "categories"} <= content.keys() or _are_labels(pairs, images)
+        with path.open("rb") as file:
+            lines = [file.readline(1 << 12).decode("utf-8-sig") for _ in range(_LOOKED_AT)]
+    except (OSError, ValueError, RecursionError):
+        return False
+    words = [re.split(r"[,;\t ]+", line.strip()) for line in lines if line.strip()]
+    return all(len(pair) == 2 for pair in words) and _are_labels([(name, label) for name, label in words], images)
+
+
+def _are_labels(pairs: Sequence[tuple[str, object]], images: Collection[str]) -> bool:
+    """Whether each pair is the name of an image here, with or without its folder, and one word or number."""
+    return bool(pairs) and all(
+        name.rpartition("/")[2] in images and isinstance(label, str | int) and len(str(label).split()) == 1
+        for name, label in pairs
+    )
 
 
 def _columns(path: Path) -> set[str]:

@@ -86,7 +86,7 @@ def test_a_wrapper_is_refused_and_the_folder_meant_is_named(tmp_path, tree, imag
         opened(tmp_path / "d", tmp_path)
 
 
-@pytest.mark.parametrize("name", [*LITTER, "THUMBS.DB", "@EADIR", ".git", "._x"])
+@pytest.mark.parametrize("name", [*LITTER, "0.jpg:Zone.Identifier", "0.jpg~", "THUMBS.DB", "@EADIR", ".git", "._x"])
 def test_litter_is_no_data_as_file_or_folder_anywhere(tmp_path, tree, image, name):
     files = {"a/0.jpg": image, "b/0.jpg": image}
     tree(tmp_path / "d", {**files, f"{name}/0.jpg": image, f"a/{name}/1.jpg": image, f"b/c/{name}": image})
@@ -347,3 +347,13 @@ def test_what_was_understood_is_said_in_lines(tmp_path, tree, image):
         "left out: 1 file (note.txt) beside the class folders",
         "left out: 1 litter of file systems and desktops (a/Thumbs.db)",
     ]
+
+
+def test_classes_that_read_alike_are_asked_about(tmp_path, tree, image):
+    names = ["dog", "dog ", "caf\u00e9", "cafe\u0301", "Cat"]
+    tree(tmp_path / "d", {f"{name}/0.jpg": image for name in names})
+    source, listing = opened(tmp_path / "d", tmp_path)
+    said = list(understood.lines(source.description, listing, listing.class_ids))
+    assert listing.class_ids == tuple(sorted(names))
+    assert said[3].startswith("classes that differ only in case, spaces or the encoding of accents: ")
+    assert "'cafe\\u0301', 'caf\\xe9', and 1 more such; are they one?" in said[3]

@@ -159,6 +159,26 @@ def test_a_list_of_labels_beside_images_is_not_passed_over(tmp_path, tree, image
     assert opened(tmp_path / "captions", tmp_path)[1].class_ids == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("val.txt", b"0.jpg 1\r\n1.jpg 0\r\n"),
+        ("list.lst", b"train/0.jpg\tcat\n"),
+        ("labels.csv", b"\xef\xbb\xbf0.jpg,1\n1.jpg,0\n"),
+        ("labels.json", b'{"0.jpg": "cat", "1.jpg": 3}'),
+        ("instances.json", b'{"images": [], "annotations": [], "categories": []}'),
+    ],
+)
+def test_neither_is_a_list_without_columns(tmp_path, tree, image, name, content):
+    tree(tmp_path / "flat", {"0.jpg": image, "1.jpg": image, name: content})
+    with pytest.raises(UserError, match=f"{name} tells a label of each image, but lists are not read.*--layout flat"):
+        opened(tmp_path / "flat", tmp_path)
+    assert len(opened(tmp_path / "flat", tmp_path, ignore=name)[1]) == 2
+    others = {"0.txt": b"a cat", "captions.txt": b"0.jpg a cat\n", "c.json": b'{"0.jpg": "a cat"}', "x.txt": b"2.jpg 3"}
+    tree(tmp_path / "captions", {"0.jpg": image, "1.jpg": image, "none.txt": b"", "deep.json": b"[" * 9999, **others})
+    assert opened(tmp_path / "captions", tmp_path)[1].class_ids == ()
+
+
 # --- archives
 
 
