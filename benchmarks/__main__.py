@@ -33,6 +33,7 @@ PARTS = (
     "sample",
     "vae",
     "extract",
+    "features",
     "evaluate",
     "loader",
     "scale",

@@ -20,7 +20,7 @@ from benchmarks.machine import Setting
 from benchmarks.report import Pieces, Row
 from benchmarks.timing import release, seconds_of, spread
 from extract.encoder import Encoder, arithmetic, cores_of_this_process
-from extract.fill import ExtractJob, fill, write_latents
+from extract.fill import Draft, ExtractJob, fill, write_latents
 from extract.inputs import Loader
 from extract.options import PixelOptions
 from extract.plan import Plan
@@ -255,8 +255,14 @@ def measure_encoding(data: Path, work: Path, case: Case, setting: Setting) -> di
     return {**settings, **result, **views, "imagenet_both_views_at_this_rate": duration(seconds)}
 
 
-def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int) -> float:
-    """Images per second from files to a store's shards on disk.
+def run_pipeline(
+    out: Path,
+    loader: Loader,
+    encoder: Encoder,
+    count: int,
+    write_to: Callable[[OutputFolder], Callable[[Draft], None]] | None = None,
+) -> float:
+    """Images per second from files to a store's shards on disk, or to those that `write_to` writes.
 
     Shards hold whole batches, as those of thousands of images do but for their last one.
     """
@@ -272,7 +278,9 @@ def run_pipeline(out: Path, loader: Loader, encoder: Encoder, count: int) -> flo
             load=loader,
             key=loader.key,
             encoder=encoder,
-            write=partial(write_latents, output, loader, shard_format="safetensors", kind="moments", plan=""),
+            write=partial(write_latents, output, loader, shard_format="safetensors", kind="moments", plan="")
+            if write_to is None
+            else write_to(output),
             store_dtype="float16",
             workers=cores_of_this_process(),
             fail_on_error=True,
@@ -291,11 +299,18 @@ def bare(encoder: Encoder, crops: Sequence[Any], batches: int) -> None:
 
 def all_threads(vae: Vae, size: int, batch_size: int, count: int) -> float:
     """Images per second (both views) of plain `vae.encode`, one batch at a time on all cores."""
+    pixels = torch.zeros(batch_size, 3, size, size)
+    return with_all_threads(
+        lambda: rate_of(lambda: [vae.encode(pixels) for _ in range(2 * (count // batch_size))], count)
+    )
+
+
+def with_all_threads(measure: Callable[[], float]) -> float:
+    """A rate measured with as many threads of PyTorch's as there are cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(cores_of_this_process())
-    pixels = torch.zeros(batch_size, 3, size, size)
     try:
-        return rate_of(lambda: [vae.encode(pixels) for _ in range(2 * (count // batch_size))], count)
+        return measure()
     finally:
         torch.set_num_threads(threads)
 

@@ -48,6 +48,7 @@ ORDER = (
     ("train", 300),
     ("vae", 120),
     ("counts", 90),
+    ("features", 120),
     ("evaluate", 120),
     ("loader", 120),
     ("variants", 200),

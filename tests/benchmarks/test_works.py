@@ -5,8 +5,9 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
-from benchmarks import train
+from benchmarks import features, train
 from benchmarks.__main__ import failures_kept, run_part
 from benchmarks.machine import Ceilings, Setting
 from benchmarks.network import fill_both
@@ -40,6 +41,19 @@ def test_the_plain_loop_makes_our_images():
     found = plain_loop(plain.eval(), vae, labels, race).astype(int)
     assert expected.std() > 1
     assert np.abs(found - expected).max() <= 1
+
+
+def test_features_are_made_and_written_beside_the_encoder_alone_and_every_round_counts(tmp_path):
+    pytest.importorskip("transformers")
+    where = Setting(device=CPU, ceilings=CEILINGS, folder=tmp_path, quick=True)
+    ((name, piece),) = features.pieces(where).items()
+    (row,) = piece()
+    assert name == "DINOv2-S/14 in float32" and row.unit == "images/s"
+    assert row.ours.count == row.plain.count == row.ratio.count == 2 and row.share > 0
+    shards = sorted((tmp_path / "features-0").glob("train-*.safetensors"))
+    with safe_open(shards[0], "pt") as shard:
+        assert shard.get_slice("features").get_shape()[1:] == [2, 4, 16]
+        assert shard.get_slice("cls").get_shape()[1:] == [2, 32]
 
 
 def limited(most, error=torch.OutOfMemoryError):
