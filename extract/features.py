@@ -72,6 +72,26 @@ def add_features(options: ExtractOptions, path: Path, place: Launch, *, began: f
         return _make(options, output, store, inputs, folder, place)
 
 
+def features_bytes(options: ExtractOptions, device: torch.device) -> int:
+    """What --features will take of a sample, the encoder found right before the latents are made; 0 without them.
+
+    Raises:
+        UserError: the encoder cannot be loaded, or has no more numbers than are to be kept.
+    """
+    if options.features is None:
+        return 0
+    encoder = _encoder(options, find_encoder(options.features), device)
+    return _columns(len(options.pixels.views), encoder, options).sample_bytes
+
+
+def _encoder(options: ExtractOptions, folder: EncoderFolder, device: torch.device) -> VisionEncoder:
+    encoder = load_encoder(folder, device=device, dtype=DTYPES[options.work.encode_dtype])
+    about, dim = encoder.about, options.features_dim
+    if dim is not None and dim >= about.width:
+        raise UserError(f"--features-dim {dim} is no less than the {about.width} of {about.name}; leave it out")
+    return encoder
+
+
 def _read(folder: Path) -> tuple[Mapping[str, Any], Sequence[ShardEntry]]:
     manifest = read_features(folder)
     return manifest.extraction, manifest.shards
@@ -135,11 +155,10 @@ def _make(
         output.reopen()
     device, reason = choose_device(options.work.device, place)
     with arithmetic(device):
-        encoder = load_encoder(folder, device=device, dtype=DTYPES[options.work.encode_dtype])
-        about, dim = encoder.about, options.features_dim
-        if dim is not None and dim >= about.width:
-            raise UserError(f"--features-dim {dim} is no less than the {about.width} of {about.name}; leave it out")
-        say(f"features of {about.name} at {about.resolution} px on {device} ({reason}): {_described(encoder, dim)}")
+        encoder = _encoder(options, folder, device)
+        about = encoder.about
+        described = _described(encoder, options.features_dim)
+        say(f"features of {about.name} at {about.resolution} px on {device} ({reason}): {described}")
         settings |= _lane(options, device, folder)
         output.begin(settings, plan)
         with StopRequest() as stop:
@@ -159,10 +178,10 @@ def _described(encoder: VisionEncoder, dim: int | None) -> str:
     return f"{rows}×{columns} patches of {kept} numbers{' and a class token' if encoder.has_cls else ''}"
 
 
-def _columns(store: Manifest, encoder: VisionEncoder, options: ExtractOptions) -> Columns:
+def _columns(views: int, encoder: VisionEncoder, options: ExtractOptions) -> Columns:
     rows, columns = encoder.about.grid
     return Columns(
-        views=len(store.views),
+        views=views,
         tokens=rows * columns,
         dim=options.features_dim or encoder.about.width,
         cls=encoder.about.width if encoder.has_cls else 0,
@@ -183,7 +202,7 @@ def _fill(
     span = options.shards.span(len(store.shards))
     if len(output.done(span)) == len(span):
         return
-    columns, made = _columns(store, encoder, options), store.extraction
+    columns, made = _columns(len(store.views), encoder, options), store.extraction
     plan_of_store = Plan(
         inputs=len(images.loader.listing),
         seed=store.seed,
@@ -260,7 +279,7 @@ def _finish(
                     split=store.split,
                     views=tuple(store.views),
                     encoder=encoder.about,
-                    columns=_columns(store, encoder, options),
+                    columns=_columns(len(store.views), encoder, options),
                     pca=None if options.features_dim is None else reduction_in(place),
                     plan=store.get("plan", ""),
                     extraction=dict(settings),

@@ -59,6 +59,8 @@ class Amount:
     sample_bytes: int
     """Bytes of a stored sample."""
     what: str = "the store"
+    features_bytes: int = 0
+    """Of a sample's features, which are made when this is done."""
 
 
 class ExtractProgress:
@@ -159,15 +161,17 @@ def disk_estimate(amount: Amount, path: Path, *, missing: int, anyway: bool = Fa
     Raises:
         UserError: it is, and a warning is not enough.
     """
-    needed = amount.plan.samples * amount.sample_bytes
-    free = shutil.disk_usage(path).free
-    if missing * amount.sample_bytes > free:
+    needed, features = (amount.plan.samples * each for each in (amount.sample_bytes, amount.features_bytes))
+    free, more = shutil.disk_usage(path).free, missing * amount.sample_bytes + features
+    if more > free:
+        what = f"{amount.what} with its features" if features else amount.what
         refuse_unless(
             anyway,
-            f"{amount.what} needs {size(missing * amount.sample_bytes)} more, but only {size(free)} are free at {path}",
+            f"{what} needs {size(more)} more, but only {size(free)} are free at {path}",
             "; free some, name another --out, or go on until it is full by --anyway",
         )
+    then = f"; its features {size(features)} then, {size(amount.features_bytes)} an image" if features else ""
     return (
         f"{amount.what} will take {size(needed)} of disk ({size(free)} free): {amount.plan.samples:,} images of "
-        f"{size(amount.sample_bytes)}, in shards of {amount.plan.samples_per_shard:,}"
+        f"{size(amount.sample_bytes)}, in shards of {amount.plan.samples_per_shard:,}{then}"
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from extract.encoder import Encoder, arithmetic, cores_of_this_process, lane_of
-from extract.features import add_features
+from extract.features import add_features, features_bytes
 from extract.fill import ExtractJob, fill, write_latents
 from extract.inputs import Inputs, list_inputs
 from extract.options import ExtractOptions
@@ -137,11 +137,12 @@ def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: 
     device, reason = choose_device(options.work.device, place)
     settings |= lane(options, device)
     with arithmetic(device):
+        beside = features_bytes(options, device)
         vae = vae_of(options, device)
         say(f"encoding on {device} ({reason}) in {options.work.encode_dtype}")
         output.begin(settings | as_served(inputs.loader.source), plan_hash)
         with StopRequest() as stop:
-            fill_missing(options, output, inputs, plan_hash, vae, stop)
+            fill_missing(options, output, inputs, plan_hash, vae, stop, features_bytes=beside)
     if stop.signal:
         done = len(output.done(range(inputs.plan.shards)))
         again = "run the same command again" + (", without --overwrite," if options.overwrite else "")
@@ -156,7 +157,14 @@ def _make(options: ExtractOptions, output: OutputFolder, inputs: Inputs, place: 
 
 
 def fill_missing(
-    options: ExtractOptions, output: Output, inputs: Inputs, plan_hash: str, vae: Vae, stop: StopRequest
+    options: ExtractOptions,
+    output: Output,
+    inputs: Inputs,
+    plan_hash: str,
+    vae: Vae,
+    stop: StopRequest,
+    *,
+    features_bytes: int = 0,
 ) -> None:
     """Make the shards that are missing."""
     span = options.shards.span(inputs.plan.shards)
@@ -190,7 +198,7 @@ def fill_missing(
             workers=options.work.workers or cores_of_this_process(),
             fail_on_error=options.work.on_error == "fail",
         )
-        amount = Amount(plan=inputs.plan, span=span, sample_bytes=encoder.sample_bytes)
+        amount = Amount(plan=inputs.plan, span=span, sample_bytes=encoder.sample_bytes, features_bytes=features_bytes)
         with ExtractProgress(
             output, amount, batches_ahead=encoder.batches_ahead, anyway=options.source.anyway
         ) as progress:

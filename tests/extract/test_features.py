@@ -400,6 +400,23 @@ def test_the_disk_is_stated_before_anything_is_made(store, add, capsys):
     assert said.index("will take") < said.index("principal directions")
 
 
+def test_in_one_command_it_is_stated_and_the_encoder_found_right_before_the_latents(
+    tmp_path, command, encoder, monkeypatch
+):
+    out = tmp_path / "store"
+    words = ("--out", out, "--features", encoder, "--batch-size", 4)
+    status, said = command(*words, "--features-dim", WIDTH)
+    assert status == 2 and f"--features-dim {WIDTH} is no less than" in said and not [*out.glob("train-*")]
+    usage = type(shutil.disk_usage(tmp_path))
+    latents, features = 50 * 2 * 8 * 4 * 4 * 2, 50 * 2 * (PATCHES + 1) * WIDTH * 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, latents + features - 1))
+    status, said = command(*words)
+    assert status == 2 and "the store with its features needs" in said and not [*out.glob("train-*")]
+    monkeypatch.undo()
+    status, said = command(*words)
+    assert status == 0 and said.index("its features 8.0 kB then") < said.index("the features will take 8.0 kB of disk")
+
+
 KINDS = {
     "ViT": {"center_crop": False},
     "Dinov2WithRegisters": {"num_register_tokens": 2},
