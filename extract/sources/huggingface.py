@@ -3,6 +3,7 @@
 Nothing in the data set is executed: no loading script, only its tables.
 """
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pipeline.runtime.files import read_json
 from pipeline.runtime.gate import read_regular, shortened, typed
 
 MOST_IMAGE_BYTES = 1 << 30
+_BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # as JPEG, PNG, WebP and GIF begin
+_SHORTEST_BASE64 = 64
 _BINARY, _TEXT = frozenset({"binary", "large_binary"}), frozenset({"string", "large_string"})
 _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)\b", re.IGNORECASE)
 
@@ -108,6 +111,8 @@ class TableSource(Source):
             raise UnreadableInputError("the row has no image")
         if not isinstance(value, str) or "\0" in value:
             raise UnreadableInputError(f"the row's image is {shortened(value)}, which is neither bytes nor a path")
+        if (written := _from_base64(value)) is not None:
+            return written
         places = [folder / value for folder in self.folders]
         value = next((place for place in places if leads_to_file(place)), places[0] if places else Path(value))
         try:
@@ -259,6 +264,17 @@ def _can_hold_images(kind: Any) -> bool:
 
 def _dtype(kind: Any) -> str | None:
     return getattr(kind, "dtype", None)
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The image that a text is in base64, as tables that came from JSON have them; None for a path."""
+    plain = "".join(re.sub(r"^data:image/[\w.+-]+;base64,", "", text).split())
+    if not plain.startswith(_BASE64_IMAGES) or len(plain) < _SHORTEST_BASE64:
+        return None
+    try:
+        return base64.b64decode(plain, validate=True)
+    except ValueError:
+        return None
 
 
 def _image_column(features: Any, wanted: str | None, data: str) -> str:

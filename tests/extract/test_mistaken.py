@@ -1,5 +1,6 @@
 """What is more likely a mistake than a wish is refused with what to do, or said; never read as something else in silence."""
 
+import base64
 import json
 import shutil
 import zipfile
@@ -315,6 +316,16 @@ def test_members_that_may_be_labels_and_are_not_read_are_said(tmp_path, image, e
 
 
 # --- tables
+
+
+@pytest.mark.parametrize("before", ["", "data:image/jpeg;base64,"])
+def test_images_written_as_base64_text_are_images_and_paths_are_paths(tmp_path, image, before):
+    (tmp_path / "9j").mkdir()
+    (tmp_path / "9j" / "x.jpg").write_bytes(image)
+    texts = [before + base64.encodebytes(image).decode(), "9j/x.jpg"]
+    parquet.write_table(table({"image": texts, "label": [0, 1]}), tmp_path / "x.parquet")
+    source, listing = opened(tmp_path, tmp_path)
+    assert [source.read(listing, index) for index in range(2)] == [image, image]
 
 
 def test_tables_of_images_beside_folders_of_images_ask(tmp_path, tree, image):
