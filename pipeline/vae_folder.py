@@ -276,7 +276,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except ImportError as error:
         raise UserError(f"the VAE in {path} needs a library that is not installed: {_one_line(error)}") from error
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # libraries have many for files that are damaged and settings that fit no model
         raise UserError(f"the VAE in {path} cannot be loaded, its files are damaged: {_one_line(error)}") from error

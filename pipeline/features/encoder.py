@@ -144,15 +144,7 @@ def find_encoder(name: str) -> EncoderFolder:
                 f"model and image processor, or a Hub name such as {_EXAMPLE}"
             )
     files = _weight_files(path, name)
-    for beside in path.glob("*.json"):  # all that the library may look into
-        read_json(beside)
-    config, processor = (
-        _settings(path / "config.json", _Config),
-        _settings(path / "preprocessor_config.json", _Processor),
-    )
-    std = processor.image_std
-    if 0 in (std if isinstance(std, tuple) else (std,)):
-        raise UserError(f"{path / 'preprocessor_config.json'} is damaged: image_std has a 0; {_AGAIN}")
+    config = read_settings(path)
     kept = {key: value for key, value in config.items() if key[:1] != "_" and key != "transformers_version"}
     with _explained(name):
         check_sizes(kept, files, name)
@@ -169,6 +161,24 @@ def find_encoder(name: str) -> EncoderFolder:
         std=std,
         classes=len(config.id2label or "01") if classifies else 0,  # two are not written
     )
+
+
+def read_settings(path: Path) -> _Config:
+    """The configuration of the encoder in a folder, whose other JSON files a library can read, too.
+
+    Raises:
+        UserError: one of them is damaged, or its values are of other types or out of bounds.
+    """
+    for beside in path.glob("*.json"):  # all that the library may look into
+        read_json(beside)
+    config, processor = (
+        _settings(path / "config.json", _Config),
+        _settings(path / "preprocessor_config.json", _Processor),
+    )
+    std = processor.image_std
+    if 0 in (std if isinstance(std, tuple) else (std,)):
+        raise UserError(f"{path / 'preprocessor_config.json'} is damaged: image_std has a 0; {_AGAIN}")
+    return config
 
 
 def _settings(path: Path, kind: type[_Settings]) -> _Settings:
@@ -340,7 +350,7 @@ def _explained(name: str) -> Iterator[None]:
             f"the encoder {name} needs a library that is not installed ({_one_line(error)}); "
             "pip install 'dit-pipeline[features]'"
         ) from error
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # libraries have many for files that are damaged and settings that fit no model
         raise UserError(f"the encoder {name} cannot be used: {_one_line(error)}") from error

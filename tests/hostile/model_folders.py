@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.checkpoint import diffusers_read
-from pipeline.features.encoder import find_encoder, load_encoder
+from pipeline.features.encoder import find_encoder, load_encoder, read_settings
 from pipeline.vae import load_vae
 from pipeline.vae_folder import DEMO_FOLDER, WEIGHTS, check_sizes, read_config, shard_names, weight_files
 from tests.encoders import write_encoder
@@ -81,6 +81,15 @@ def read_encoder(name: str, folder: Path, data: bytes, *, load: bool = False) ->
     found = find_encoder(str(folder))
     if load:
         load_encoder(found, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def read_encoder_settings(name: str, folder: Path, data: bytes) -> None:
+    """As far as the gate: an encoder one of whose JSON files this is."""
+    for path in _encoder().glob("*.json"):
+        if path.name != name and not (folder / path.name).exists():
+            os.link(path, folder / path.name)
+    (folder / name).write_bytes(data)
+    read_settings(folder)
 
 
 def read_index(folder: Path, data: bytes) -> None:

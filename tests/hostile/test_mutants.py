@@ -7,7 +7,11 @@ import contextlib
 import copy
 import io
 import json
+import os
 import random
+import re
+import signal
+import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +48,7 @@ from sample.tune.points import read_point
 from studies.cells import read_study
 from studies.measure import Result
 from tests.hostile import model_folders
+from tests.hostile.limits import run_each
 from train.checkpointing import restore
 from train.run_folder import recorded_intervals
 
@@ -412,6 +417,7 @@ PIXELS = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.2, 0.2, 0.2],
 }
+READ_PIXELS = partial(model_folders.read_encoder_settings, "preprocessor_config.json")
 LABELS = {"labels": [["a.npy", 3]]}
 LATENT_ZIP = _zip(**{"dataset.json": json.dumps(LABELS).encode(), "a.npy": _npy(np.zeros((8, 2, 2), np.float32))})
 SHARD = save({name: torch.zeros(3, 2, 2, 2) for name in ("latents", "latents_flip")} | {"labels": torch.arange(3)})
@@ -443,11 +449,8 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes],
     "latents_stats.pt": (of_bytes(_pt(mean=torch.zeros(2), std=torch.ones(2))), read_stats),
     "index of weights": (of_json(model_folders.INDEX), model_folders.read_index),
     "VAE's config.json": (of_json(model_folders.VAE_CONFIG), model_folders.read_vae),
-    "encoder's config.json": (of_json(ENCODER_CONFIG), partial(model_folders.read_encoder, "config.json")),
-    "encoder's preprocessor_config.json": (
-        of_json(PIXELS),
-        partial(model_folders.read_encoder, "preprocessor_config.json"),
-    ),
+    "encoder's config.json": (of_json(ENCODER_CONFIG), partial(model_folders.read_encoder_settings, "config.json")),
+    "encoder's preprocessor_config.json": (of_json(PIXELS), READ_PIXELS),
     **{
         f"{name} of diffusers": (of_json(value), partial(model_folders.read_pipeline, name))
         for name, value in model_folders.FILES.items()
@@ -457,22 +460,69 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes],
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_loaded(tmp_path_factory):
+    """Loading them is no mutant's time."""
+    for read, value in ((model_folders.read_vae, model_folders.VAE_CONFIG), (READ_PIXELS, PIXELS)):
+        read(tmp_path_factory.mktemp("sound"), json.dumps(value).encode())
+    model_folders.read_pipeline(
+        "model_index.json", tmp_path_factory.mktemp("sound"), json.dumps(model_folders.PIPELINE).encode()
+    )
+
+
+LOADED: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes], Any]]] = {
+    "a VAE loaded": (of_json(model_folders.VAE_CONFIG), partial(model_folders.read_vae, load=True)),
+    "an encoder loaded": (of_json(ENCODER_CONFIG), partial(model_folders.read_encoder, "config.json", load=True)),
+    "its processor loaded": (
+        of_json(PIXELS),
+        partial(model_folders.read_encoder, "preprocessor_config.json", load=True),
+    ),
+}
+"""What passes the gate goes on to the library."""
+_NO_MEMORY = re.compile("MemoryError|allocat|bad_alloc")
+
+
 def check(kind: str, count: int, folder: Path) -> None:
-    """Read so many mutants; what ends otherwise than by success or one sentence is named with its number."""
-    make, read = KINDS[kind]
-    refused, wrong = 0, []
-    for number in range(count):
+    """Read so many mutants, each within `limits`; what ends otherwise than by success or one sentence is named."""
+    make, read = (KINDS | LOADED)[kind]
+
+    def look(number: int) -> str:
         data = make(random.Random(f"{kind} {number}"))
         try:
             read(folder, data)
         except UserError as error:
-            refused += 1
-            if not str(error).isprintable() or len(str(error)) > 2000 + len(str(folder)):
-                wrong.append((number, "not printable", str(error)[:100]))
+            said = str(error)
+            is_sound = said.isprintable() and len(said) <= 2000 + len(str(folder)) and not _NO_MEMORY.search(said)
+            return "refused" if is_sound else f"{number}: no sentence: {said[:200]!a}"
         except Exception as error:  # noqa: BLE001 -- any other ending is what is looked for
-            wrong.append((number, repr(error)[:100], data[:80]))
+            return f"{number}: {error!r:.200} of {data[:80]!r}"
+        return ""
+
+    said = run_each(count, look)
+    wrong = [each for each in said if each not in {"", "refused"}]
     assert not wrong, f"{len(wrong)} of {count}, such as {wrong[:: max(1, len(wrong) // 6)]}"
-    assert refused > count / 8, "the mutants hardly touch what is read"
+    assert said.count("refused") > count / 8, "the mutants hardly touch what is read"
+
+
+def test_a_mutant_that_takes_longer_or_more_memory_than_allowed_is_named():
+    def sleep(number: int) -> str:
+        time.sleep(0.5 * (number == 2))
+        return ""
+
+    def take(number: int) -> str:
+        return str(len(np.empty(3 * 10**9 * (number == 2), np.uint8)))
+
+    def die(number: int) -> str:
+        os.kill(os.getpid(), signal.SIGKILL * (number == 2))
+        return ""
+
+    assert run_each(2, sleep, seconds=0.4) == ["", ""] and run_each(2, take) == ["0", "0"]
+    with pytest.raises(AssertionError, match=r"number 2 took more than 0\.4 s"):
+        run_each(3, sleep, seconds=0.4)
+    with pytest.raises(AssertionError, match=r"number 2 ended .*(?s:.*)3\.\d GB were asked for, 2\.0 are allowed"):
+        run_each(3, take)
+    with pytest.raises(AssertionError, match="number 2 ended the process by -9"):
+        run_each(3, die)
 
 
 def test_the_files_that_are_mutated_are_sound(tmp_path):
@@ -494,6 +544,13 @@ def test_two_hundred_mutants_of_each_kind_end_in_success_or_one_sentence(kind, t
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_ten_thousand_mutants_of_each_kind_end_in_success_or_one_sentence(kind, tmp_path):
     check(kind, 10_000, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOADED)
+@pytest.mark.filterwarnings("ignore")
+def test_five_hundred_mutants_that_a_library_loads_end_in_success_or_one_sentence(kind, tmp_path):
+    check(kind, 500, tmp_path)
