@@ -32,6 +32,8 @@ class FeatureNetwork:
 
     encoder: VisionEncoder
     projection: Projection | None
+    with_patches: bool = True
+    """Else of the class token alone."""
 
     @property
     def device(self) -> torch.device:
@@ -42,12 +44,14 @@ class FeatureNetwork:
         patches, cls = self.encoder.tokens(pixels)
         if self.projection is not None:
             patches = self.projection.forth(patches)
-        return torch.cat([patches.flatten(1), *([] if cls is None else [cls])], dim=1)
+        made = [*([patches.flatten(1)] if self.with_patches else []), *([] if cls is None else [cls])]
+        return torch.cat(made, dim=1)
 
     def view_shape(self, _image_px: int) -> tuple[int]:
         rows, columns = self.encoder.about.grid
         about = self.encoder.about
         dim = about.width if self.projection is None else len(self.projection.components)
+        dim = dim if self.with_patches else 0
         return (rows * columns * dim + (about.width if self.encoder.has_cls else 0),)
 
     def compile_encoder(self) -> None:
@@ -67,7 +71,7 @@ def projection_of(
 ) -> Projection | None:
     """The directions to reduce to: found by whoever comes first, the same whoever that is; None to keep all."""
     dim = options.features_dim
-    if dim is None:
+    if not dim:
         return None
     with output.exclusive("pca"):
         place = output.place

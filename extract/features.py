@@ -89,6 +89,8 @@ def _encoder(options: ExtractOptions, folder: EncoderFolder, device: torch.devic
     about, dim = encoder.about, options.features_dim
     if dim is not None and dim >= about.width:
         raise UserError(f"--features-dim {dim} is no less than the {about.width} of {about.name}; leave it out")
+    if dim == 0 and not encoder.has_cls:
+        raise UserError(f"--features-dim 0 keeps the class token alone, and {about.name} has none; keep some numbers")
     return encoder
 
 
@@ -174,6 +176,8 @@ def _make(
 
 def _described(encoder: VisionEncoder, dim: int | None) -> str:
     rows, columns = encoder.about.grid
+    if dim == 0:
+        return f"the class token of {encoder.about.width} numbers alone"
     kept = f"{dim} of {encoder.about.width}" if dim else f"{encoder.about.width}"
     return f"{rows}×{columns} patches of {kept} numbers{' and a class token' if encoder.has_cls else ''}"
 
@@ -183,7 +187,7 @@ def _columns(views: int, encoder: VisionEncoder, options: ExtractOptions) -> Col
     return Columns(
         views=views,
         tokens=rows * columns,
-        dim=options.features_dim or encoder.about.width,
+        dim=encoder.about.width if options.features_dim is None else options.features_dim,
         cls=encoder.about.width if encoder.has_cls else 0,
         dtype=options.features_dtype,
     )
@@ -216,7 +220,7 @@ def _fill(
         if work.compile:
             say("compiling the encoder; the first batch takes a minute or so")
         with Encoder(
-            FeatureNetwork(encoder=encoder, projection=projection),
+            FeatureNetwork(encoder=encoder, projection=projection, with_patches=columns.dim > 0),
             batch_size=work.batch_size,
             flip=images.loader.options.flip,
             store_dtype=torch.float16,
@@ -280,7 +284,7 @@ def _finish(
                     views=tuple(store.views),
                     encoder=encoder.about,
                     columns=_columns(len(store.views), encoder, options),
-                    pca=None if options.features_dim is None else reduction_in(place),
+                    pca=reduction_in(place) if options.features_dim else None,
                     plan=store.get("plan", ""),
                     extraction=dict(settings),
                     shards=entries_of(whole),

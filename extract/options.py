@@ -156,8 +156,8 @@ class ExtractOptions:
     """A diffusers autoencoder: a Hub name, a local folder, or demo (a tiny one that ships with the project)."""
     features: str | None = None
     """Also store an encoder's features of every view, beside the latents: a Hub name such as facebook/dinov2-base, or a folder in transformers' layout."""
-    features_dim: Annotated[int, Meta(ge=1, le=1 << 16)] | None = None
-    """Keep K numbers of each patch's features, along their principal directions. Default: all."""
+    features_dim: Annotated[int, Meta(ge=0, le=1 << 16)] | None = None
+    """Keep K numbers of each patch's features, along their principal directions; 0 keeps the class token alone. Default: all."""
     features_dtype: FeatureDtype = "float16"
     """Precision of the patches' features; int8 takes half the room, in steps of a 127th of each number's largest in the shard."""
     add_features: Path | None = None
@@ -180,6 +180,10 @@ class ExtractOptions:
             raise UserError(
                 "--features-dim, --features-dtype and --add-features need --features ENCODER, as in "
                 "facebook/dinov2-base"
+            )
+        if self.features_dim == 0 and self.features_dtype != "float16":
+            raise UserError(
+                "--features-dtype is of the patches, which --features-dim 0 leaves out; drop one of the two"
             )
         if self.add_features is not None and (self.out is not None or self.preview is not None):
             raise UserError("--add-features names the store itself; leave --out and --preview out")

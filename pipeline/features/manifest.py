@@ -26,7 +26,10 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1.001)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """What is stored of a sample: `features` [V, T, K] and, where the encoder has a class token, `cls` [V, D]."""
+    """What is stored of a sample: `features` [V, T, K] and, where the encoder has a class token, `cls` [V, D].
+
+    The class token may stand alone: K is 0 then.
+    """
 
     views: int
     """V, in the store's order."""
@@ -225,7 +228,8 @@ def _columns_of(file: _File, origin: str) -> Columns:
     said = file.columns["features"].dtype if dim else ""
     dtype: FeatureDtype = "int8" if said == "int8" else "float16"
     columns = Columns(views=views, tokens=tokens, dim=dim, cls=shapes.get("cls", (0,))[-1], dtype=dtype)
-    if not views or not dim or dim > file.encoder.width or file.columns != _as_columns(columns):
+    is_empty = not dim and (not columns.cls or file.pca is not None)
+    if not views or is_empty or dim > file.encoder.width or file.columns != _as_columns(columns):
         raise UserError(f"{origin} is damaged: its columns contradict its encoder or views; {_AGAIN}")
     return columns
 

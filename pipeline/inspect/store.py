@@ -87,11 +87,10 @@ def _facts_of_features(features: FeatureManifest) -> dict[str, object]:
     encoder, columns, pca = features.encoder, features.columns, features.pca
     total = sum(shard.bytes for shard in features.shards)
     reduced = f" of {encoder.width}, which keep {pca.kept_variance:.2%} of the variance" if pca else ""
+    patches = f"{encoder.grid[0]}×{encoder.grid[1]} patches of {columns.dim} numbers{reduced}, {columns.dtype}"
+    token = f"class token of {columns.cls}" if columns.cls else "no class token"
     return {
-        "features": (
-            f"{encoder.grid[0]}×{encoder.grid[1]} patches of {columns.dim} numbers{reduced}, {columns.dtype}; "
-            f"{f'class token of {columns.cls}' if columns.cls else 'no class token'}; {size(total)}"
-        ),
+        "features": f"{patches if columns.dim else 'no patches'}; {token}; {size(total)}",
         "encoder": f"{encoder.name} ({encoder.class_name}), {encoder.resolution} px, sha256 {encoder.sha256}",
     }
 

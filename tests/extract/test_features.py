@@ -21,6 +21,7 @@ from pipeline.latents import LatentStore
 from pipeline.runtime.errors import UserError
 from tests.encoders import write_encoder
 from tests.extract.test_processes import RANKS, finish_all, wait_for
+from tests.train.runs import train
 
 ENCODER_PX, WIDTH, PATCHES = 28, 8, 4
 
@@ -400,6 +401,22 @@ def test_the_disk_is_stated_before_anything_is_made(store, add, capsys):
     assert said.index("will take") < said.index("principal directions")
 
 
+def test_the_class_token_may_stand_alone(store, plain, add, capsys, tmp_path):
+    whole = shutil.copytree(plain, tmp_path / "whole")
+    assert add(whole) == 0 and add(store, "--features-dim", 0) == 0
+    said = capsys.readouterr().err
+    assert f"the class token of {WIDTH} numbers alone" in said and "the features will take 1.6 kB of disk" in said
+    alone, (both, _) = read(store)[0], read(whole)
+    rows, views = np.arange(50), np.arange(50) % 2
+    found = alone.gather(rows, views)
+    assert found.keys() == {"cls"} and torch.equal(found["cls"], both.gather(rows, views)["cls"])
+    with LatentStore(store) as latents:
+        assert features_faults(store, latents.manifest) == []
+    assert train(store, tmp_path / "run", "--class-token", steps=1) == 0
+    assert train(store, tmp_path / "other", "--class-token", "--align-features", steps=1) == 2
+    assert "--align-features needs patches" in capsys.readouterr().err
+
+
 def test_in_one_command_it_is_stated_and_the_encoder_found_right_before_the_latents(
     tmp_path, command, encoder, monkeypatch
 ):
@@ -493,6 +510,7 @@ def test_features_that_half_precision_cannot_hold_are_refused(tmp_path, store, a
         (("--image-size", 64), "--image-size 64 now, 32 there"),
         (("--out", "x"), "--add-features names the store itself"),
         (("--features-dtype", "int4"), "int4"),
+        (("--features-dim", 0, "--features-dtype", "int8"), "--features-dtype is of the patches"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(store, add, capsys, flags, sentence):

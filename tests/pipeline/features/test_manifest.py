@@ -60,6 +60,17 @@ def test_it_is_read_and_written_to_the_same_bytes():
     assert [name for name, *_ in manifest.columns.tensors(5)] == ["index", "cls", "features"]
 
 
+def test_the_class_token_may_stand_alone_and_then_there_are_no_directions():
+    values = copy.deepcopy(VALUES) | {"pca": None}
+    del values["columns"]["features"]
+    manifest = parse_features(sealed(values), "manifest.json")
+    assert manifest.columns.sample_bytes == 2 * 8 * 2 and [*manifest.columns.shapes] == ["cls"]
+    assert manifest.to_bytes() == sealed(values)
+    del values["columns"]["cls"]
+    with pytest.raises(UserError, match="columns contradict its encoder"):
+        parse_features(sealed(values), "manifest.json")
+
+
 def test_keys_of_later_versions_are_ignored():
     assert parse_features(changed(["later"], 1), "m").samples == 5
 
