@@ -1,5 +1,6 @@
 """Configuration files: YAML whose keys are flags, as the words of a command line, so that both are checked alike."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias, get_origin
@@ -16,14 +17,18 @@ Scalar: TypeAlias = bool | int | float | str | None
 Setting: TypeAlias = Scalar | list[Scalar]
 MOST_SETTINGS: Final = 1 << 20
 """Bytes of the settings of a run."""
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are truth values (`no` is a precision), 1:30 is a text, no key comes twice."""
+    """YAML in which only true and false are truth values (`no` is a precision), 1:30 is a text, no key comes twice.
+
+    A number that begins with 0, such as 010, is left to the flag as a command line would: it is 10, not 8.
+    """
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
-        return node.value if ":" in node.value else super().construct_yaml_int(node)
+        return super().construct_yaml_int(node) if _DECIMAL.fullmatch(node.value) else node.value
 
     def construct_yaml_bool(self, node: yaml.ScalarNode) -> Any:
         is_one = node.value.lower() in {"true", "false"}

@@ -135,6 +135,8 @@ def test_a_key_in_two_spellings_stands_twice_and_a_merged_one_does_not(tmp_path,
         ("[cat, golden retriever]", "cat,golden retriever"),
         ("'0, 7'", "0, 7"),
         ("7", "7"),
+        ("010", "010"),  # in YAML 1.1 it is 8
+        ("[007, 0x10, 1_000]", "007,0x10,1000"),
         ("null", None),
     ],
 )
