@@ -1,5 +1,6 @@
 """Two real processes on one machine (gloo), under the launchers that users have."""
 
+import errno
 import re
 import shutil
 import signal
@@ -137,6 +138,59 @@ def test_a_process_that_stands_still_ends_the_run_within_the_stated_time_with_on
     assert (
         launch(store, tmp_path / "run", "--save-every", "2", steps=lines(tmp_path / "run")[-1]["step"]).returncode == 0
     )
+
+
+DISK_LOST = """
+import os, sys
+
+rank, call, number = int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
+steady = getattr(os, call)
+
+def lost(*given):
+    if os.path.exists(os.environ["DISK_IS_LOST"]):
+        raise OSError(number, os.strerror(number))
+    return steady(*given)
+
+if rank == int(os.environ["RANK"]):
+    setattr(os, call, lost)
+from train.__main__ import main
+sys.exit(main())
+"""
+DISK_LOST_WITHIN_S = 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "call", "number", "reason"),
+    [
+        (0, "fsync", errno.ENOSPC, "the disk is full"),
+        (0, "fsync", errno.EIO, "Input/output error"),
+        (0, "preadv", errno.EIO, "Input/output error"),
+        (1, "preadv", errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_process_that_loses_its_disk_ends_all_within_seconds_with_one_line_and_the_run_goes_on(
+    store, tmp_path, monkeypatch, rank, call, number, reason
+):
+    (tmp_path / "lost.py").write_text(DISK_LOST)
+    monkeypatch.setenv("DISK_IS_LOST", str(tmp_path / "now"))
+    run = tmp_path / "run"
+    words = torchrun(store, run, "--save-every", "2", "--keep-last", "2", steps=100_000)
+    at = words.index("--module")
+    words[at : at + 2] = [str(tmp_path / "lost.py"), str(rank), call, str(number)]
+    with running(words) as process:
+        wait_for(lambda: len(lines(run)) > 3)
+        ranks = psutil.Process(process.pid).children()
+        (tmp_path / "now").touch()
+        _, alive = psutil.wait_procs(ranks, timeout=DISK_LOST_WITHIN_S)
+        assert not alive
+        spoken = process.communicate(timeout=120)[1]
+    said = [line for line in spoken.splitlines() if line.startswith(f"dit-train (process {rank} of 2): error:")]
+    assert len(said) == 1 and reason in said[0], spoken
+    ends = ("another process of this run has ended", "stopped by SIGTERM")  # whichever it learns first
+    others = [line for line in spoken.splitlines() if line.startswith("dit-train") and any(end in line for end in ends)]
+    assert len(others) == 1, spoken
+    assert launch(store, run, "--save-every", "2", steps=lines(run)[-1]["step"] + 2).returncode == 0
 
 
 def test_a_run_is_one_commands_at_a_time_and_ends_on_sigusr1_with_its_status(store, tmp_path):
