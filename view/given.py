@@ -13,6 +13,7 @@ import msgspec
 from pipeline.checkpoint.folder import checkpoint_folders, weight_files
 from pipeline.checkpoint.forms import read_stored
 from pipeline.checkpoint.info import CheckpointInfo, read_info
+from pipeline.checkpoint.remote import localized
 from pipeline.checkpoint.snapshots import snapshots
 from pipeline.classes import short_name
 from pipeline.diffusion.samplers import SAMPLERS, samplers_for
@@ -22,6 +23,7 @@ from pipeline.inspect.checkpoint import preset_name
 from pipeline.latents.names import is_store
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.gate import Count
+from pipeline.runtime.remote_files import is_url
 from train.plot import distinct_names
 from view.options import ViewOptions
 
@@ -121,6 +123,9 @@ def find_given(options: ViewOptions) -> Given:
         UserError: something is not there, or is the other kind of thing.
     """
     for path in options.checkpoint:
+        if is_url(path):  # fetched now, so that a mistake is told before the page is opened
+            localized(path, averages=True)
+            continue
         if not Path(path).exists() and not HUB_NAME.fullmatch(path.removeprefix(HUB)):
             raise UserError(f"--checkpoint {path} does not exist; give a run folder, a checkpoint or a Hub name")
         if Path(path).is_dir() and is_store(path):
@@ -128,6 +133,9 @@ def find_given(options: ViewOptions) -> Given:
     for path in options.latents:
         if not is_store(path):
             raise UserError(f"--latents {path} is no latent store; give the folder that dit-extract --out named")
+    data = options.data
+    if data and not (is_url(data) or data.startswith(HUB) or "{" in data or Path(data).expanduser().exists()):
+        raise UserError(f"--data {data} does not exist; name the images that a store of --latents was made from")
     return Given(
         networks=tuple(
             GivenNetwork(name=name, path=path)
@@ -152,7 +160,7 @@ def describe_network(path: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
-    folder = Path(path)
+    folder = localized(path, averages=True)
     own = folder / "checkpoints"
     if own.is_dir():  # a run: its newest
         found = checkpoint_folders(folder)
@@ -164,7 +172,7 @@ def describe_network(path: str) -> dict[str, Any]:
         config = info.network
         weights = sorted((name.removeprefix("ema-") for name in weight_files(folder)), key=lambda name: name != "ema")
     else:
-        stored = read_stored(path, verify=False)
+        stored = read_stored(str(folder), verify=False)
         info, config, weights = stored.info, stored.config, [stored.weights]
     process = info.process
     samplers = {name: SAMPLERS[name] for name in samplers_for(process)}

@@ -1,15 +1,13 @@
-"""One job at a time: a queue, the job that runs, and the last ones that are done.
+"""One job at a time: a queue, and the job that runs.
 
-Everything that computes goes through here, so that two browser windows never share a device. A job is asked about by
-the page that started it; one that nobody has asked about for minutes belongs to a window that was closed, and ends.
+Everything that computes goes through here, so that two browser windows never share a device. A job belongs to a tab of
+a window and ends with it; so does one that nobody has looked at for minutes, should the window's end not be told.
 """
 
 import itertools
-import secrets
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from typing import Any
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
 
-MOST_WAITING, KEPT = 16, 8
+MOST_WAITING = 16
 ABANDONED_SECONDS = 300.0
 
 
@@ -48,7 +46,6 @@ class Job:
 
     def __init__(self, work: Work, titles: list[str]) -> None:
         """Wait for a turn; `titles` are those of the pictures that it will make."""
-        self.id = secrets.token_hex(8)
         self.state = "waiting"
         """Then running, then done, stopped or failed."""
         self.sentence = ""
@@ -57,6 +54,8 @@ class Job:
         """Of the work that is done."""
         self.pictures = [Picture(title=title) for title in titles]
         self.facts: dict[str, Any] = {}
+        self.replaced = False
+        """Whether its tab has asked for something else, so that nobody waits for its end."""
         self._work: Work | None = work
         self._stop = threading.Event()
         self._asked_at = time.monotonic()
@@ -114,69 +113,54 @@ class Job:
         else:
             self.state, self.share, self.sentence = "done", 1.0, ""
 
-    def to_json(self, before: int) -> dict[str, Any]:
-        """What the page asks for again and again."""
-        return {
-            "id": self.id,
-            "state": self.state,
-            "sentence": self.sentence,
-            "before": before,
-            "share": self.share,
-            "pictures": [
-                {"title": one.title, "version": one.version, "command": one.command, "files": sorted(one.files)}
-                for one in self.pictures
-            ],
-            "facts": self.facts,
-        }
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, however it did, or was stopped before it began."""
+        return self.state not in {"waiting", "running"} or (self.state == "waiting" and self._stop.is_set())
 
 
 class JobQueue:
-    """All jobs of a page."""
+    """The jobs of all windows; each tab of a window has one at a time."""
 
     def __init__(self) -> None:
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs: dict[Job, tuple[str, str]] = {}
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "job")
 
-    def submit(self, work: Work, titles: list[str]) -> Job:
-        """A job that has its turn after those before it.
+    def submit(self, work: Work, titles: list[str], *, window: str = "", tab: str = "") -> Job:
+        """A job that has its turn after those before it; what this tab asked for before is stopped.
 
         Raises:
             UserError: too many wait already.
         """
+        self.stop(window, tab)
         with self._lock:
-            if len(self._unfinished()) >= MOST_WAITING:
+            for job, owner in self._jobs.items():
+                job.replaced |= owner == (window, tab)
+            self._jobs = {job: owner for job, owner in self._jobs.items() if not job.is_over}
+            if sum(job.state == "waiting" and not job.is_over for job in self._jobs) >= MOST_WAITING:
                 raise UserError(f"{MOST_WAITING} jobs wait already; stop some, or wait for them")
             job = Job(work, titles)
-            self._jobs[job.id] = job
-            finished = [one for one in self._jobs.values() if one.state not in {"waiting", "running"}]
-            for old in finished[: max(0, len(finished) - KEPT)]:
-                del self._jobs[old.id]
+            self._jobs[job] = (window, tab)
         self._thread.submit(job.run)
         return job
 
-    def get(self, name: str) -> Job:
-        """A job by its id.
-
-        Raises:
-            UserError: it is not kept any more.
-        """
+    def stop(self, window: str, tab: str | None = None) -> None:
+        """Stop the job of a tab; without one, all of a window that was closed."""
         with self._lock:
-            if name not in self._jobs:
-                raise UserError("this job is not kept any more; start it again")
-            return self._jobs[name]
+            for job, owner in self._jobs.items():
+                if owner[0] == window and tab in {None, owner[1]}:
+                    job.stop()
 
     def before(self, job: Job) -> int:
         """How many jobs have their turn before this one."""
         with self._lock:
-            return sum(1 for _ in itertools.takewhile(lambda one: one is not job, self._unfinished()))
+            unfinished = [one for one in self._jobs if not one.is_over]
+            return sum(1 for _ in itertools.takewhile(lambda one: one is not job, unfinished))
 
     def close(self) -> None:
         """Stop every job and return when none runs any more."""
         with self._lock:
-            for job in self._unfinished():
+            for job in self._jobs:
                 job.stop()
         self._thread.shutdown(cancel_futures=True)
-
-    def _unfinished(self) -> list[Job]:
-        return [job for job in self._jobs.values() if job.state in {"waiting", "running"}]

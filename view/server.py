@@ -1,36 +1,43 @@
-"""The server of the page: fixed files, numbers and words in JSON, and nothing that names a file of this machine.
+"""The server of the page: Gradio's routes that the page needs, behind a guard, and no others.
 
-Every route is a fixed word with numbers in it. Answers may be read by this page alone: the browser is told so, a
-request under another host's name is refused (a page elsewhere could point its own name at this machine), and what
-starts or stops work must be sent as JSON from this page's own address.
+Answers may be read by this page alone: the browser is told so, a request under another host's name is refused (a page
+elsewhere could point its own name at this machine), and what starts or stops work must be sent as JSON from this
+page's own address. Of files, those below `scratch()` are served, and nothing can be put there from outside.
 """
 
 import asyncio
+import base64
+import contextlib
+import hashlib
+import json
 import logging
-from collections.abc import Awaitable, Callable
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from aiohttp import web
-
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import parse_json, typed
+from pipeline.runtime.gate import parse_json
 from pipeline.runtime.processes import StopRequest, launch
-from view import runs, stores
-from view.given import Given, describe_network, find_given
-from view.jobs import Job, JobQueue, Work
+from view.given import Given, find_given
+from view.jobs import JobQueue
 from view.options import LOOPBACK, ViewOptions
-from view.sampling import SampleRequest, sampling
-from view.stores import BrowseRequest, browsing
+from view.shelf import scratch
 
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 MOST_REQUEST_BYTES = 1 << 16
 POLL_SECONDS = 0.1
+GET = re.compile(
+    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(?:assets|static)/[\w./-]+|/gradio_api/startup-events"
+    r"|/gradio_api/queue/data|/gradio_api/heartbeat/\w+|/gradio_api/file=(?P<file>/.+)"
+)
+POST = re.compile(r"/gradio_api/(?:queue/join|run/predict|cancel|reset)/?")
+"""What the page asks for; Gradio answers much else: uploads, a proxy, its documentation, recordings."""
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -38,7 +45,15 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Server": "dit-view",
 }
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+POLICY = (
+    "default-src 'none'; script-src 'self'{scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "font-src 'self'; connect-src 'self'; manifest-src 'self'; base-uri 'self'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+_SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
 
 
 def serve(options: ViewOptions) -> int:
@@ -49,212 +64,253 @@ def serve(options: ViewOptions) -> int:
     """
     if launch().world_size > 1:
         raise UserError("dit-view is one process; start it without accelerate launch or torchrun")
-    given = find_given(options)
-    with StopRequest() as stop:
-        asyncio.run(_serve(options, given, stop))
-        return stop.exit_status
-
-
-async def _serve(options: ViewOptions, given: Given, stop: StopRequest) -> None:
-    logging.getLogger("aiohttp.access").disabled = True
-    queue = JobQueue()
-    runner = web.AppRunner(application(options, given, queue), handle_signals=False, shutdown_timeout=1.0)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, options.host, options.port)
-        try:
-            await site.start()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(
-                f"--host {options.host} --port {options.port} cannot be listened at ({reason}); choose another "
-                f"--port (0 takes a free one)"
-            ) from error
-        port = runner.addresses[0][1]
+    with StopRequest() as stop, serving(options, find_given(options)) as port:
         shown = f"[{options.host}]" if ":" in options.host else options.host
         say(f"open http://{shown}:{port}/ in a browser; Ctrl-C ends")
         if options.host not in LOOPBACK:
             warn(f"everyone who reaches {options.host}:{port} can use this page: there is no password")
         while stop.signal is None:
-            await asyncio.sleep(POLL_SECONDS)
-    finally:
-        await runner.cleanup()
-        await asyncio.to_thread(queue.close)
+            time.sleep(POLL_SECONDS)
+    return stop.exit_status
 
 
-def application(options: ViewOptions, given: Given, queue: JobQueue) -> web.Application:
-    """Every route of the page."""
-    pages = Pages(options, given, queue)
-    app = web.Application(client_max_size=MOST_REQUEST_BYTES, middlewares=[_guard(options)])
-    for file in sorted((Path(__file__).parent / "page").iterdir()):
-        name = "" if file.name == "index.html" else file.name
-        app.router.add_get(f"/{name}", _fixed(file.read_bytes(), KINDS[file.suffix]))
-    number, job = r"{number:\d{1,3}}", r"{job:[0-9a-f]{16}}"
-    app.router.add_get("/given", pages.given)
-    app.router.add_get(f"/networks/{number}", pages.network)
-    app.router.add_get(f"/runs/{number}", pages.run)
-    app.router.add_get(rf"/runs/{number}/previews/{{step:\d{{1,12}}}}.png", pages.preview)
-    app.router.add_get("/curves.png", pages.curves)
-    app.router.add_get(f"/stores/{number}", pages.store)
-    app.router.add_post("/samples", pages.start_samples)
-    app.router.add_post("/browse", pages.start_browsing)
-    app.router.add_get(f"/jobs/{job}", pages.job)
-    app.router.add_post(f"/jobs/{job}/stop", pages.stop)
-    app.router.add_get(f"/jobs/{job}/{number}.png", pages.picture)
-    app.router.add_get(rf"/jobs/{job}/{number}/{{file:[a-z]+\.png(?:\.json)?}}", pages.file)
-    return app
-
-
-def _fixed(body: bytes, kind: str) -> Handler:
-    async def handler(_: web.Request) -> web.Response:
-        return web.Response(body=body, content_type=kind, charset="utf-8")
-
-    return handler
-
-
-def _guard(options: ViewOptions) -> Any:
-    """Refuse what this page did not send; a `UserError` is a sentence to show; every answer has the headers."""
-
-    @web.middleware
-    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            _check_sender(request, options)
-            response = await handler(request)
-        except UserError as error:
-            response = web.json_response({"sentence": str(error)}, status=400)
-        except web.HTTPException as error:  # no such route, another method, a request that is too large
-            response = web.json_response({"sentence": f"{error.status}: {error.reason}"}, status=error.status)
-        response.headers.update(HEADERS)
-        return response
-
-    return guarded
-
-
-def _check_sender(request: web.Request, options: ViewOptions) -> None:
-    """Raise UserError where the request comes from another page, or under another name of this machine."""
-    host = request.headers.get("Host", "")
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if options.host in LOOPBACK and name.strip("[]") not in LOOPBACK:
-        raise UserError(f"this page answers to {' and '.join(LOOPBACK)} only, not to {name[:60]!r}")
-    if request.method == "POST":
-        origin = request.headers.get("Origin")
-        if origin is not None and origin.partition("://")[2] != host:
-            raise UserError("the request comes from another page; use the page of dit-view itself")
-        if request.content_type != "application/json":
-            raise UserError("the request is no JSON; use the page of dit-view itself")
-
-
-class Pages:
-    """What the page can ask for."""
-
-    def __init__(self, options: ViewOptions, given: Given, queue: JobQueue) -> None:
-        self._options, self._given, self._queue = options, given, queue
-
-    async def given(self, _: web.Request) -> web.Response:
-        """The lists of what was named, by number."""
-        networks = [{"name": one.name, "run": one.is_run, "steps": sorted(one.steps())} for one in self._given.networks]
-        stores = [{"name": one.name} for one in self._given.stores]
-        return web.json_response({"networks": networks, "stores": stores, "data": self._options.data is not None})
-
-    async def network(self, request: web.Request) -> web.Response:
-        """What one checkpoint can do; `?step=` of a run."""
-        network = self._given.network(_number(request))
-        step = request.query.get("step", "")
-        place = network.place(int(step) if step.isascii() and step.isdigit() else None)
-        return web.json_response(await asyncio.to_thread(describe_network, place))
-
-    async def run(self, request: web.Request) -> web.Response:
-        """A run's numbers and previews."""
-        return web.json_response(await asyncio.to_thread(runs.describe, self._given.network(_number(request))))
-
-    async def preview(self, request: web.Request) -> web.Response:
-        """One preview of a run."""
-        network, step = self._given.network(_number(request)), int(request.match_info["step"])
-        return _png(await asyncio.to_thread(runs.preview, network, step))
-
-    async def curves(self, request: web.Request) -> web.Response:
-        """The curves of `?runs=0,2` over each other."""
-        given = [word for word in request.query.get("runs", "").split(",") if word.isascii() and word.isdigit()]
-        smoothing = {"0": 0.0, "1": 0.9, "2": 0.98}.get(request.query.get("smooth", "1"), 0.9)
-        numbers = [int(word) for word in given[: len(self._given.networks)]]
-        return _png(await asyncio.to_thread(runs.curves, self._given, numbers, smoothing=smoothing))
-
-    async def store(self, request: web.Request) -> web.Response:
-        """What a store is."""
-        return web.json_response(await asyncio.to_thread(stores.describe, self._given.store(_number(request))))
-
-    async def start_samples(self, request: web.Request) -> web.Response:
-        """A job that samples."""
-        asked = await _asked(request, SampleRequest)
-        return self._start(*sampling(asked, self._given, self._options))
-
-    async def start_browsing(self, request: web.Request) -> web.Response:
-        """A job that decodes pictures of a store."""
-        asked = await _asked(request, BrowseRequest)
-        return self._start(*browsing(asked, self._given, self._options))
-
-    def _start(self, work: Work, titles: list[str]) -> web.Response:
-        job = self._queue.submit(work, titles)
-        return web.json_response(job.to_json(self._queue.before(job)))
-
-    async def job(self, request: web.Request) -> web.Response:
-        """How far a job is."""
-        job = self._job(request)
-        job.seen()
-        return web.json_response(job.to_json(self._queue.before(job)))
-
-    async def stop(self, request: web.Request) -> web.Response:
-        """Ask a job to end at its next step."""
-        job = self._job(request)
-        job.stop()
-        return web.json_response(job.to_json(self._queue.before(job)))
-
-    async def picture(self, request: web.Request) -> web.Response:
-        """A picture of a job as it is now."""
-        picture = self._of_job(request)
-        if not picture.version:
-            raise UserError("there is nothing to see yet; wait a moment")
-        return _png(picture.png)
-
-    async def file(self, request: web.Request) -> web.Response:
-        """A finished file of a job, to be saved."""
-        name = request.match_info["file"]
-        body = self._of_job(request).files.get(name)
-        if body is None:
-            raise UserError("there is no such file, or not yet; wait until the picture is finished")
-        kind = "application/json" if name.endswith(".json") else "image/png"
-        return web.Response(
-            body=body, content_type=kind, headers={"Content-Disposition": f'attachment; filename="{name}"'}
-        )
-
-    def _job(self, request: web.Request) -> Job:
-        return self._queue.get(request.match_info["job"])
-
-    def _of_job(self, request: web.Request) -> Any:
-        pictures = self._job(request).pictures
-        number = _number(request)
-        if number >= len(pictures):
-            raise UserError("the job has no such picture; load the page again")
-        return pictures[number]
-
-
-def _number(request: web.Request) -> int:
-    return int(request.match_info["number"])
-
-
-def _png(body: bytes) -> web.Response:
-    return web.Response(body=body, content_type="image/png")
-
-
-async def _asked(request: web.Request, kind: type[msgspec.Struct]) -> Any:
-    """The request's JSON as that type.
+@contextlib.contextmanager
+def serving(options: ViewOptions, given: Given) -> Iterator[int]:
+    """The port at which the page answers while this is open.
 
     Raises:
-        UserError: it is not.
+        UserError: the address cannot be listened at, or Gradio is not installed.
     """
-    return typed(
-        parse_json(await request.read(), "the request", advice="try again"),
-        kind,
-        "the request is not understood",
-        advice="change it",
+    with _listen(options) as listening:
+        uvicorn, build = _gradio()
+        queue = JobQueue()
+        served: list[Any] = []
+
+        async def serve_page() -> None:
+            app = application(options, build(options, given, queue))  # within the loop: Gradio would begin another one
+            config = uvicorn.Config(
+                app, log_level="error", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=1
+            )
+            served.append(uvicorn.Server(config))
+            await served[0].serve([listening])
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve_page()), name="server", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive() and not (served and served[0].started):
+                time.sleep(0.01)
+            if not thread.is_alive():
+                raise RuntimeError("the server ended before it had begun")  # its thread has said why
+            yield listening.getsockname()[1]
+        finally:
+            # of windows that are still open it would print a traceback
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            for server in served:
+                server.should_exit = True
+            queue.close()
+            thread.join(10)
+
+
+def _gradio() -> tuple[Any, Any]:
+    """uvicorn, and what builds the page.
+
+    Raises:
+        UserError: Gradio is not installed.
+    """
+    # before Gradio is imported, which reads both then
+    os.environ |= {"GRADIO_TEMP_DIR": str(scratch()), "GRADIO_ANALYTICS_ENABLED": "False"}
+    try:
+        import uvicorn
+
+        from view.page import build
+    except ModuleNotFoundError as error:
+        if error.name not in {"gradio", "uvicorn"}:
+            raise
+        raise UserError("the page needs Gradio; pip install 'dit-pipeline[view]'") from error
+    return uvicorn, build
+
+
+def _listen(options: ViewOptions) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise UserError(
+            f"--host {options.host} --port {options.port} cannot be listened at ({error.strerror or error}); choose "
+            f"another --port (0 takes a free one)"
+        ) from error
+
+
+def application(options: ViewOptions, blocks: Any) -> "Guard":
+    """Gradio's application behind the guard."""
+    import fastapi
+    import gradio
+
+    from view.page import CSS, theme
+
+    outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    inner = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    gradio.mount_gradio_app(
+        outer,
+        blocks,
+        path="/",
+        app_kwargs=inner,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=0,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css=CSS,
     )
+    return Guard(outer, options)
+
+
+class Guard:
+    """An ASGI application that refuses what this page did not send, and gives every answer its headers."""
+
+    def __init__(self, app: Any, options: ViewOptions) -> None:
+        self._app, self._options = app, options
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refused = refusal(scope["method"], scope["path"], headers, self._options)
+        if not refused and scope["method"] == "POST":
+            body = await _read(receive)
+            refused = refused_body(body)
+            receive = _again(body, receive)
+        if refused:
+            status, sentence = refused
+            body = json.dumps({"sentence": sentence, "detail": sentence}).encode()
+            start: Message = {"type": "http.response.start", "status": status, "headers": []}
+            start["headers"] = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            await send(_with_headers(start))
+            await send({"type": "http.response.body", "body": body})
+            return
+        if scope["path"] == "/":
+            await self._app(_plain(scope), receive, _PageSender(send))
+            return
+
+        async def told(message: Message) -> None:
+            await send(_with_headers(message) if message["type"] == "http.response.start" else message)
+
+        await self._app(scope, receive, told)
+
+
+def refusal(method: str, path: str, headers: MutableMapping[str, str], options: ViewOptions) -> tuple[int, str] | None:
+    """(status, sentence) of what is not answered."""
+    host = headers.get("host", "")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if options.host in LOOPBACK and name.strip("[]") not in LOOPBACK:
+        return 400, f"this page answers to {' and '.join(LOOPBACK)} only, not to {name[:60]!r}"
+    if method == "GET":
+        return _refused_path(path)
+    if method != "POST" or not POST.fullmatch(path):
+        return 405, "this page takes no such request"
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != host:
+        return 400, "the request comes from another page; use the page of dit-view itself"
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return 400, "the request is no JSON; use the page of dit-view itself"
+    length = headers.get("content-length", "")
+    if not (length.isascii() and length.isdigit()) or int(length) > MOST_REQUEST_BYTES:
+        return 413, f"a request has at most {MOST_REQUEST_BYTES:,} bytes, and says how many"
+    return None
+
+
+def refused_body(body: bytes) -> tuple[int, str] | None:
+    """(status, sentence) of a body that is no request of the page.
+
+    Its widgets send numbers, words and lists of them. Gradio takes an object in their place for the description of a
+    file, and if a function gave it back, would look for that file.
+    """
+    try:
+        asked = parse_json(body, "the request", advice="try again")
+    except UserError as error:
+        return 400, str(error)
+    if not isinstance(asked, dict):
+        return 400, "the request is no object; use the page of dit-view itself"
+    sent = asked.get("data")
+    parts = [part for value in (sent if isinstance(sent, list) else [sent]) for part in _flat(value)]
+    if any(isinstance(part, dict | list) for part in parts):
+        return 400, "the request holds more than numbers and words; use the page of dit-view itself"
+    return None
+
+
+def _flat(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+async def _read(receive: Receive) -> bytes:
+    """The body, whose length is known to be small."""
+    parts = bytearray()
+    while True:
+        message = await receive()
+        parts += message.get("body", b"")
+        if len(parts) > MOST_REQUEST_BYTES or not message.get("more_body"):
+            return bytes(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """What gives the body that was read once more, then what comes after it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def received() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return received
+
+
+def _refused_path(path: str) -> tuple[int, str] | None:
+    found = GET.fullmatch(path)
+    if found is None or ".." in path.split("/"):
+        return 404, "there is no such thing on this page"
+    if found["file"] and not Path(found["file"]).resolve().is_relative_to(scratch()):
+        return 404, "there is no such file on this page"
+    return None
+
+
+def _with_headers(start: Message, scripts: str = "") -> Message:
+    """The start of an answer with the headers that keep the page to itself."""
+    ours = {**HEADERS, "Content-Security-Policy": POLICY.format(scripts=scripts)}
+    dropped = {name.lower().encode() for name in ours}
+    kept = [
+        (name, value)
+        for name, value in start["headers"]
+        if name.lower() not in dropped and not name.lower().startswith(b"access-control-")
+    ]
+    return {**start, "headers": [*kept, *((name.encode(), value.encode()) for name, value in ours.items())]}
+
+
+def _plain(scope: Message) -> Message:
+    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]}
+
+
+class _PageSender:
+    """Sends the page with a policy that allows the very scripts that stand in it, by their checksums."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message = {}
+        self._parts: list[bytes] = []
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self._parts.append(message.get("body", b""))
+        if message.get("more_body"):
+            return
+        page = b"".join(self._parts)
+        sums = (base64.b64encode(hashlib.sha256(script).digest()).decode() for script in _SCRIPT.findall(page))
+        await self._send(_with_headers(self._start, "".join(f" 'sha256-{one}'" for one in sums)))
+        await self._send({"type": "http.response.body", "body": page})

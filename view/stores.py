@@ -1,9 +1,7 @@
 """Stores for the page: what one is and what was left out of it, and its pictures, decoded when they are asked for."""
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +30,7 @@ from view.given import Given, GivenStore
 from view.jobs import Job, Work
 from view.options import ViewOptions
 from view.sampling import as_png
+from view.shelf import scratch
 
 SHOWN = 24
 """Pictures on one page."""
@@ -229,12 +228,6 @@ def _once_more(vae: Vae, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return vae.decode(encoded.chunk(2, dim=1)[0] if vae.kind == "moments" else encoded).numpy()
 
 
-@cache
-def _copies() -> "tempfile.TemporaryDirectory[str]":
-    """Where copies of remote tars go while the page is served."""
-    return tempfile.TemporaryDirectory(prefix="dit-view-", ignore_cleanup_errors=True)
-
-
 def _originals(store: LatentStore, path: str, data: str | None) -> StoreInputs:
     """The images that a store was made from, listed once.
 
@@ -248,7 +241,7 @@ def _originals(store: LatentStore, path: str, data: str | None) -> StoreInputs:
         raise UserError(f"{path} is no folder that dit-extract made from images, so its pictures have no originals")
     if path not in _known_images:
         options = ExtractOptions(source=SourceOptions(data=data, split=store.manifest.split), out=path)
-        inputs = list_inputs(options, open_source(options.source, Path(_copies().name), left_out=Path(path)), None)
+        inputs = list_inputs(options, open_source(options.source, scratch(), left_out=Path(path)), None)
         check_same_listing(path, made["data"], inputs)
         _known_images[path] = images_of(Path(path), inputs, image_px=store.manifest.image.size)
     return _known_images[path]

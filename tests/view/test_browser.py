@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 
-from tests.train.runs import environment, running, wait_for
+from tests.train.runs import environment, running
 
+pytest.importorskip("gradio", reason="gradio is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -66,207 +66,315 @@ def page(browser, address):
     assert faults == []
 
 
-def settings(page, **values):
-    """Fill in the fields of the tab that is shown, once the checkpoint has said what it can do."""
-    sync_api.expect(page.get_by_label("sampler")).to_have_value(re.compile("."))
+def panel(page):
+    """The tab that is shown."""
+    return page.get_by_role("tabpanel").filter(visible=True)
+
+
+def field(page, label):
+    return panel(page).get_by_label(label, exact=True).filter(visible=True).first
+
+
+def choose(page, label, words):
+    field(page, label).click()
+    page.get_by_role("option", name=words, exact=True).filter(visible=True).click()
+
+
+def ready(page, word="Sample"):
+    """Wait until the checkpoint has said what it can do."""
+    sync_api.expect(panel(page).get_by_role("button", name=word, exact=True)).to_be_enabled()
+
+
+def fill(page, **values):
     for label, value in values.items():
-        field = page.get_by_label(label.replace("_", " "), exact=False).first
-        (field.select_option if field.evaluate("node => node.tagName") == "SELECT" else field.fill)(str(value))
+        field(page, label.replace("_", " ")).fill(str(value))
+        field(page, label.replace("_", " ")).blur()
 
 
 def press(page, word):
-    page.locator("section").get_by_role("button", name=word, exact=True).click()
+    panel(page).get_by_role("button", name=word, exact=True).click()
+
+
+def tab(page, word):
+    page.get_by_role("tab", name=word, exact=True).click()
+
+
+def says(page, words, label="status"):
+    sync_api.expect(field(page, label)).to_have_value(words if isinstance(words, re.Pattern) else re.compile(words))
+
+
+def command(page):
+    return panel(page).locator(".command textarea")
+
+
+def files_of(page):
+    """{name: bytes} of what the tab offers to save."""
+    saved = {}
+    for words in ("Save the picture", "Save its settings (JSON)"):
+        with page.expect_download() as download:
+            panel(page).get_by_text(words, exact=True).click()
+        saved[download.value.suggested_filename] = Path(download.value.path()).read_bytes()
+    return saved
 
 
 def test_a_grid_comes_out_of_the_noise_and_is_saved_as_dit_sample_writes_it(page, run, tmp_path):
-    settings(page, classes="class 1, 3", pictures_of_each=2, seed=5, sampler="ddim", steps=12, scale=1.5)
+    looks = []
+    page.on("response", lambda answer: looks.append(answer.url) if answer.url.endswith("/samples.png") else None)
+    ready(page)
+    for name in ("class 1", "class 3"):
+        choose(page, "classes (none named: all)", name)
+    page.keyboard.press("Escape")
+    choose(page, "sampler", "ddim")
+    fill(page, pictures_of_each=2, seed=5, steps=12)
+    field(page, "scale (1 is none)").fill("1.5")
     press(page, "Sample")
-    image = page.locator("figure img")
-    sync_api.expect(image).to_be_visible()
-    page.get_by_text("Save the picture").wait_for()
-    page.wait_for_function("() => document.querySelector('figure img').complete")
+    says(page, "^done$")
+    assert len(set(looks)) >= 3, "grey, expected images on the way, the result"
+    image = panel(page).locator("img")
     assert image.evaluate("node => node.naturalWidth") > 100
-    seen = int(re.search(r"version=(\d+)", image.get_attribute("src"))[1])
-    assert seen >= 3, "grey, expected images on the way, the result"
 
-    saved = {}
-    for words in ("Save the picture", "Save its settings"):
-        with page.expect_download() as download:
-            page.get_by_text(words).click()
-        saved[download.value.suggested_filename] = Path(download.value.path()).read_bytes()
     out = tmp_path / "samples.png"
-    words = ["--classes", "class 1, 3", "--samples-per-class", "2", "--seed", "5", "--device", "cpu"]
+    words = ["--classes", "class 1,class 3", "--samples-per-class", "2", "--seed", "5", "--device", "cpu"]
     words += ["--sampler", "ddim", "--steps", "12", "--guidance", "1.5"]
-    command = [sys.executable, "-m", "sample", "--checkpoint", str(run), "--out", str(out), *words]
-    subprocess.run(command, env=environment(), capture_output=True, check=True)
-    assert saved == {path.name: path.read_bytes() for path in (out, tmp_path / "samples.png.json")}
-    page.get_by_text("The same in a terminal").click()
-    sync_api.expect(page.locator("code")).to_contain_text("--sampler ddim --steps 12 --guidance 1.5")
+    dit_sample = [sys.executable, "-m", "sample", "--checkpoint", str(run), "--out", str(out), *words]
+    subprocess.run(dit_sample, env=environment(), capture_output=True, check=True)
+    assert files_of(page) == {path.name: path.read_bytes() for path in (out, tmp_path / "samples.png.json")}
+    sync_api.expect(command(page)).to_have_value(re.compile("--sampler ddim --steps 12 --guidance 1.5"))
 
 
-def test_classes_are_found_by_a_part_of_their_name_and_a_wrong_one_is_explained(page):
-    settings(page)
-    page.get_by_label("classes", exact=False).first.fill("ss 2")
-    chips = page.locator(".chips button")
-    sync_api.expect(chips).to_have_text(["class 2"])
-    chips.click()
-    sync_api.expect(page.get_by_label("classes", exact=True)).to_have_value("class 2, ")
-    page.get_by_label("classes", exact=True).fill("clas 1")
+def test_classes_are_found_by_a_part_of_their_name(page):
+    ready(page)
+    field(page, "classes (none named: all)").click()
+    page.keyboard.type("ss 2")
+    options = page.get_by_role("option").filter(visible=True)
+    sync_api.expect(options).to_have_text([re.compile("class 2")])
+    options.click()
+    page.keyboard.press("Escape")
+    fill(page, pictures_of_each=1, steps=2)
     press(page, "Sample")
-    sync_api.expect(page.get_by_role("alert")).to_contain_text("did you mean class 1")
-    sync_api.expect(page.get_by_role("button", name="Sample", exact=True)).to_be_enabled()
+    sync_api.expect(command(page)).to_have_value(re.compile("--classes 'class 2'"))
+
+
+def test_what_cannot_be_sampled_is_a_sentence_and_the_next_try_works(page):
+    ready(page)
+    fill(page, pictures_of_each=64, steps=2)
+    choose(page, "sampler", "dpm++")
+    fill(page, steps=1000)
+    press(page, "Sample")
+    says(page, "--steps 1000")
+    fill(page, pictures_of_each=1, steps=2)
+    press(page, "Sample")
+    says(page, "^done$")
+
+
+def long_job(page):
+    ready(page)
+    choose(page, "sampler", "ddpm")
+    fill(page, pictures_of_each=16, steps=1000)
+    press(page, "Sample")
+    says(page, "of 1000 steps")
 
 
 def test_a_job_is_stopped_and_another_one_has_its_turn(page):
-    settings(page, pictures_of_each=16, sampler="ddpm", steps=1000)
-    press(page, "Sample")
-    page.get_by_text(re.compile("of 1000 steps")).wait_for()
+    long_job(page)
     press(page, "Stop")
-    page.get_by_text("stopped; what was made so far stays").wait_for()
-    sync_api.expect(page.locator("figure img")).to_be_visible()
-    sync_api.expect(page.get_by_text("Save the picture")).to_have_count(0)
-    settings(page, pictures_of_each=1, steps=2)
+    says(page, "stopped; what was made so far stays")
+    sync_api.expect(panel(page).locator("img")).to_be_visible()
+    sync_api.expect(panel(page).get_by_text("Save the picture")).to_have_count(0)
+    fill(page, pictures_of_each=1, steps=2)
     press(page, "Sample")
-    page.get_by_text("Save the picture").wait_for()
+    says(page, "^done$")
 
 
 def test_a_window_that_comes_second_waits_for_its_turn(page, browser, address):
-    settings(page, pictures_of_each=16, sampler="ddpm", steps=1000)
-    press(page, "Sample")
-    page.get_by_text(re.compile("of 1000 steps")).wait_for()
+    long_job(page)
     with contextlib.closing(browser.new_context()) as context:
         second = context.new_page()
         second.goto(address)
-        settings(second, pictures_of_each=1, steps=2)
+        ready(second)
+        fill(second, pictures_of_each=1, steps=2)
         press(second, "Sample")
-        second.get_by_text("1 job has its turn before").wait_for()
+        says(second, "1 job has its turn before")
         press(page, "Stop")
-        second.get_by_text("Save the picture").wait_for(timeout=PATIENCE)
+        says(second, "^done$")
+
+
+def test_a_window_that_waits_may_stop_before_its_turn(page, browser, address):
+    long_job(page)
+    with contextlib.closing(browser.new_context()) as context:
+        second = context.new_page()
+        second.goto(address)
+        ready(second)
+        press(second, "Sample")
+        says(second, "1 job has its turn before")
+        press(second, "Stop")
+        says(second, "stopped")
+    says(page, "of 1000 steps")
+    press(page, "Stop")
+    says(page, "stopped")
+
+
+def test_the_job_of_a_window_that_is_closed_ends_at_its_next_step(page, browser, address):
+    with contextlib.closing(browser.new_context()) as context:
+        first = context.new_page()
+        first.goto(address)
+        long_job(first)
+    ready(page)
+    fill(page, pictures_of_each=1, steps=2)
+    press(page, "Sample")
+    says(page, "^done$")
 
 
 def test_an_average_of_any_width_has_a_slider_where_snapshots_are(page):
-    settings(page)
-    slider = page.get_by_label("relative width of the average").first
-    sync_api.expect(slider).to_be_hidden()
-    page.get_by_label("weights").first.select_option(label="an average of any width")
+    ready(page)
+    slider = panel(page).get_by_role("slider").filter(visible=True)
+    sync_api.expect(slider).to_have_count(0)
+    choose(page, "weights", "an average of any width")
+    sync_api.expect(slider).to_have_count(1)
     slider.fill("0.08")
-    settings(page, pictures_of_each=1, steps=2)
+    fill(page, pictures_of_each=1, steps=2)
     press(page, "Sample")
-    page.get_by_text("Save the picture").wait_for()
-    sync_api.expect(page.locator("code")).to_contain_text("--weights sigma=0.08")
+    sync_api.expect(command(page)).to_have_value(re.compile("--weights sigma=0.08"))
 
 
-def test_what_a_checkpoint_cannot_do_is_not_offered_and_another_one_may_guide(browser, run, flow_run):
-    words = [sys.executable, "-m", "view", "--checkpoint", str(run), str(flow_run), "--port", "0", "--device", "cpu"]
-    with running(words) as process, process.stderr, contextlib.closing(browser.new_context()) as context:
+@contextlib.contextmanager
+def another(browser, *words):
+    """A window on a page of its own process."""
+    command = [sys.executable, "-m", "view", *map(str, words), "--port", "0", "--device", "cpu"]
+    with running(command) as process, process.stderr, contextlib.closing(browser.new_context()) as context:
         window = context.new_page()
         window.set_default_timeout(PATIENCE)
         window.goto(re.search(r"http://\S+", process.stderr.readline())[0])
-        settings(window, pictures_of_each=1, steps=2, guidance="network")
-        window.locator(".entry select").nth(1).select_option("2")
-        press(window, "Sample")
-        window.get_by_text("Save the picture").wait_for()
-        sync_api.expect(window.locator("code")).to_contain_text("step-0000002@ema")
-
-        window.get_by_label("checkpoint").first.select_option(label="flow")
-        sync_api.expect(window.get_by_label("sampler")).to_have_value("dpm++2m")
-        sync_api.expect(window.get_by_label("classes")).to_be_hidden()
-        options = window.get_by_label("guidance").locator("option")
-        sync_api.expect(options).to_have_text(["by the middle head", "by another checkpoint", "none"])
-        settings(window, guidance="middle", steps=2)
-        sync_api.expect(window.get_by_label("scale")).to_have_value("1.4")
-        press(window, "Sample")
-        sync_api.expect(window.locator("code")).to_contain_text("--guidance-source middle")
+        yield window
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_what_a_checkpoint_cannot_do_is_not_offered_and_another_one_may_guide(browser, run, flow_run):
+    with another(browser, "--checkpoint", run, flow_run) as window:
+        ready(window)
+        fill(window, pictures_of_each=1, steps=2)
+        choose(window, "guidance", "by another checkpoint")
+        step = panel(window).get_by_label("step", exact=True).filter(visible=True)
+        sync_api.expect(step).to_have_count(2)
+        step.nth(1).click()
+        window.get_by_role("option", name="2", exact=True).filter(visible=True).click()
+        press(window, "Sample")
+        sync_api.expect(command(window)).to_have_value(re.compile("step-0000002@ema"))
+
+        choose(window, "checkpoint", "flow")
+        sync_api.expect(field(window, "sampler")).to_have_value("dpm++2m")
+        sync_api.expect(panel(window).get_by_label("classes (none named: all)")).to_have_count(0)
+        field(window, "guidance").click()
+        options = window.get_by_role("option").filter(visible=True)
+        names = ["by the middle head", "by another checkpoint", "none"]
+        sync_api.expect(options).to_have_text([re.compile(name) for name in names])
+        options.nth(0).click()
+        sync_api.expect(field(window, "scale (1 is none)")).to_have_value("1.4")
+        fill(window, steps=2)
+        press(window, "Sample")
+        sync_api.expect(command(window)).to_have_value(re.compile("--guidance-source middle"))
 
 
 def test_two_steps_of_a_run_are_compared_from_the_same_noise(page):
-    page.get_by_role("tab", name="Compare").click()
-    settings(page, pictures_of_each=1, steps=3)
+    tab(page, "Compare")
+    ready(page, "Compare")
+    fill(page, pictures_of_each=1, steps=3)
     press(page, "Compare")
-    sync_api.expect(page.get_by_text("Save the picture")).to_have_count(2)
-    sync_api.expect(page.locator("figcaption")).to_have_text(["run, step 2, ema", "run, step 4, ema"])
-    images = page.locator("figure img")
-    contents = [
-        page.evaluate("async (url) => Array.from(new Uint8Array(await (await fetch(url)).arrayBuffer()))", url)
-        for url in (images.nth(0).get_attribute("src"), images.nth(1).get_attribute("src"))
+    says(page, "^done$")
+    titles = panel(page).locator(".title textarea").filter(visible=True)
+    assert [titles.nth(place).input_value() for place in range(titles.count())] == [
+        "run, step 2, ema",
+        "run, step 4, ema",
     ]
+    images = panel(page).locator("img")
+    sync_api.expect(images).to_have_count(2)
+    read = "async (url) => Array.from(new Uint8Array(await (await fetch(url)).arrayBuffer()))"
+    contents = [page.evaluate(read, images.nth(place).get_attribute("src")) for place in range(2)]
     assert contents[0] != contents[1]
 
 
-def test_a_run_shows_its_curves_its_numbers_and_its_previews_over_time(page):
-    page.get_by_role("tab", name="Runs").click()
-    curves = page.get_by_alt_text("curves of the chosen runs")
+def test_a_run_shows_its_curves_its_numbers_and_its_previews_over_time(page, run):
+    tab(page, "Runs")
+    curves, preview = page.get_by_alt_text("curves of the chosen runs"), page.get_by_alt_text("preview")
     sync_api.expect(curves).to_be_visible()
-    sync_api.expect(page.locator("table")).to_contain_text("images/s")
-    sync_api.expect(page.locator("table")).to_contain_text("waiting for data")
-    preview = page.get_by_alt_text("preview")
-    sync_api.expect(preview).to_have_attribute("src", re.compile(r"previews/4\.png"))
-    page.get_by_label("step", exact=False).last.fill("0")
-    sync_api.expect(preview).to_have_attribute("src", re.compile(r"previews/2\.png"))
+    for words in ("images/s", "waiting for data", "0.0001"):
+        sync_api.expect(panel(page).get_by_text(words).filter(visible=True).first).to_be_visible()
+    sync_api.expect(preview).to_have_attribute("src", re.compile(r"step-4\.png"))
+    slider = panel(page).get_by_role("slider").filter(visible=True)
+    slider.focus()
+    slider.press("Home")
+    sync_api.expect(preview).to_have_attribute("src", re.compile(r"step-2\.png"))
+    newer = run / "samples" / "step-0000006.png"
+    shutil.copy(run / "samples" / "step-0000004.png", newer)
+    try:
+        slider.press("End")
+        sync_api.expect(preview).to_have_attribute("src", re.compile(r"step-4\.png"))
+        press(page, "Refresh")
+        slider.press("End")
+        sync_api.expect(preview).to_have_attribute("src", re.compile(r"step-6\.png"))
+    finally:
+        newer.unlink()
 
 
 def test_a_store_is_browsed_by_class_and_page(page):
-    page.get_by_role("tab", name="Stores").click()
-    page.get_by_text("1 to 24 of 50").wait_for()
-    sync_api.expect(page.locator(".tiles img:visible")).to_have_count(24)
-    page.get_by_role("button", name="After").click()
-    page.get_by_text("25 to 48 of 50").wait_for()
-    page.get_by_role("button", name="class 3").click()
-    page.get_by_text("1 to 12 of 12").wait_for()
-    sync_api.expect(page.locator(".tiles b")).to_have_text(["class 3"] * 12)
-    page.get_by_label("compared with").select_option("again")
-    page.get_by_text(re.compile(r"keep \d+\.\d dB")).wait_for()
-    sync_api.expect(page.get_by_text("Nothing was left out.")).to_be_visible()
+    tab(page, "Stores")
+    says(page, "1 to 24 of 50", "pictures")
+    tiles = panel(page).locator(".tiles img")
+    sync_api.expect(tiles).to_have_count(24)
+    press(page, "After →")
+    says(page, "25 to 48 of 50", "pictures")
+    panel(page).get_by_role("gridcell", name="class 3", exact=True).first.click()
+    says(page, "1 to 12 of 12", "pictures")
+    sync_api.expect(panel(page).locator(".tiles .caption-label")).to_have_text([re.compile("^class 3")] * 12)
+    choose(page, "compared with", "itself, encoded and decoded once more")
+    says(page, r"keep \d+\.\d dB", "pictures")
+    sync_api.expect(field(page, "left out")).to_have_value("Nothing was left out.")
 
 
-@pytest.mark.parametrize(
-    "path", ["gradio_api/file=/etc/passwd", "file=../../etc/passwd", "..%2f..%2fetc/passwd", "server.py"]
-)
-def test_no_address_of_the_page_leads_to_a_file_of_the_machine(page, address, path):
-    answer = page.request.get(address + path)
-    assert answer.status == 404
-    assert "root:" not in answer.text()
+NASTY = "<img src=x onerror=alert(1)>"
 
 
 def test_names_from_files_are_words_and_never_markup(browser, store, run, tmp_path):
     """A store and a run whose names and classes are markup: no element of theirs comes to be."""
-    nasty = tmp_path / "<img src=x onerror=alert(1)>"
-    nasty.mkdir()
-    shutil.copytree(run, nasty / "run")
-    config = nasty / "run" / "checkpoints" / "step-0000004" / "config.json"
-    config.write_text(config.read_text().replace("class 1", "<b onclick=alert(2)>x</b>"))
-    words = [sys.executable, "-m", "view", "--checkpoint", str(run), str(nasty / "run"), "--port", "0"]
-    with running(words) as process, process.stderr, contextlib.closing(browser.new_context()) as context:
-        address = re.search(r"http://\S+", process.stderr.readline())[0]
-        window = context.new_page()
-        window.set_default_timeout(PATIENCE)
+    folders = tmp_path / NASTY
+    folders.mkdir()
+    shutil.copytree(run, folders / "run")
+    shutil.copytree(store, folders / "latents")
+    config = folders / "run" / "checkpoints" / "step-0000004" / "config.json"
+    config.write_text(config.read_text().replace("class 1", NASTY))
+    manifest = json.loads((folders / "latents" / "manifest.json").read_text().replace("class 1", NASTY))
+    del manifest["checksum"]
+    (folders / "latents" / "manifest.json").write_text(json.dumps(manifest))
+    words = ["--checkpoint", run, folders / "run", "--latents", store, folders / "latents"]
+    with another(browser, *words) as window:
         dialogs = []
         window.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-        window.goto(address)
-        settings(window)
-        window.get_by_label("checkpoint").first.select_option(index=1)
-        window.locator(".chips button", has_text="<b onclick=alert(2)>x</b>").wait_for()
-        assert window.locator("img[src='x'], .chips b").count() == 0
+        ready(window)
+        choose(window, "checkpoint", f"{NASTY}/run")
+        choose(window, "classes (none named: all)", NASTY)
+        window.keyboard.press("Escape")
+        fill(window, pictures_of_each=1, steps=2)
+        press(window, "Sample")
+        says(window, "<img src=x onerror=alert.1.>/run/checkpoints/step-0000004 is damaged")
+        tab(window, "Runs")
+        sync_api.expect(panel(window).get_by_text(f"{NASTY}/run").filter(visible=True).first).to_be_visible()
+        tab(window, "Stores")
+        choose(window, "store", f"{NASTY}/latents")
+        says(window, "1 to 24 of 50", "pictures")
+        sync_api.expect(panel(window).locator(".tiles .caption-label", has_text=NASTY).first).to_be_visible()
+        sync_api.expect(panel(window).get_by_role("gridcell", name=NASTY, exact=True).first).to_be_visible()
+        assert window.locator("img[src='x']").count() == 0
         assert dialogs == []
-        process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
 
 
-def test_the_command_ends_within_a_step_of_the_job_that_runs(run):
-    words = [sys.executable, "-m", "view", "--checkpoint", str(run), "--port", "0", "--device", "cpu"]
-    with running(words) as process, process.stderr:
-        address = re.search(r"http://\S+", process.stderr.readline())[0]
-        asked = {"networks": [{"network": 0}], "steps": 1000, "samples_per_class": 16, "sampler": "ddpm"}
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{address}samples", json.dumps(asked).encode(), headers)
-        with urllib.request.urlopen(request) as answer:
-            job = json.load(answer)["id"]
-        wait_for(lambda: b"of 1000 steps" in urllib.request.urlopen(f"{address}jobs/{job}").read())
-        process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
-        assert "Traceback" not in process.stderr.read()
+def test_the_command_ends_within_a_step_of_the_job_that_runs_and_leaves_nothing(browser, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with another(browser, "--checkpoint", run) as window:
+        long_job(window)
+        assert list(tmp_path.glob("dit-view-*"))
+    assert list(tmp_path.glob("dit-view-*")) == []
 
 
 def test_the_command_says_where_it_is_and_that_a_port_is_taken(store):

@@ -42,6 +42,18 @@ def test_weights_that_came_alone_are_described_too(run, tmp_path):
     assert not find_given(ViewOptions(checkpoint=(f"{tmp_path}/alone.safetensors",))).networks[0].is_run
 
 
+def test_a_run_behind_a_url_is_sampled_from_as_one_on_a_disk(run, s3, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for file in (run / "checkpoints" / "step-0000004").rglob("*"):
+        if file.is_file():
+            s3.files().pipe_file(f"{s3.bucket}/run/{file.relative_to(run)}", file.read_bytes())
+    given = find_given(ViewOptions(checkpoint=(f"{s3.url}/run",)))
+    (network,) = given.networks
+    assert (network.name, network.is_run, network.steps()) == ("run", False, {})
+    about = describe_network(network.place(None))
+    assert (about["step"], about["classes"][3]) == (4, "class 3")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -49,6 +61,8 @@ def test_weights_that_came_alone_are_described_too(run, tmp_path):
         (("--checkpoint", "{tmp}/none"), "does not exist"),
         (("--checkpoint", "{store}"), "is a latent store; name it with --latents"),
         (("--latents", "{tmp}"), "is no latent store"),
+        (("--latents", "{store}", "--data", "/nowhere"), "--data /nowhere does not exist"),
+        (("--checkpoint", "http://127.0.0.1:9/run"), "127.0.0.1:9"),
         (("--latents", "{store}", "--port", "70000"), "--port 70000 must be"),
         (("--latents", "{store}", "--host", ""), "--host is empty"),
         (("--latents", "{store}", "--host", "203.0.113.7"), "cannot be listened at"),
@@ -80,7 +94,7 @@ def test_help_loads_neither_torch_nor_the_server():
         "import sys, view.__main__ as page\n"
         "try: page.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'aiohttp', 'matplotlib'} & sys.modules.keys()"
+        "assert not {'torch', 'aiohttp', 'gradio', 'matplotlib'} & sys.modules.keys()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False

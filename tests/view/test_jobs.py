@@ -22,9 +22,9 @@ def until_stopped(job):
         threading.Event().wait(0.005)
 
 
-def wait(queue, job, state):
+def wait(job, state):
     for _ in range(2000):
-        if queue.get(job.id).state == state:
+        if job.state == state:
             return
         threading.Event().wait(0.005)
     raise AssertionError(f"{job.state}, not {state}")
@@ -44,20 +44,38 @@ def test_jobs_run_one_after_the_other_and_know_how_many_are_before_them(queue):
         return do
 
     first = queue.submit(until_stopped, ["a"])
-    others = [queue.submit(work(number), ["b"]) for number in range(4)]
+    others = [queue.submit(work(number), ["b"], window=str(number)) for number in range(4)]
     assert [queue.before(job) for job in (first, *others)] == [0, 1, 2, 3, 4]
     first.stop()
-    wait(queue, others[-1], "done")
+    wait(others[-1], "done")
     assert (first.state, order, max(most)) == ("stopped", [0, 1, 2, 3], 1)
 
 
 def test_a_job_that_is_stopped_while_it_waits_never_begins(queue):
-    first, begun = queue.submit(until_stopped, []), []
-    second = queue.submit(begun.append, [])
-    second.stop()
-    first.stop()
-    wait(queue, second, "stopped")
+    begun = []
+    queue.submit(until_stopped, [])
+    second = queue.submit(begun.append, [], window="b")
+    queue.stop("b")
+    assert second.is_over
+    queue.stop("")
+    wait(second, "stopped")
     assert begun == []
+
+
+def test_a_tab_has_one_job_and_a_window_that_is_closed_none(queue):
+    first = queue.submit(until_stopped, [], window="a", tab="sample")
+    other = queue.submit(until_stopped, [], window="a", tab="stores")
+    another = queue.submit(until_stopped, [], window="b", tab="sample")
+    second = queue.submit(until_stopped, [], window="a", tab="sample")
+    wait(first, "stopped")
+    assert (first.replaced, other.replaced) == (True, False)
+    wait(other, "running")
+    queue.stop("a")
+    wait(other, "stopped")
+    wait(another, "running")
+    assert second.is_over
+    queue.stop("b", "sample")
+    wait(another, "stopped")
 
 
 def test_a_mistake_is_its_sentence_and_a_fault_of_ours_names_the_terminal(queue, capsys):
@@ -67,19 +85,21 @@ def test_a_mistake_is_its_sentence_and_a_fault_of_ours_names_the_terminal(queue,
     def fault(job):
         raise KeyError("secret")
 
-    first, second = queue.submit(mistake, []), queue.submit(fault, [])
-    wait(queue, second, "failed")
+    first, second = queue.submit(mistake, []), queue.submit(fault, [], window="b")
+    wait(second, "failed")
     assert first.sentence == "choose another"
     assert "KeyError" in second.sentence and "secret" not in second.sentence
     third = queue.submit(lambda job: None, [])
-    wait(queue, third, "done")
+    wait(third, "done")
 
 
 def test_more_jobs_than_anyone_waits_for_are_refused(queue):
-    waiting = [queue.submit(until_stopped, []) for _ in range(MOST_WAITING)]
+    first = queue.submit(until_stopped, [])
+    wait(first, "running")
+    waiting = [queue.submit(until_stopped, [], window=str(number)) for number in range(MOST_WAITING)]
     with pytest.raises(UserError, match="16 jobs wait already"):
-        queue.submit(until_stopped, [])
-    for job in waiting:
+        queue.submit(until_stopped, [], window="late")
+    for job in (first, *waiting):
         job.stop()
 
 
@@ -96,22 +116,10 @@ def test_a_job_that_nobody_looks_at_any_more_ends(monkeypatch):
     job.check()
 
 
-def test_finished_jobs_are_kept_up_to_a_number(queue, monkeypatch):
-    monkeypatch.setattr(jobs, "KEPT", 2)
-    done = []
-    for _ in range(4):
-        done.append(queue.submit(lambda job: None, []))
-        wait(queue, done[-1], "done")
-    queue.submit(lambda job: None, [])
-    with pytest.raises(UserError, match="not kept any more"):
-        queue.get(done[0].id)
-    assert queue.get(done[-1].id) is done[-1]
-
-
 def test_closing_ends_what_runs_and_what_waits():
     queue = JobQueue()
-    first, second = queue.submit(until_stopped, []), queue.submit(until_stopped, [])
-    wait(queue, first, "running")
+    first, second = (queue.submit(until_stopped, [], window=window) for window in "ab")
+    wait(first, "running")
     queue.close()
     assert first.state == "stopped"
     assert second.state != "running"
