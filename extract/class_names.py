@@ -1,11 +1,13 @@
 """Readable names of the classes: ImageNet's for its synsets, the user's own, or the folder names."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.classes import imagenet_classes, readable_names
+from pipeline.classes import brief, imagenet_classes, readable_names
+from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.gate import read_regular
 
@@ -34,15 +36,25 @@ def class_names(class_ids: Sequence[str], given: str | None) -> tuple[str, ...]:
         if missing:
             raise UserError(
                 f"--class-names {given} has no name for {len(missing)} of {len(class_ids)} classes: "
-                f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+                f"{', '.join(map(brief, missing[:5]))}{', …' if len(missing) > 5 else ''}"
             )
-        return tuple(names[class_id] for class_id in class_ids)
+        return _told(tuple(names[class_id] for class_id in class_ids), given)
     if len(names) != len(class_ids):
         raise UserError(
             f"--class-names {given} has {len(names)} names, but the data has {len(class_ids)} classes; "
             "give one for each, in the order of the labels"
         )
-    return tuple(names)
+    return _told(tuple(names), given)
+
+
+def _told(names: tuple[str, ...], given: str) -> tuple[str, ...]:
+    """The names; a warning where classes share one. ImageNet's own do: two are cranes."""
+    shared = [name for name, count in Counter(names).items() if count > 1]
+    if shared and given != "imagenet":
+        labels = ", ".join(str(label) for label, name in enumerate(names) if name == shared[0])[:60]
+        more = f", and {len(shared) - 1:,} more such" if len(shared) > 1 else ""
+        warn(f"--class-names {given} calls the classes {labels} all {brief(shared[0])!r}{more}; name these by label")
+    return names
 
 
 def _read(path: Path) -> list[str] | dict[str, str]:

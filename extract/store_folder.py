@@ -28,6 +28,7 @@ from pipeline.latents.store_files import READY, REPLACEMENT_LOCK, remove_files, 
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import flush_folder, make_folder, read_json, remove_folder, write_bytes, write_json
+from pipeline.runtime.gate import Passed, typed
 from pipeline.runtime.work_queue import Presence, exclusive, try_claim
 
 _WAIT_FOR_MAIN_S = 60.0
@@ -159,8 +160,8 @@ class OutputFolder:
             return dict(self.read(self.path)[0])
         return self._recorded_settings()
 
-    def _recorded_settings(self) -> dict[str, Any] | None:
-        return dict(read_json(self._settings)) if self._settings.exists() else None
+    def _recorded_settings(self) -> "Begun | None":
+        return begun(read_json(self._settings), self._settings) if self._settings.exists() else None
 
     def replaces_by(self, wanted: Mapping[str, Any]) -> bool:
         """Whether a store of these settings is being made that is to replace the finished one here."""
@@ -287,13 +288,13 @@ class OutputFolder:
                 raise UserError(
                     f"another process is writing to {self.path}; stop it before --overwrite removes its work"
                 )
-            recorded = self._recorded_settings() or {}
+            recorded = self._recorded_settings() or Begun()
             self._settings.unlink(missing_ok=True)
             remove_folder(self._replacement)
             if self.has_manifest:
                 make_folder(self._replacement)
             else:
-                remove_files(store_files(self.path, split=recorded.get("split")))
+                remove_files(store_files(self.path, split=recorded.split))
             write_json(self._settings, settings)
 
     def put_in_place(self) -> None:
@@ -356,6 +357,22 @@ class OutputFolder:
         return lock is None and self.work.is_dir()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Begun(Passed):
+    """The settings that a store was begun with, by flag: settings.json. All are compared, one is asked for."""
+
+    split: str | None = None
+
+
+def begun(value: Any, place: object) -> Begun:
+    """What settings.json there says.
+
+    Raises:
+        UserError: it is no object, or its split no text.
+    """
+    return typed(value, Begun, f"{place} is damaged", advice="restore it, or remove it and use --overwrite")
+
+
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """A sentence for each setting that was another one."""
     return [
@@ -381,5 +398,5 @@ def _has_size(path: Path, size: int | None = None) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text if len(text) <= 60 else f"{text[:57]}…"

@@ -7,6 +7,7 @@ import numpy as np
 
 from extract.sources.labels import BY_LABEL
 from extract.sources.listing import Listing
+from pipeline.classes import brief
 
 _SHOWN = 4
 
@@ -38,7 +39,7 @@ def _alike(names: Sequence[str]) -> Iterator[str]:
         by_reading.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)
     pairs = [group for group in by_reading.values() if len(group) > 1]
     if pairs:
-        shown = ", ".join(ascii(name) for name in pairs[0])
+        shown = ", ".join(ascii(brief(name)) for name in pairs[0])
         more = f", and {len(pairs) - 1:,} more such" if len(pairs) > 1 else ""
         yield f"classes that differ only in case, spaces or the encoding of accents: {shown}{more}; are they one?"
 
@@ -57,4 +58,4 @@ def _counts(listing: Listing, classes: Sequence[str]) -> str:
 
 def _one(label: int, listing: Listing, classes: Sequence[str], count: int) -> str:
     name = listing.class_ids[label] if label < len(listing.class_ids) else classes[label]
-    return f"{label}: {name} ({count:,})" if name != str(label) else f"{label} ({count:,})"
+    return f"{label}: {brief(name)} ({count:,})" if name != str(label) else f"{label} ({count:,})"

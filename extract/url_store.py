@@ -33,7 +33,7 @@ from extract.run import (
 )
 from extract.same_data import check_inputs, shards_to_check
 from extract.sources.selection import open_source
-from extract.store_folder import OutputFolder, differences
+from extract.store_folder import Begun, OutputFolder, begun, differences
 from pipeline.latents.manifest import Manifest, parse_manifest
 from pipeline.latents.names import (
     CARD_FILE,
@@ -243,9 +243,9 @@ def _is_ours(name: str) -> bool:
     return plain in {MANIFEST_FILE, SKIPPED_FILE, _SETTINGS} or parse_name(plain) is not None
 
 
-def _recorded(far: UrlFolder) -> dict[str, Any] | None:
-    data = far.read(_SETTINGS)
-    return None if data is None else dict(parse_json(data, Path(far.describe(_SETTINGS))))
+def _recorded(far: UrlFolder) -> Begun | None:
+    data, place = far.read(_SETTINGS), Path(far.describe(_SETTINGS))
+    return None if data is None else begun(parse_json(data, place), place)
 
 
 def _begin(far: UrlFolder, settings: Mapping[str, Any]) -> None:

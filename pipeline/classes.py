@@ -8,6 +8,8 @@ from pathlib import Path
 from pipeline.runtime.cli import nearest
 from pipeline.runtime.errors import UserError
 
+MOST_SHOWN = 200
+"""Characters of a name; ImageNet's longest has 121."""
 _TABLE = Path(__file__).parent / "assets" / "imagenet-1k-classes.tsv"
 
 
@@ -99,26 +101,31 @@ def find_class(word: str, classes: Sequence[str], class_ids: Sequence[str], *, c
             return found[0]
         if found:
             options = ", ".join(describe_class(label, classes, class_ids) for label in found)
-            raise UserError(f"class {word!r} is ambiguous: it could be {options}; give the label")
+            raise UserError(f"class {brief(word)!r} is ambiguous: it could be {options}; give the label")
     if not word:
         raise UserError("an empty class name stands between commas; remove one comma")
     known = [name for label in range(count) for name in sorted(names_of(label, classes, class_ids, str))]
     close = nearest(word, known)
-    hint = f"; did you mean {' or '.join(close)}?" if close else f"; classes are 0 to {count - 1}"
-    raise UserError(f"class {word!r} is unknown{hint}")
+    hint = f"; did you mean {' or '.join(map(brief, close))}?" if close else f"; classes are 0 to {count - 1}"
+    raise UserError(f"class {brief(word)!r} is unknown{hint}")
+
+
+def brief(name: str) -> str:
+    """A name as messages, tables and pictures show it: a stranger's may have a million characters."""
+    return name if len(name) <= MOST_SHOWN else f"{name[: MOST_SHOWN - 1]}…"
 
 
 def short_name(label: int, classes: Sequence[str], class_ids: Sequence[str]) -> str:
     """What to call a class in a picture: its readable name up to the first comma, else its folder name or label."""
     name = classes[label].partition(",")[0].strip() if 0 <= label < len(classes) else ""
     identifier = class_ids[label] if 0 <= label < len(class_ids) else ""
-    return name or identifier or (str(label) if label >= 0 else "")
+    return brief(name or identifier) or (str(label) if label >= 0 else "")
 
 
 def describe_class(label: int, classes: Sequence[str], class_ids: Sequence[str]) -> str:
     """A label with what else is known of its class, as in `134 (n02012849, crane)`."""
     known = [names[label] for names in (class_ids, classes) if label < len(names) and names[label]]
-    return f"{label} ({', '.join(dict.fromkeys(known))})" if known else str(label)
+    return f"{label} ({', '.join(map(brief, dict.fromkeys(known)))})" if known else str(label)
 
 
 def plain(name: str) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from pipeline.classes import brief
 from pipeline.runtime.files import make_folder, replacing
 
 PAPER = (255, 255, 255)
@@ -133,7 +134,7 @@ def _font(size: int) -> Font:
 
 def _drawable(text: str) -> str:
     """The text on one line, in letters that Pillow's own font has: accents dropped, other scripts as `?`."""
-    plain = unicodedata.normalize("NFKD", " ".join(text.split()).translate(PLAIN))
+    plain = unicodedata.normalize("NFKD", " ".join(brief(text).split()).translate(PLAIN))
     return "".join(letter for letter in plain if not unicodedata.combining(letter)).encode("ascii", "replace").decode()
 
 

@@ -62,7 +62,7 @@ def _differences(checkpoint: Checkpoint, guide: Checkpoint) -> list[str]:
         wrong.append(f"its VAE is {its_vae.name}, of another fingerprint than {vae.name}")
     elif checkpoint.folder and guide.folder and vae.scaling_factor != its_vae.scaling_factor:
         wrong.append(f"its latents are scaled by {factors(its_vae.scaling_factor)}, not {factors(vae.scaling_factor)}")
-    if checkpoint.info.training.get("class_token") != guide.info.training.get("class_token"):
+    if checkpoint.info.training.class_token != guide.info.training.class_token:
         wrong.append("its class token is fed by other statistics")
     ids, its_ids = checkpoint.info.class_ids, guide.info.class_ids
     if checkpoint.folder and guide.folder and len(ids) == len(its_ids) and ids != its_ids:

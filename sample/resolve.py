@@ -10,7 +10,7 @@ import torch
 
 from pipeline.checkpoint import Checkpoint, read_checkpoint
 from pipeline.checkpoint.info import make_info
-from pipeline.classes import short_name
+from pipeline.classes import brief, short_name
 from pipeline.diffusion.samplers import SAMPLERS, check_request, default_sampler, samplers_for
 from pipeline.dit import compile_blocks
 from pipeline.image_grid import can_be_drawn
@@ -32,6 +32,8 @@ PAPER_GUIDANCE, AUTOGUIDANCE, PAPER_STEPS = 4.0, 2.0, 250
 FAST: dict[str, dict[str, Any]] = {"ddpm": {"sampler": "dpm++", "steps": 15, "guidance_interval": "0.2:0.8"}}
 """What --quality fast stands for, by the objective whose samplers a process takes (docs/sample.md has the figures)."""
 LARGEST_BATCH = {"cpu": 64, "cuda": 128}
+_LONGEST_FOLDER = 200
+"""Bytes of a name; disks take 255."""
 NAMED_CLASSES = 1000
 
 
@@ -77,12 +79,16 @@ class SamplingJob:
         return {name for name, count in names.items() if count > 1}
 
     def folder_name(self, label: int) -> str:
-        """A class's sub-folder: its folder name or synset, else its label; nothing where there are no classes."""
+        """A class's sub-folder: its folder name or synset, else its label; nothing where there are no classes.
+
+        Names are a stranger's: none with ../ in it or control characters, too long for a disk, or of two classes.
+        """
         if label < 0:
             return ""
         name = self.known.ids[label] if label < len(self.known.ids) else ""
-        is_one_folder = name not in {"", ".", ".."} and Path(name).name == name  # names are a stranger's: no ../
-        return name if is_one_folder else f"{label:04d}"
+        is_one_folder = name not in {"", ".", ".."} and Path(name).name == name and name.isprintable()
+        is_its_own = self.known.ids.count(name) == 1 and len(name.encode()) <= _LONGEST_FOLDER
+        return name if is_one_folder and is_its_own else f"{label:04d}"
 
 
 def resolve(options: SampleOptions) -> SamplingJob:
@@ -359,7 +365,7 @@ def _describe_plan(plan: ReversePlan) -> dict[str, Any]:
 
 def _names_of_used(labels: ChosenLabels, known: KnownClasses) -> dict[str, str]:
     used = sorted({int(label) for label in labels.values if label >= 0})
-    return {str(label): known.names[label] for label in used[:NAMED_CLASSES] if label < len(known.names)}
+    return {str(label): brief(known.names[label]) for label in used[:NAMED_CLASSES] if label < len(known.names)}
 
 
 def _describe_device(device: str) -> str:

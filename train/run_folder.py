@@ -29,7 +29,7 @@ from pipeline.runtime.files import (
     remove_folder,
     write_bytes,
 )
-from pipeline.runtime.gate import read_regular
+from pipeline.runtime.gate import read_log, read_regular
 from pipeline.runtime.work_queue import exclusive
 from train.options import FREE, START, DataOptions, RunOptions, TrainOptions, plain_values
 
@@ -224,12 +224,7 @@ class MetricsFile:
     def drop_after(self, step: int) -> None:
         """Drop the lines past a step that the run has rolled back behind."""
         if self.path.exists():
-            lines = [
-                line
-                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-                if _step_of(line) <= step
-            ]
-            write_bytes(self.path, "".join(f"{line}\n" for line in lines).encode())
+            write_bytes(self.path, b"".join(line + b"\n" for line, said in read_log(self.path) if said.step <= step))
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Add one line; it outlives this process at once, and a power cut after `flush`."""
@@ -241,22 +236,13 @@ class MetricsFile:
         """The smallest value of a number that was logged, and its step; None where it never was."""
         if not self.path.exists():
             return None
-        with self.path.open() as file:
-            logged = (json.loads(line) for line in file if f'"{name}"' in line)
-            return min(((line[name], line["step"]) for line in logged if line[name] is not None), default=None)
+        logged = [(said.numbers, said.step) for _, said in read_log(self.path, naming=f'"{name}"')]
+        return min(((numbers[name], step) for numbers, step in logged if name in numbers), default=None)
 
     def flush(self) -> None:
         """Make the lines survive a power cut."""
         if self.path.exists():
             flush_file(self.path)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinite where the line is damaged, so that it is dropped."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return float("inf")
 
 
 def may_change(options_class: type, *, with_checkpoint: bool) -> set[str]:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+import msgspec
 from torch import Tensor
 
 from pipeline.checkpoint.averages import WIDEST, gamma_of, reconstruction_weights
@@ -19,6 +20,7 @@ from pipeline.checkpoint.folder import describe_files
 from pipeline.checkpoint.tensor_files import read_safetensors, save_safetensors
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, remove_folder, replacing, sha256_of, write_json
+from pipeline.runtime.gate import Sha256, typed
 
 FORMAT: Final = "dit-average"
 VERSION: Final = 1
@@ -157,8 +159,19 @@ def _record_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+class _Record(msgspec.Struct, frozen=True):
+    """What of a snapshot's record is asked again; step and width stand in its name, too."""
+
+    format: Literal["dit-average"]
+    version: Literal[1]
+    sha256: Sha256
+
+
 def _damage(path: Path) -> str | None:
-    record = read_json(_record_of(path))
-    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
-        return f"{_record_of(path).name} is no record of an average that this program knows"
-    return None if sha256_of(path) == record.get("sha256") else f"{path.name} has other contents than were written"
+    record = _record_of(path)
+    refusal = f"{record.name} is no record of an average that this program knows"
+    try:
+        known = typed(read_json(record), _Record, refusal, advice="remove it and the average, or restore it").sha256
+    except UserError as error:
+        return str(error)
+    return None if sha256_of(path) == known else f"{path.name} has other contents than were written"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from pipeline.randomness import Permutation
 from pipeline.runtime.console import progress
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes, make_folder, read_json, remove_folder
+from pipeline.runtime.gate import typed
 from pipeline.runtime.publish import claimed, making, sweep, work_folder_of
 
 _LOOKED_AT = 64
@@ -219,12 +221,21 @@ def _folder_for(out: Path, *, overwrite: bool) -> Iterator[Path]:
             yield out
 
 
+class _MadeBy(msgspec.Struct, frozen=True):
+    """What of a store's manifest tells who made it."""
+
+    extraction: dict[str, Any] | None = None
+
+
 def _check_out(out: Path, split: str) -> None:
     """Raise UserError unless the folder is free, or holds what an earlier import left, whole or not."""
     ours = {path.name for path in store_files(out, split=split)} | {WORK_FOLDER}
     others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else []
     if others:
         raise UserError(f"{out} holds other things ({', '.join(others[:3])}); name an empty or a new folder")
-    manifest = read_json(out / MANIFEST_FILE) if (out / MANIFEST_FILE).is_file() else {}
-    if (isinstance(manifest, dict) and "extraction" in manifest) or (out / WORK_FOLDER / "settings.json").exists():
+    made_by = None
+    if (manifest := out / MANIFEST_FILE).is_file():
+        refusal = f"{manifest} is damaged"
+        made_by = typed(read_json(manifest), _MadeBy, refusal, advice="choose another folder").extraction
+    if made_by is not None or (out / WORK_FOLDER / "settings.json").exists():
         raise UserError(f"{out} holds a store that dit-extract made, so it is not replaced; choose another folder")

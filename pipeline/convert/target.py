@@ -2,16 +2,18 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.checkpoint.folder import FORMAT, WEIGHTS, weight_files
+import msgspec
+
+from pipeline.checkpoint.folder import WEIGHTS, weight_files
 from pipeline.checkpoint.tensor_files import holds_tensors
 from pipeline.convert.card import PICTURE, README
 from pipeline.convert.options import ConvertOptions
 from pipeline.hub import look_up
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
-from pipeline.runtime.gate import shortened
+from pipeline.runtime.gate import shortened, typed
 
 _CARD = {README, PICTURE}
 _PIPELINE = {"model_index.json", "scheduler", "transformer", "vae", *_CARD}
@@ -72,17 +74,27 @@ def _foreign_files(folder: Path) -> list[str]:
     """What stands in the folder that no conversion puts there; all of it, if its settings are none of ours."""
     names = {path.name for path in folder.iterdir()}
     if "model_index.json" in names:
-        known, is_ours = _PIPELINE, "_dit" in _settings(folder / "model_index.json")
+        known, is_ours = _PIPELINE, _is(_MadePipeline, folder / "model_index.json")
     else:
         weights = {file.name for file in weight_files(folder).values()}
         known = {"config.json", *weights, *_CARD}
-        is_ours = bool(weights) or _settings(folder / "config.json").get("format") == FORMAT
+        is_ours = bool(weights) or _is(_Checkpoint, folder / "config.json")
     return sorted(names - known if is_ours else names) or ([] if is_ours else ["nothing"])
 
 
-def _settings(path: Path) -> dict[str, Any]:
+class _MadePipeline(msgspec.Struct, frozen=True):
+    """What a pipeline says that a conversion wrote."""
+
+    made_of: dict[str, Any] = msgspec.field(name="_dit")
+
+
+class _Checkpoint(msgspec.Struct, frozen=True):
+    format: Literal["dit-checkpoint"]
+
+
+def _is(kind: type[msgspec.Struct], path: Path) -> bool:
     try:
-        content = read_json(path)
+        typed(read_json(path), kind, f"{path} is none", advice="")
     except UserError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        return False
+    return True

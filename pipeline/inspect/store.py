@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.classes import describe_class, find_classes, short_name
+from pipeline.classes import brief, describe_class, find_classes, short_name
 from pipeline.features.manifest import FeatureManifest
 from pipeline.features.store import features_faults, features_of
 from pipeline.inspect.options import InspectOptions
@@ -102,7 +102,7 @@ def counts_of(
     count = max(len(classes), len(class_ids))
     per_class = np.bincount(labels[labels >= 0], minlength=count)
     rows = [
-        (str(label), class_ids[label] if label < len(class_ids) else "", short_name(label, classes, ()), f"{number:,}")
+        (str(label), brief("".join(class_ids[label : label + 1])), short_name(label, classes, ()), f"{number:,}")
         for label, number in enumerate(per_class)
     ]
     unlabelled = int((labels < 0).sum())

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.classes import brief
+
 
 def facts(values: Mapping[str, object]) -> list[str]:
     """One line per fact, names to the left, values aligned; facts without a value are left out."""
@@ -24,5 +26,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
 
 def shortened(names: Sequence[str], most: int = 10) -> str:
     """How many names there are and the first of them."""
-    shown = "; ".join(names[:most])
-    return f"{len(names)}: {shown}{'; …' if len(names) > most else ''}" if names else "none"
+    first = "; ".join(map(brief, names[:most]))
+    return f"{len(names)}: {first}{'; …' if len(names) > most else ''}" if names else "none"

@@ -57,7 +57,7 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """The candidates that look very much like the name, best first, for "did you mean"; often none."""
     by_lower = {str(candidate).lower(): str(candidate) for candidate in candidates}
     lower = name.lower()
-    swapped = [key for key in by_lower if sorted(key) == sorted(lower)]
+    swapped = [key for key in by_lower if len(key) == len(lower) and sorted(key) == sorted(lower)]
     same_length = [key for key in by_lower if len(key) == len(lower) >= 4]
     mistyped = [key for key in same_length if sum(a != b for a, b in zip(key, lower, strict=True)) == 1]
     found = difflib.get_close_matches(lower, by_lower, n=count, cutoff=_GOOD_MATCH)

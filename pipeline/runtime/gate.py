@@ -11,7 +11,7 @@ import re
 import stat
 import typing
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -22,6 +22,8 @@ from pipeline.runtime.units import size
 
 MOST_BYTES: Final = 1 << 28
 """Of a JSON file; the commit record of a million samples has about a third of it."""
+MOST_LINE: Final = 1 << 20
+"""Of a line of a log; a run's have about a thousand."""
 MOST_DEPTH: Final = 64
 """Lists and objects within one another."""
 MOST_DIGITS: Final = 4300
@@ -148,6 +150,43 @@ def typed(value: Any, kind: type[Typed], refusal: str, *, advice: str) -> Typed:
         raise UserError(f"{refusal}: {'; '.join(_faults(value, kind)[:MOST_FAULTS])}; {advice}") from error
     _keep(passed, value)
     return passed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Logged(Passed):
+    """A line of a run's metrics.jsonl: what was logged at a step."""
+
+    step: Count
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All else in it that is a number, and none of more digits than can be drawn."""
+        return {
+            name: value
+            for name, value in self.items()
+            if name != "step" and isinstance(value, int | float) and -1e100 < value < 1e100
+        }
+
+
+def read_log(path: Path, *, naming: str = "") -> Iterator[tuple[bytes, Logged]]:
+    """(line, what it says) of a run's metrics.jsonl, in order; one that is none, such as one cut short, is passed over.
+
+    Args:
+        naming: only lines that this stands in.
+
+    Raises:
+        UserError: it is no regular file.
+        OSError: it is not there, or cannot be read.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        for line in iter(partial(file.readline, MOST_LINE), b""):
+            if naming.encode() in line:
+                try:
+                    said = typed(parse_json(line, path), Logged, f"{path} is damaged", advice="")
+                except UserError:
+                    continue
+                yield line.rstrip(b"\r\n"), said
 
 
 def _keep(passed: Any, value: Any) -> None:

@@ -5,6 +5,7 @@ The mutants are a function of (kind, number), so that one that is refused otherw
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
@@ -27,8 +28,10 @@ from pyarrow import parquet
 from safetensors.torch import save
 
 from extract.sources.tables import check_table
-from pipeline.checkpoint.folder import recorded_files
+from extract.store_folder import OutputFolder
+from pipeline.checkpoint.folder import METRICS, recorded_files
 from pipeline.checkpoint.info import read_info
+from pipeline.checkpoint.snapshots import snapshot_path, snapshots
 from pipeline.checkpoint.tensor_files import read_weight_file, save_pickled_tensors
 from pipeline.convert.card import read_result
 from pipeline.convert.layouts import LAYOUTS
@@ -50,7 +53,8 @@ from studies.measure import Result
 from tests.hostile import model_folders
 from tests.hostile.limits import run_each
 from train.checkpointing import restore
-from train.run_folder import recorded_intervals
+from train.plot import read_series
+from train.run_folder import MetricsFile, recorded_intervals
 
 SUMS = {"count": 4, "mean": [0.0], "mean_square": [1.0], "variance": [0.0]}
 RECORD = {"file": "train-00000.tar", "samples": 1, "bytes": 9, "sha256": "0", "sums": SUMS, "keys": ["a"], "crc32": [7]}
@@ -135,6 +139,17 @@ SETTINGS = {
     "vae": None,
     "compile": False,
 }
+AVERAGE = {
+    "format": "dit-average",
+    "version": 1,
+    "step": 3,
+    "sigma": 0.05,
+    "gamma": 16.6,
+    "bytes": 0,
+    "sha256": hashlib.sha256(b"").hexdigest(),
+}
+LOGGED = {"step": 2, "loss": 0.5, "loss_q0": None, "lr": 1e-4, "images_per_second": 100}
+BEGUN = {"split": "train", "limit": None, "vae": "0" * 64, "image-size": 32, "flip": True, "data": "0" * 64}
 POINT = {
     "format": "dit-tune-point",
     "version": 1,
@@ -351,6 +366,38 @@ def read_run_settings(folder: Path, data: bytes) -> None:
     recorded_intervals(folder)
 
 
+def read_average(folder: Path, data: bytes) -> None:
+    path = snapshot_path(folder, 3, 0.05)
+    path.parent.mkdir(exist_ok=True)
+    _write(path.with_name(f"{path.name}.json"), data)
+    _write(path, b"")
+    (found,) = snapshots(folder)
+    if found.check is not None and (damage := found.check()):
+        raise UserError(damage)
+
+
+def read_logged(folder: Path, data: bytes) -> None:
+    """Draw and go on with a run among whose lines this one stands: the sound ones stay."""
+    sound = json.dumps(LOGGED).encode()
+    path = _write(folder / METRICS, b"\n".join([sound, data.replace(b"\n", b" "), sound, b""]))
+    points = read_series(folder)["loss"]
+    assert points[0] == points[-1] == (2, 0.5), points
+    log = MetricsFile(folder, after_step=2)
+    assert log.smallest("loss") is not None
+    log.append(LOGGED)
+    steps = [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
+    assert max(steps) == 2 and steps.count(2) >= 3
+    if len(steps) < 4:
+        raise UserError("the line was passed over")
+
+
+def read_begun(folder: Path, data: bytes) -> None:
+    output = OutputFolder(path=folder, split="train")
+    output.work.mkdir(exist_ok=True)
+    _write(output.work / "settings.json", data)
+    output.check_settings(BEGUN, output.recorded())
+
+
 def read_study_file(folder: Path, data: bytes) -> None:
     read_study(str(_write(folder / "s.yaml", data)))
 
@@ -431,6 +478,9 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes],
     ),
     "config.yaml of a run": (of_json(SETTINGS), read_run_settings),
     "point of a search": (of_json(POINT), lambda folder, data: read_point(_write(folder / "p.json", data), "r")),
+    "record of an average": (of_json(AVERAGE), read_average),
+    "line of metrics.jsonl": (of_json(LOGGED), read_logged),
+    "settings.json of an extraction": (of_json(BEGUN), read_begun),
     "study": (of_json(STUDY), read_study_file),
     "result of a study's run": (of_json(CELL), read_cell),
     "result of dit-evaluate": (of_json(SCORES), read_scores),
@@ -531,6 +581,8 @@ def test_the_files_that_are_mutated_are_sound(tmp_path):
         sound |= {"manifest of features": FEATURES, "config.yaml of a run": SETTINGS, "point of a search": POINT}
         sound |= {"study": STUDY, "result of a study's run": CELL, "result of dit-evaluate": SCORES}
         sound |= {"files.json": FILES, "sidecar": SIDECAR, "dataset.json of latents": LABELS}
+        sound |= {"record of an average": AVERAGE, "line of metrics.jsonl": LOGGED}
+        sound |= {"settings.json of an extraction": BEGUN}
         if kind in sound:
             read(tmp_path, json.dumps(sound[kind]).encode())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import parse_json
+from pipeline.runtime.gate import read_log
 
 if TYPE_CHECKING:  # matplotlib takes a second to load, and --help does not need it
     from matplotlib.axes import Axes
@@ -57,24 +57,12 @@ def read_series(run: Path) -> Series:
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the folder of a run that has logged a step")
     series: Series = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = parse_json(line.encode(), path)
-        except UserError:  # the line that is being written at this moment
-            continue
-        if not isinstance(values, dict) or not _is_number(values.get("step")):
-            continue
-        for name, value in values.items():
-            if name != "step" and _is_number(value):
-                series.setdefault(name, []).append((values["step"], value))
+    for _, said in read_log(path):
+        for name, value in said.numbers.items():
+            series.setdefault(name, []).append((said.step, value))
     if not series:
         raise UserError(f"{path} holds no step yet; wait until the run has logged one")
     return series
-
-
-def _is_number(value: object) -> bool:
-    """Whether it can be drawn: neither text nor infinite, and of no more digits than an axis has."""
-    return isinstance(value, int | float) and -1e300 < value < 1e300
 
 
 def draw_curves(runs: dict[str, Series], *, smoothing: float, bands: Bands | None = None) -> "Figure":
