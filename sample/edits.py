@@ -181,7 +181,7 @@ def read_source(options: EditOptions, checkpoint: Checkpoint) -> Source | None:
     if options.vary is not None and checkpoint.config.class_token:
         raise UserError(
             f"--vary {given} begins between noise and image, where the class token that this checkpoint's network "
-            f"denoises along with the latent is not known; use --inpaint, or a checkpoint whose network has no such token"
+            f"denoises along with the latent is not known; use --inpaint, or another checkpoint"
         )
     flag, path = ("--vary" if options.vary else "--inpaint"), Path(given.rpartition("@")[0])
     if path.suffix != ".safetensors":

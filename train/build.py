@@ -62,8 +62,8 @@ def open_features(options: TrainOptions, manifest: Manifest) -> FeatureStore | N
         raise UserError(f"{features.path} is damaged: {'; '.join(faults)}; restore what is named, or make it again")
     if options.model.align_features and not features.manifest.columns.dim:
         raise UserError(
-            f"--align-features needs patches, and {features.path} holds the class token alone (--features-dim 0); make "
-            f"features with patches by dit-extract --add-features --overwrite, or leave the flag away"
+            f"--align-features needs patches, and {features.path} holds the class token alone; make features "
+            f"with patches by dit-extract --add-features --features-dim 64 --overwrite, or leave the flag away"
         )
     if options.model.class_token and not features.manifest.columns.cls:
         raise UserError(
