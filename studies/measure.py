@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pipeline.checkpoint.folder import METRICS
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, remove_folder, write_bytes, write_json
-from pipeline.runtime.gate import Count, NotNegative, typed
+from pipeline.runtime.gate import Count, NotNegative, read_log, typed
 from studies.cells import JUDGE, Flags, Run, Study, evaluate_flags, train_flags
 
 FORMAT, VERSION = "dit-study-run", 1
@@ -188,7 +189,7 @@ def call(module: str, flags: Flags, folder: Path) -> None:
 
 def measure(study: Study, run: Run, place: Place) -> None:
     """Train the run, evaluate it at every measured step, draw its samples and write RESULT.json."""
-    from pipeline.dit import DiTConfig
+    from pipeline.checkpoint.info import read_info
     from pipeline.dit.macs import count_macs, count_parameters
 
     folder, began = place.folder(run), time.monotonic()
@@ -207,22 +208,21 @@ def measure(study: Study, run: Run, place: Place) -> None:
     last = _checkpoint(trained, flags["steps"])
     reverse: Flags = {name: judged[name] for name in ("sampler", "steps", "guidance") if name in judged}
     images: Flags = {"checkpoint": str(last), "out": str(folder / "samples.npz"), **reverse, **place_of_vae(place)}
-    described = read_json(last / "config.json")
-    classes = min(SHOWN_CLASSES, len(described["classes"]))
+    info = read_info(last)
+    classes = min(SHOWN_CLASSES, len(info.classes))
     images |= {"num-samples": SHOWN_CLASSES, "labels": "balanced"}
     if classes:
         images["classes"] = ",".join(map(str, range(classes)))
     call("sample", images, folder)
-    config = DiTConfig.from_json(described["model"])
     result = Result(
         cell=run.cell,
         seed=run.seed,
         tried=run.tried,
         flags=run.flags,
         settings=place.settings(study, run),
-        parameters=count_parameters(config),
-        macs=count_macs(config),
-        patch_size=config.patch_size,
+        parameters=count_parameters(info.network),
+        macs=count_macs(info.network),
+        patch_size=info.network.patch_size,
         points=points,
         seconds=time.monotonic() - began,
     )
@@ -233,6 +233,8 @@ def measure(study: Study, run: Run, place: Place) -> None:
 
 def _metrics(checkpoint: Path, judged: Flags, place: Place, folder: Path, step: int) -> dict[str, float]:
     """What dit-evaluate says of a checkpoint; by several features, of the same images, which dit-sample makes once."""
+    from sample.evaluate.report import read_result
+
     several = isinstance(judged.get("features"), list)
     features: list[Any] = judged["features"] if several else [judged.get("features")]
     samples, rest = checkpoint, judged
@@ -250,7 +252,9 @@ def _metrics(checkpoint: Path, judged: Flags, place: Place, folder: Path, step: 
         elif each is not None:
             given["features"] = each
         call("sample.evaluate", rest | given | place_of_vae(place), folder)
-        metrics |= read_json(found)["metrics"]
+        said = read_result(found)
+        assert said is not None, f"{found} was just written"
+        metrics |= said.metrics
     _drop_images(folder)
     return metrics
 
@@ -270,12 +274,8 @@ def _checkpoint(trained: Path, step: int) -> Path:
 
 
 def _validation_loss(trained: Path, step: int) -> float | None:
-    for line in (trained / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        if values["step"] == step:
-            loss = values.get("validation_loss_ema")
-            return None if loss is None else float(loss)
-    return None
+    found = (said for _, said in read_log(trained / METRICS) if said.step == step)
+    return next((said.numbers.get("validation_loss_ema") for said in found), None)
 
 
 def samples_of(folder: Path) -> np.ndarray:
