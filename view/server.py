@@ -203,7 +203,12 @@ class Guard:
         async def told(message: Message) -> None:
             await send(_with_headers(message) if message["type"] == "http.response.start" else message)
 
-        await self._app(scope, receive, told)
+        try:
+            await self._app(scope, receive, told)
+        except (FileNotFoundError, RuntimeError) as error:
+            # A closing window still asks for a picture that goes with it; whoever serves files has answered by then.
+            if isinstance(error, RuntimeError) and "does not exist" not in str(error):
+                raise
 
 
 def refusal(method: str, path: str, headers: MutableMapping[str, str], options: ViewOptions) -> tuple[int, str] | None:

@@ -1,5 +1,6 @@
 """The server: no path of the machine can be asked for, and nobody but its own page can ask."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 pytest.importorskip("gradio", reason="gradio is not installed")
 
 from view.options import ViewOptions
-from view.server import HEADERS, serving
+from view.server import HEADERS, Guard, serving
 from view.shelf import scratch
 
 ROOT = Path(__file__).parents[2]
@@ -228,3 +229,19 @@ def test_without_gradio_the_command_says_what_to_install(store):
     )
     assert done.returncode == 2
     assert done.stderr == "dit-view: error: the page needs Gradio; pip install 'dit-pipeline[view]'\n"
+
+
+@pytest.mark.parametrize(("error", "passes"), [("File at path x.png does not exist.", False), ("another", True)])
+def test_a_picture_that_went_with_its_window_is_no_traceback_and_other_errors_are(error, passes):
+    async def app(_scope, _receive, _send):
+        raise RuntimeError(error)
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": f"/gradio_api/file={scratch()}/x.png",
+        "headers": [(b"host", b"127.0.0.1")],
+    }
+    guard = Guard(app, ViewOptions(checkpoint=("run",)))
+    with pytest.raises(RuntimeError, match=error) if passes else contextlib.nullcontext():
+        asyncio.run(guard(scope, None, None))
