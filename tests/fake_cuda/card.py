@@ -4,6 +4,7 @@ Import this before torch is loaded anywhere, in a process of its own: `load(libr
 builds. FakeTensor raises where devices mix and where Python reads a value from the card.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -76,17 +77,34 @@ def keyed_generators_on_the_card(randomness, *users):
         module.generator = generator
 
 
-def moved(module, dtype=None):
-    """The module with fake parameters and buffers on the card, of the shapes they have; call it in a fake mode."""
-    for part in module.modules():
+def put(module, change, recurse=True, *, change_buffer=None):
+    """Replace every parameter, and by the same or a rule of their own every buffer, as torch cannot for fake ones."""
+    for part in module.modules() if recurse else [module]:
         for name, old in part._parameters.items():
             if old is not None:
-                new = torch.empty(old.shape, dtype=dtype or old.dtype, device=CARD)
-                part._parameters[name] = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+                with torch.no_grad():
+                    part._parameters[name] = torch.nn.Parameter(change(old), requires_grad=old.requires_grad)
         for name, old in part._buffers.items():
             if old is not None:
-                part._buffers[name] = torch.empty(old.shape, dtype=old.dtype, device=CARD)
+                part._buffers[name] = (change_buffer or change)(old)
     return module
+
+
+def moved(module, dtype=None):
+    """The module with fake parameters and buffers on the card, of the shapes they have; call it in a fake mode."""
+    return put(
+        module,
+        lambda old: torch.empty(old.shape, dtype=dtype or old.dtype, device=CARD),
+        change_buffer=lambda old: torch.empty(old.shape, dtype=old.dtype, device=CARD),
+    )
+
+
+def involves_the_card(args, kwargs):
+    """Whether one of a call's tensors is fake, or a device among its arguments is the card."""
+    return any(
+        isinstance(leaf, FakeTensor) or (isinstance(leaf, torch.device) and leaf.type == "cuda")
+        for leaf in tree_leaves((args, kwargs))
+    )
 
 
 class RealOnCpu(TorchDispatchMode):
@@ -98,11 +116,8 @@ class RealOnCpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, FakeTensor) or (isinstance(leaf, torch.device) and leaf.type == "cuda"):
-                with self.fake:
-                    return f(*args, **kwargs)
-        return f(*args, **kwargs)
+        with self.fake if involves_the_card(args, kwargs) else contextlib.nullcontext():
+            return f(*args, **kwargs)
 
 
 class Trace(TorchDispatchMode):

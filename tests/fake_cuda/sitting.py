@@ -18,14 +18,14 @@ from types import SimpleNamespace
 from unittest import mock
 
 # isort: off
-from card import CARD, CardGenerator, FakeTensor, FakeTensorMode, torch  # before torch
+from card import CARD, CardGenerator, FakeTensor, FakeTensorMode, involves_the_card, put, torch  # before torch
 
 # isort: on
 import sys
 
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from benchmarks import sample, sitting
 from benchmarks.machine import Ceilings, Setting
@@ -47,10 +47,7 @@ class MadeUp(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
-        leaves = tree_leaves((args, kwargs))
-        if not any(
-            isinstance(leaf, FakeTensor) or (isinstance(leaf, torch.device) and leaf.type == "cuda") for leaf in leaves
-        ):
+        if not involves_the_card(args, kwargs):
             return f(*args, **kwargs)
         if f is _aten._local_scalar_dense.default:
             return torch.ones((), dtype=args[0].dtype).item()
@@ -100,19 +97,6 @@ class Event:
 
     def elapsed_time(self, _other):
         return 1.0
-
-
-def put(module, change, recurse=True):
-    """What `to` and its kind do, for parameters that are fake already, which torch cannot swap."""
-    for part in module.modules() if recurse else [module]:
-        for name, old in part._parameters.items():
-            if old is not None:
-                with torch.no_grad():
-                    part._parameters[name] = torch.nn.Parameter(change(old), requires_grad=old.requires_grad)
-        for name, old in part._buffers.items():
-            if old is not None:
-                part._buffers[name] = change(old)
-    return module
 
 
 def pretend():
