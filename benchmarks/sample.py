@@ -183,13 +183,3 @@ def plain_loop(model: PlainDiT, vae: Vae, labels: NDArray[np.int64], race: Race)
 def noise(shape: tuple[int, int, int], race: Race, *step: int) -> Tensor:
     """The draws that our side makes too, so that both make the same images."""
     return torch.stack([normal(shape, 0, NOISE, k, *step) for k in range(race.batch_size)]).to(race.device)
-
-
-def modulation_share(model: DiT) -> float:
-    """Share of a forward pass that depends on (timestep, class) alone, by multiply-adds."""
-    config = model.config
-    parameters = dict(model.named_parameters())
-    shared = sum(p.numel() for name, p in parameters.items() if "modulation" in name or "t_embedder" in name)
-    per_token = sum(p.numel() for name, p in parameters.items() if "attn" in name or "mlp.fc" in name)
-    attention = config.depth * 2 * config.tokens * config.hidden_size
-    return shared / (shared + config.tokens * (per_token + attention))

@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,24 @@ def test_no_function_body_is_written_twice():
         for shape, place in function_bodies(path):
             places[shape].append(place)
     assert [same for same in places.values() if len(same) > 1] == []
+
+
+def test_what_is_defined_in_a_module_is_used_somewhere():
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.py"), ROOT / "README.md"]
+    words = Counter(word for path in [*WRITTEN, *pages] for word in re.findall(r"\w+", path.read_text("utf-8")))
+    named = [
+        (path, name)
+        for path in WRITTEN
+        for node in ast.parse(path.read_text()).body
+        for name in ([node.name] if hasattr(node, "name") else names_defined_by(node))
+    ]
+    assert len(named) > 1000
+    assert [f"{path.relative_to(ROOT)}: {name}" for path, name in named if words[name] < 2] == []
+
+
+def names_defined_by(node):
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def test_torch_is_unpickled_in_one_module_only():

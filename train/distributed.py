@@ -59,14 +59,6 @@ class Hardware:
             dist.all_reduce(values)
         return values
 
-    def all_reduce_max(self, number: int) -> int:
-        """The largest of all processes' numbers, agreed between the hosts."""
-        if self.processes == 1:
-            return number
-        box = torch.tensor(number, dtype=torch.int64)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.hosts)
-        return int(box)
-
     def broadcast(self, value: Value) -> Value:
         """The main process's value on every process."""
         box = [value]

@@ -20,7 +20,6 @@ _CODES = {"float16": "F16", "int8": "I8"}
 _BYTES = {"float16": 2, "int8": 1}
 _AGAIN = "restore it, or make the features again by dit-extract --add-features"
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
-_Width = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1.001)]
 
 
@@ -41,11 +40,6 @@ class Columns:
     """D, numbers of the class token; 0 where there is none."""
     dtype: FeatureDtype = "float16"
     """Of the patches; the class token is always float16."""
-
-    @property
-    def view_values(self) -> int:
-        """Numbers of one view of a sample."""
-        return self.tokens * self.dim + self.cls
 
     @property
     def sample_bytes(self) -> int:

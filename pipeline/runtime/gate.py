@@ -26,8 +26,6 @@ MOST_LINE: Final = 1 << 20
 """Of a line of a log; a run's have about a thousand."""
 MOST_DEPTH: Final = 64
 """Lists and objects within one another."""
-MOST_DIGITS: Final = 4300
-"""Of a whole number: Python's own limit, as more take quadratic time."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 """A whole number of things or bytes, which every JSON reader can hold."""
