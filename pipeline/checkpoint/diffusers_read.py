@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline.checkpoint.info import CheckpointInfo, make_info
 from pipeline.checkpoint.release import default_info
-from pipeline.checkpoint.tensor_files import join_names, load_tensors
+from pipeline.checkpoint.tensor_files import join_names
+from pipeline.checkpoint.weight_files import load_tensors
 from pipeline.diffusion.gaussian import DIFFUSERS_PREDICTIONS
 from pipeline.dit import DiTConfig
 from pipeline.runtime.errors import UserError

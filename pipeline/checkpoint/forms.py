@@ -21,7 +21,8 @@ from pipeline.checkpoint.origins import Origin, check_objective, origin_of, plai
 from pipeline.checkpoint.release import default_info, infer_config
 from pipeline.checkpoint.remote import localized
 from pipeline.checkpoint.snapshots import asked_average, reconstruct
-from pipeline.checkpoint.tensor_files import SUFFIXES, find_changed, join_names, read_safetensors, read_weight_file
+from pipeline.checkpoint.tensor_files import find_changed, join_names, read_safetensors
+from pipeline.checkpoint.weight_files import SUFFIXES, read_weight_file
 from pipeline.diffusion.process import Process
 from pipeline.dit import DiT, DiTConfig
 from pipeline.dit.config import ConfigError

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from pipeline.checkpoint.tensor_files import load_tensors
+from pipeline.checkpoint.weight_files import load_tensors
 from pipeline.convert.source import BOTH_VIEWS, FINGERPRINT, PIXELS, Source, reading
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.gate import check_regular

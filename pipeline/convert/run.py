@@ -14,7 +14,8 @@ from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.forms import Stored, build_model, read_stored
 from pipeline.checkpoint.info import make_info
 from pipeline.checkpoint.release import unlike_the_release
-from pipeline.checkpoint.tensor_files import PROCESS, join_names, not_finite, save_pickled_tensors, save_safetensors
+from pipeline.checkpoint.tensor_files import PROCESS, join_names, not_finite, save_safetensors
+from pipeline.checkpoint.weight_files import save_pickled_tensors
 from pipeline.classes import imagenet_classes
 from pipeline.convert.card import write_card
 from pipeline.convert.options import ConvertOptions

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from pipeline.checkpoint.folder import WEIGHTS, weight_files
-from pipeline.checkpoint.tensor_files import holds_tensors
+from pipeline.checkpoint.weight_files import holds_tensors
 from pipeline.convert.card import PICTURE, README
 from pipeline.convert.options import ConvertOptions
 from pipeline.hub import look_up

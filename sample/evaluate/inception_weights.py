@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import torch.hub
 from torch import Tensor
 
-from pipeline.checkpoint.tensor_files import load_tensors
+from pipeline.checkpoint.weight_files import load_tensors
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, replacing, sha256_of

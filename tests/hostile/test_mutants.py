@@ -32,7 +32,7 @@ from extract.store_folder import OutputFolder
 from pipeline.checkpoint.folder import METRICS, recorded_files
 from pipeline.checkpoint.info import read_info
 from pipeline.checkpoint.snapshots import snapshot_path, snapshots
-from pipeline.checkpoint.tensor_files import read_weight_file, save_pickled_tensors
+from pipeline.checkpoint.weight_files import read_weight_file, save_pickled_tensors
 from pipeline.convert.card import read_result
 from pipeline.convert.layouts import LAYOUTS
 from pipeline.diffusion.process import make_process

@@ -20,7 +20,8 @@ from extract.sources.tars import tar_members
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.forms import load_checkpoint
 from pipeline.checkpoint.release import default_info
-from pipeline.checkpoint.tensor_files import find_changed, load_tensors
+from pipeline.checkpoint.tensor_files import find_changed
+from pipeline.checkpoint.weight_files import load_tensors
 from pipeline.convert.__main__ import main as convert
 from pipeline.convert.imports import import_latents
 from pipeline.dit import DiT, DiTConfig

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import load_checkpoint, read_checkpoint, read_stored
 from pipeline.checkpoint.folder import describe_files, find_damage, write_model_files
 from pipeline.checkpoint.release import default_info
-from pipeline.checkpoint.tensor_files import find_changed, save_pickled_tensors, save_safetensors
+from pipeline.checkpoint.tensor_files import find_changed, save_safetensors
+from pipeline.checkpoint.weight_files import save_pickled_tensors
 from pipeline.dit import DiT, DiTConfig
 from pipeline.runtime.errors import UserError
 

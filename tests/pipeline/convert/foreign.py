@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pipeline.checkpoint.tensor_files import save_pickled_tensors
+from pipeline.checkpoint.weight_files import save_pickled_tensors
 
 COUNT = 14
 LABELS = [(5 * index) % 3 for index in range(COUNT)]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.release import default_info
-from pipeline.checkpoint.tensor_files import save_pickled_tensors
+from pipeline.checkpoint.weight_files import save_pickled_tensors
 from pipeline.convert.__main__ import main
 from pipeline.convert.imports import import_latents
 from pipeline.convert.layouts import LAYOUTS, find_layout
