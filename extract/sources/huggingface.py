@@ -15,7 +15,14 @@ import msgspec
 from extract.sources.folders import gone
 from extract.sources.labels import AS_GIVEN, Labels, numbered_labels, plain_name
 from extract.sources.listing import UNLABELLED, Listing, Source, UnreadableInputError, sorted_listing
-from extract.sources.tables import LABEL_COLUMNS, PATH_COLUMNS, check_table, leads_to_file, refuse_missing
+from extract.sources.tables import (
+    LABEL_COLUMNS,
+    PATH_COLUMNS,
+    check_contents,
+    check_table,
+    leads_to_file,
+    refuse_missing,
+)
 from pipeline.classes import synsets_of
 from pipeline.hub import offline_if_unreachable
 from pipeline.runtime.console import printable, say
@@ -222,7 +229,7 @@ def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool, are
     )
     plain = [path for path in files if path.parent == folder and path.suffix == ".parquet"]
     if plain and not any(_SPLIT_NAME.match(path.name) for path in plain):
-        return datasets.load_dataset("parquet", data_files=[str(path) for path in plain], split="train")
+        return _copied("parquet", split="train", files=plain)
     everything = [*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]
     parquet = [path for path in of_split if path.suffix == ".parquet"]
     is_told_by_name = bool(parquet) and len({path.parent for path in parquet}) == 1
@@ -230,16 +237,27 @@ def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool, are
         if not of_split and any(_SPLIT_NAME.match(path.name) for path in files):
             raise UserError(f"{folder} holds no table of the split {split}, but {files[0].name}; choose by --split")
         kind = (of_split or files)[0].suffix
-        chosen = [str(path) for path in of_split or files if path.suffix == kind]
-        return datasets.load_dataset(kind[1:], data_files=chosen, split="train")
+        return _copied(kind[1:], split="train", files=[path for path in of_split or files if path.suffix == kind])
     if not is_told_by_name or (len(files) == len(everything) and are_alone):
         try:
-            return datasets.load_dataset(str(folder), split=split)
+            return _copied(str(folder), split=split)
         except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError):
             if not is_told_by_name:
                 raise
     say(f"reading {len(parquet)} files of the split {split} in {parquet[0].parent} alone")
-    return datasets.load_dataset("parquet", data_files=[str(path) for path in parquet], split="train")
+    return _copied("parquet", split="train", files=parquet)
+
+
+def _copied(kind: str, *, split: str, files: Sequence[Path] = ()) -> Any:
+    """The tables as `datasets` copies them, once: looked through first, as it takes a part of a table at once."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(kind, data_files=[str(path) for path in files] or None)
+    if not Path(builder.cache_dir).exists():
+        listed = builder.config.data_files or {}
+        for path in dict.fromkeys(Path(file) for split_files in listed.values() for file in split_files):
+            check_contents(path)
+    return datasets.load_dataset(kind, data_files=[str(path) for path in files] or None, split=split)
 
 
 def _from_disk(folder: Path, files: Sequence[Path], *, anyway: bool) -> Any:

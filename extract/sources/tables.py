@@ -17,6 +17,9 @@ LABEL_COLUMNS = ("label", "labels", "cls", "class")
 _LOOKED_AT = 100
 _MOST_ROWS_PER_BYTE = 1032
 """Each row has an image or a path; this much a deflated stream holds at most."""
+_ROWS_AT_ONCE = 4
+_MOST_AT_ONCE = 1 << 30
+"""Bytes of so many rows, unpacked; an image's as a file may have as many."""
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.parquet|\.arrow)")
 
 
@@ -112,6 +115,34 @@ def check_table(path: Path) -> None:
         fault = f"a part of it claims more at once than the {size(most)} that this machine has, or less than nothing"
     if fault is not None:
         raise UserError(f"{path} is damaged: {fault}; fetch it again, or leave it out by --ignore")
+
+
+def check_contents(path: Path) -> None:
+    """Unpack a parquet file a few rows at a time, before whoever reads it takes a part at once.
+
+    What pages hold unpacked is told by nothing else: a thousand bytes can be a gigabyte, and a value that a dictionary
+    has once stands in any number of rows.
+
+    Raises:
+        UserError: some rows, or a part, are larger unpacked than an image or this machine's memory, or cannot be read.
+    """
+    from pyarrow import parquet
+
+    from pipeline.runtime.devices import machine_bytes
+
+    if path.suffix != ".parquet":
+        return
+    with _told(path), parquet.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            whole = 0
+            for rows in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
+                whole += rows.nbytes
+                for taken, most, what in ((rows.nbytes, _MOST_AT_ONCE, "few rows"), (whole, machine_bytes(), "a part")):
+                    if taken > most:
+                        raise UserError(
+                            f"{path} holds {size(taken)} and more in {what} once it is unpacked, where {size(most)} is "
+                            f"the most; write it with smaller images or parts, or leave it out by --ignore"
+                        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from extract.sources.huggingface import TableSource, open_table
 from extract.sources.listing import UnreadableInputError
 from extract.sources.tables import check_table
 from pipeline.runtime.errors import UserError
+from tests.hostile.limits import run_each
 
 pytestmark = pytest.mark.timeout(60)
 IMAGE = {"bytes": b"\xff\xd8" + bytes(40), "path": None}
@@ -76,7 +77,7 @@ def test_columns_outside_of_the_file_are_one_sentence(tmp_path):
     data = table.read_bytes()
     end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     table.write_bytes(b"PAR1" + data[end:])
-    with pytest.raises(UserError, match="cannot be opened as a data set"):
+    with pytest.raises(UserError, match="x.parquet cannot be read as parquet"):
         opened(table)
 
 
@@ -86,8 +87,61 @@ def test_an_image_that_claims_more_than_its_page_is_refused(tmp_path):
     rows = pa.table({"image": pa.array([b"A" * 40] * 3, pa.binary()), "label": [0, 1, 1]})
     parquet.write_table(rows, table, use_dictionary=False, compression="none")
     table.write_bytes(table.read_bytes().replace(b"\x28\0\0\0" + b"A" * 40, b"\xff\xff\xff\x7f" + b"A" * 40))
-    with pytest.raises(UserError, match="cannot be opened as a data set"):
+    with pytest.raises(UserError, match="x.parquet cannot be read as parquet"):
         opened(table)
+
+
+def bomb(path, *, cell, rows, **how):
+    """A parquet of some thousand bytes whose rows have one value, of so many bytes, each."""
+    path.parent.mkdir()
+    table = pa.table({"image": [{"bytes": bytes(cell), "path": None}], "label": [1]})
+    parquet.write_table(pa.concat_tables([table] * rows), path, compression="zstd", **how)
+    assert path.stat().st_size < 100_000
+    return path
+
+
+def test_a_part_that_unpacks_to_more_than_memory_is_refused_before_it_is_taken_at_once(tmp_path, monkeypatch):
+    table = bomb(tmp_path / "d" / "x.parquet", cell=10**6, rows=1000)
+    assert parquet.read_metadata(table).row_group(0).total_byte_size < 2 * 10**6, "a dictionary has the value once"
+    monkeypatch.setattr("pipeline.runtime.devices.machine_bytes", lambda: 10**8)
+
+    def read(_):
+        with pytest.raises(
+            UserError, match=r"x.parquet holds 10\d\.\d MB and more in a part once it is unpacked, where"
+        ):
+            opened(table)
+        return ""
+
+    assert run_each(1, read, most=6 * 10**8) == [""]
+
+
+def test_a_page_that_claims_more_than_it_unpacks_to_is_refused(tmp_path):
+    table = bomb(tmp_path / "d" / "x.parquet", cell=14 * 10**7, rows=1, use_dictionary=False)
+    data, page = table.read_bytes(), b"\x15\x00\x15"  # the header: a data page, of so many bytes (zigzag) unpacked
+    at = data.index(page) + len(page)
+    assert data[at + 3 : at + 5] == varint(2 * 14 * 10**7)[3:], "in five bytes"
+    table.write_bytes(data[:at] + varint(2 * 2**30) + data[at + 5 :])
+
+    def read(_):
+        with pytest.raises(UserError, match=r"x.parquet cannot be read as parquet \("):
+            opened(table)
+        return ""
+
+    assert run_each(1, read) == [""]
+
+
+def test_a_cell_that_unpacks_to_more_than_an_image_has_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("extract.sources.tables._MOST_AT_ONCE", 10**7)
+    table = bomb(tmp_path / "d" / "x.parquet", cell=2 * 10**7, rows=1)
+    with pytest.raises(UserError, match=r"x.parquet holds 20\.\d MB and more in few rows once it is unpacked"):
+        opened(table)
+
+
+def test_what_is_copied_already_is_not_unpacked_again(tmp_path, monkeypatch):
+    table = written(tmp_path / "d" / "x.parquet", image=[IMAGE] * 3, label=[0, 1, 2])
+    looked = []
+    monkeypatch.setattr("extract.sources.huggingface.check_contents", looked.append)
+    assert len(opened(table)) == len(opened(table)) == 3 and looked == [table]
 
 
 @pytest.mark.parametrize(
