@@ -1,4 +1,4 @@
-"""Tiny vision encoders with random weights, written by transformers itself."""
+"""Tiny vision encoders and VAEs with random weights, written by transformers and diffusers themselves."""
 
 import json
 
@@ -34,4 +34,19 @@ def write_encoder(folder, kind="Dinov2", *, seed=0, px=28, width=8, center_crop=
         "image_std": [0.229, 0.224, 0.225],
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def write_vae(folder, **settings):
+    """An AutoencoderKL with down-factor 8 in a folder, as save_pretrained writes it."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=2,
+            **{"block_out_channels": (4, 4, 4, 4), **settings},
+        ).save_pretrained(folder)
     return folder

@@ -59,6 +59,7 @@ def count_parameters(config: DiTConfig) -> int:
     return _at_depth(config, lambda network: sum(parameter.numel() for parameter in on_meta(network).parameters()))
 
 
+@functools.lru_cache
 def count_macs(config: DiTConfig) -> int:
     """Multiply-adds of one forward pass of one sample, as torch's own counter finds them (it counts each as two)."""
     return _at_depth(config, _counted)

@@ -7,6 +7,7 @@ through the same parser as the command line, so that both give the same checks a
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import os
 import re
@@ -110,7 +111,8 @@ def parse_options(
         if name.startswith("--") and name != "--help":
             _check_flag(name, flags, f"unknown flag {name}", prog=prog)
     words = [_expand_home(word) for word in (*from_files, *_stood_for(arguments, flags), *arguments)]
-    return real(options_class, _tyro(_with_config(options_class), words, prog=prog, description=description).options)
+    shown = _with_config(typing.cast("Any", options_class))
+    return real(options_class, _tyro(shown, words, prog=prog, description=description).options)
 
 
 def _stood_for(words: Sequence[str], flags: Mapping[str, _Flag]) -> list[str]:
@@ -141,6 +143,7 @@ def _has_home(tilde: str) -> bool:
     return True
 
 
+@functools.cache
 def _with_config(options_class: type) -> type:
     """The options and, for the help text alone, --config."""
     help_line = (

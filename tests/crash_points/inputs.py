@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.runtime.files import sha256_of
-from tests.encoders import write_encoder
+from tests.encoders import write_encoder, write_vae
 
 
 def make_inputs(folder, run):
@@ -21,7 +21,7 @@ def make_inputs(folder, run):
         _write(folder / "flat" / f"{number}.png", _picture(number))
     _write(folder / "flat" / "bad.png", b"no picture")
     _write_tars(folder / "web")
-    _write_vae(folder / "vae")
+    write_vae(folder / "vae", sample_size=32)
     write_encoder(folder / "encoder")
     for name, first in (("pictures", 0), ("others", 10)):
         np.savez(folder / f"{name}.npz", arr_0=np.stack([_pixels(number) for number in range(first, first + 4)]))
@@ -64,20 +64,6 @@ def _write_tars(folder):
                     entry = tarfile.TarInfo(f"{number}.{ending}")
                     entry.size = len(data)
                     archive.addfile(entry, io.BytesIO(data))
-
-
-def _write_vae(folder):
-    from diffusers import AutoencoderKL
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoencoderKL(
-            block_out_channels=(4, 4, 4, 4),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            norm_num_groups=2,
-            sample_size=32,
-        ).save_pretrained(folder)
 
 
 def _write_features(folder, seed):

@@ -153,7 +153,7 @@ def test_a_browser_asks_nobody_else_and_the_search_finds_a_flag(site):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/"
     asked, faults = [], []
     with sync_api.sync_playwright() as playwright:

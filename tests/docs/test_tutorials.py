@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from pipeline.dit import DiT, DiTConfig
 from tests.docs.page_commands import blocks, command_lines, program_of
+from tests.encoders import write_vae
 from tests.examples.test_cluster import SCONTROL, SRUN
 from tests.fake_hub import TOKEN, Repository, serving
 
@@ -113,20 +114,6 @@ def write_released_weights(path):
     torch.save({name: tensor + 0.02 * torch.ones_like(tensor) for name, tensor in state.items()}, path)
 
 
-def small_vae(folder):
-    from diffusers import AutoencoderKL
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoencoderKL(
-            block_out_channels=(4, 4, 4, 4),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            norm_num_groups=2,
-        ).save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """What the tutorials find in /data."""
@@ -160,7 +147,8 @@ def there(data, tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     with serving() as hub:
         hub.repositories["stabilityai/sd-vae-ft-ema"] = Repository()
-        hub.repositories["stabilityai/sd-vae-ft-ema"].files |= small_vae(tmp_path / "vae")
+        vae = {path.name: path.read_bytes() for path in write_vae(tmp_path / "vae").iterdir()}
+        hub.repositories["stabilityai/sd-vae-ft-ema"].files |= vae
         path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         variables = {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HF_TOKEN": TOKEN}
         variables |= {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}

@@ -49,21 +49,9 @@ def tree():
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory):
     """A random AutoencoderKL with down-factor 8, readable for every user."""
-    import torch
-    from diffusers import AutoencoderKL
+    from tests.encoders import write_vae
 
-    folder = tmp_path_factory.mktemp("vaes") / "small"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoencoderKL(
-            block_out_channels=(4, 4, 4, 8),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            norm_num_groups=2,
-            latent_channels=4,
-        ).save_pretrained(folder)
-    return folder
+    return write_vae(tmp_path_factory.mktemp("vaes") / "small", block_out_channels=(4, 4, 4, 8))
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +140,7 @@ def serve():
 
     def begin(folder):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 

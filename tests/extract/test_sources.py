@@ -282,7 +282,7 @@ def test_tars_behind_a_url_are_fetched_once_and_read_like_local_ones(tmp_path, w
             served.append(self.path)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/part-{{000..001}}.tar"
@@ -402,7 +402,7 @@ def test_images_beside_tars_are_not_passed_over_in_silence(tmp_path, tree, make_
 def test_an_address_that_cannot_be_fetched_says_why(tmp_path, answer):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever, daemon=True)
+        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         port = served.server_port
         if answer == "refused":

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -16,6 +17,7 @@ from pipeline.latents.manifest import LatentSpec
 from pipeline.latents.writer import StoreDescription, finish_store, write_shard
 from tests.families import kill_family
 from train.__main__ import main
+from train.data import BatchReader
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--model", "DiT-Ti/2", "--batch-size", "8", "--log-every", "1", "--sample-every", "0", "--no-tensorboard"]
@@ -69,13 +71,22 @@ def make_store(
     return folder
 
 
-def train(store, out, *flags, steps=12):
+def read_batches(latents, order, shard, **options):
+    """A reader of a run's batches on the CPU, from the first one on, both views of a sample in turn."""
+    device = torch.device("cpu")
+    return BatchReader(latents, order, shard, views=np.arange(2), seed=0, first=0, device=device, **options)
+
+
+def train(store, out, *flags, **sizes):
     """A run in this process; its exit status."""
-    return main(["--latents", str(store), "--out", str(out), "--steps", str(steps), *QUICK, *flags])
+    return main(command(store, out, *flags, **sizes)[2:])
 
 
-def command(store, out, *flags, steps=12):
-    return ["-m", "train", "--latents", str(store), "--out", str(out), "--steps", str(steps), *QUICK, *flags]
+def command(store, out, *flags, steps=12, depth=2):
+    """The words of a run, of two of the preset's blocks; with a depth of None it has all of them."""
+    blocks = [] if depth is None else ["--depth", str(depth)]
+    words = ["-m", "train", "--latents", str(store), "--out", str(out), "--steps", str(steps)]
+    return [*words, *QUICK, *blocks, *flags]
 
 
 def environment(**extra):
@@ -83,23 +94,23 @@ def environment(**extra):
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"} | extra
 
 
-def torchrun(store, out, *flags, processes=2, steps=12):
+def torchrun(store, out, *flags, processes=2, **sizes):
     """The words of a run in several real processes."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--module"]
-    return [*words, *command(store, out, *flags, steps=steps)[1:]]
+    return [*words, *command(store, out, *flags, **sizes)[1:]]
 
 
-def launch(store, out, *flags, processes=2, steps=12):
+def launch(store, out, *flags, processes=2, **sizes):
     """A run in real processes under torchrun."""
-    words = torchrun(store, out, *flags, processes=processes, steps=steps)
+    words = torchrun(store, out, *flags, processes=processes, **sizes)
     return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @contextlib.contextmanager
-def start(store, out, *flags, steps=12):
+def start(store, out, *flags, **sizes):
     """A run in a process of its own, which the test goes on to disturb; never left behind."""
-    with running([sys.executable, *command(store, out, *flags, steps=steps)]) as process:
+    with running([sys.executable, *command(store, out, *flags, **sizes)]) as process:
         yield process
 
 

@@ -18,8 +18,18 @@ from pipeline.features.pca import Covariance, write_projection
 from pipeline.features.targets import FeatureTargets, resampled
 from pipeline.features.writer import FeatureRows, entries_of, finish_features, write_shard
 from pipeline.latents import LatentStore
-from tests.train.runs import assert_close_histories, assert_same_run, history, launch, lines, make_store, tensors, train
-from train.data import BatchReader, BatchShard, DataOrder
+from tests.train.runs import (
+    assert_close_histories,
+    assert_same_run,
+    history,
+    launch,
+    lines,
+    make_store,
+    read_batches,
+    tensors,
+    train,
+)
+from train.data import BatchShard, DataOrder
 from train.losses import LatentNormalization, draw, sample_losses
 
 WIDTH, GRID = 6, (3, 3)
@@ -107,18 +117,7 @@ def test_a_batch_has_the_features_of_its_samples_in_the_views_of_their_latents(s
     with LatentStore(store) as latents:
         features = FeatureStore(store, latents.manifest)
         order, shard = DataOrder(50, 0), BatchShard(batch_size=8, rank=1, processes=2)
-        reader = BatchReader(
-            latents,
-            order,
-            shard,
-            views=np.arange(2),
-            seed=0,
-            first=0,
-            prefetch=3,
-            device=torch.device("cpu"),
-            features=features,
-            features_until=until,
-        )
+        reader = read_batches(latents, order, shard, prefetch=3, features=features, features_until=until)
         known, every = features_of(store).half(), latents[:][0]
         with reader:
             for batch, number in zip(reader, range(6), strict=False):

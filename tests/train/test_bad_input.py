@@ -103,7 +103,7 @@ def test_too_little_memory_says_what_to_lower(store, tmp_path):
     limited += "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
     limited += "resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000,) * 2); "
     limited += "sys.argv = ['dit-train', *sys.argv[1:]]; runpy.run_module('train', run_name='__main__')"
-    flags = command(store, tmp_path / "run", "--batch-size", "4096", "--prefetch", "1")[2:]
+    flags = command(store, tmp_path / "run", "--batch-size", "4096", "--prefetch", "1", depth=None)[2:]
     words = [sys.executable, "-c", limited, *flags]
     result = subprocess.run(
         words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False

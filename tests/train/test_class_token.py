@@ -15,10 +15,20 @@ from pipeline.features.targets import TokenNormalization
 from pipeline.latents import LatentStore
 from pipeline.runtime.errors import UserError
 from tests.pipeline.dit.test_model import lively, tiny
-from tests.train.runs import assert_close_histories, assert_same_run, history, launch, lines, make_store, tensors, train
+from tests.train.runs import (
+    assert_close_histories,
+    assert_same_run,
+    history,
+    launch,
+    lines,
+    make_store,
+    read_batches,
+    tensors,
+    train,
+)
 from tests.train.test_alignment import add_features, features_of, tokens_of
 from train.build import token_normalization
-from train.data import BatchReader, BatchShard, DataOrder
+from train.data import BatchShard, DataOrder
 from train.losses import LatentNormalization, draw, sample_losses, trained_loss
 
 DIM = 10
@@ -86,19 +96,8 @@ def test_a_batch_has_the_tokens_of_its_samples_in_the_views_of_their_latents_bes
         known, every, patches = tokens_of(store, dim=DIM).half(), latents[:][0], features_of(store).half()
         for columns in (["features", "cls"], ["cls"]):
             features = FeatureStore(store, latents.manifest)
-            reader = BatchReader(
-                latents,
-                order,
-                shard,
-                views=np.arange(2),
-                seed=0,
-                first=0,
-                prefetch=2,
-                device=torch.device("cpu"),
-                features=features,
-                features_until=2,
-                columns=columns,
-            )
+            wanted = {"features": features, "features_until": 2, "columns": columns}
+            reader = read_batches(latents, order, shard, prefetch=2, **wanted)
             with reader:
                 for batch, number in zip(reader, range(4), strict=False):
                     assert (batch.features is None) == (number >= 2 or columns == ["cls"])

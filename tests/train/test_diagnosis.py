@@ -58,7 +58,7 @@ def test_the_first_tensor_that_is_not_finite_is_named_with_the_largest_ones_and_
     store, tmp_path, capsys, spoiled, change, what, advice, flags
 ):
     spoiled(change)
-    assert train(store, tmp_path / "run", *flags, steps=2) == 0
+    assert train(store, tmp_path / "run", *flags, steps=2, depth=None) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "was skipped; " in line]
     assert len(said) == 1
     assert f"step 2 was skipped; {what}; the largest activation was " in said[0] and advice in said[0]
@@ -88,9 +88,9 @@ def test_a_gradient_that_is_not_finite_where_the_loss_is_names_its_layer():
 
 def test_looking_changes_nothing(store, tmp_path, monkeypatch, spoiled):
     spoiled(one_infinite_weight)
-    assert train(store, tmp_path / "looked", steps=3) == 0
+    assert train(store, tmp_path / "looked", steps=3, depth=None) == 0
     monkeypatch.setattr(loop, "_say_what_went_bad", lambda *_: None)
-    assert train(store, tmp_path / "not", steps=3) == 0
+    assert train(store, tmp_path / "not", steps=3, depth=None) == 0
     looked, left = tensors(tmp_path / "looked", 3), tensors(tmp_path / "not", 3)
     assert all(torch.equal(tensor, looked[name]) for name, tensor in left.items())
 

@@ -74,7 +74,8 @@ def test_the_check_stands_before_the_first_step_of_a_run(store, tmp_path, monkey
 
 
 def test_a_dry_run_says_what_a_gpu_holds_and_writes_nothing(store, tmp_path, capsys):
-    assert train(store, tmp_path / "run", "--dry-run", "--model", "DiT-XL/2", "--batch-size", "256", steps=2) == 0
+    flags = ["--dry-run", "--model", "DiT-XL/2", "--batch-size", "256"]
+    assert train(store, tmp_path / "run", *flags, steps=2, depth=None) == 0
     said = capsys.readouterr().err
     for part in ("673.7 M", "bf16", "AdamW 5.4 GB", "\ninstead ", "nothing was written"):
         assert part in said

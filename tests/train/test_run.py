@@ -48,7 +48,7 @@ def test_sizes_that_are_not_the_models_are_the_networks_and_what_does_not_fit_to
     told = {"hidden_size": 24, "depth": 3, "num_heads": 2, "patch_size": 4}
     assert info["model"] | told == info["model"]
     assert "DiT-Ti/2 --hidden-size 24 --depth 3 --num-heads 2 --patch-size 4, 0.0 M" in capsys.readouterr().err
-    assert train(store, tmp_path / "run", steps=3) == 2
+    assert train(store, tmp_path / "run", steps=3, depth=None) == 2
     assert "--depth was 3 and is now None" in capsys.readouterr().err
     assert train(store, tmp_path / "other", "--hidden-size", "30", "--num-heads", "4", steps=2) == 2
     assert "hidden_size 30 does not divide among num_heads 4" in capsys.readouterr().err

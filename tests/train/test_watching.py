@@ -104,7 +104,7 @@ def test_smoothing_is_a_running_mean_without_a_bias_at_the_start():
 
 
 def test_the_summary_says_what_is_trained_on_what_and_where_it_resumes(store, tmp_path, capsys):
-    assert train(store, tmp_path / "run", steps=2) == 0
+    assert train(store, tmp_path / "run", steps=2, depth=None) == 0
     spoken = capsys.readouterr().err
     for part in (
         "1.9 M parameters",
@@ -115,7 +115,7 @@ def test_the_summary_says_what_is_trained_on_what_and_where_it_resumes(store, tm
         assert part in spoken
     for part in ("nobody/knows (555555555555", "precision no (default here)", "from the beginning", "alone"):
         assert part in spoken
-    assert train(store, tmp_path / "run", steps=3) == 0
+    assert train(store, tmp_path / "run", steps=3, depth=None) == 0
     assert "going on after step 2" in capsys.readouterr().err
 
 

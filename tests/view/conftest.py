@@ -19,7 +19,7 @@ def run(store, tmp_path_factory):
     """Four steps, saved and drawn after two and after four."""
     folder = tmp_path_factory.mktemp("view") / "run"
     every = ["--save-every", "2", "--sample-every", "2", "--ema-snapshot-every", "2", "--ema-sigma", "0.05,0.10"]
-    assert train(store, folder, *every, "--preview-steps", "2", "--preview-rows", "1", steps=4) == 0
+    assert train(store, folder, *every, "--preview-steps", "2", "--preview-rows", "1", steps=4, depth=None) == 0
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -70,7 +70,7 @@ def test_a_run_behind_a_url_is_sampled_from_as_one_on_a_disk(run, s3, monkeypatc
         (("--latents", "{store}", "--share"), "unknown flag --share"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(words, said, store, tmp_path, capsys):
+def test_what_is_wrong_is_one_sentence(words, said, store, tmp_path, capsys, quick_urls):
     assert main([word.format(store=store, tmp=tmp_path) for word in words]) == 2
     shown = capsys.readouterr().err
     assert said in shown

@@ -41,7 +41,7 @@ class Server:
 
         handler = functools.partial(Handler, directory=str(folder))
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -183,7 +183,7 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
 def misbehaving(own_store, request):
     handler = type("Handler", (Misbehaving,), {"folder": own_store, "falls_silent": request.param})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", handler
     server.shutdown()

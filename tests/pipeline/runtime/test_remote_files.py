@@ -115,6 +115,7 @@ def test_what_does_not_pass_is_said_in_a_sentence_and_leaves_nothing_half_writte
         with pytest.raises(UserError, match=r"s3://.*access is refused .*check the credentials"):
             action()
     s3.expired = False
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)  # it waits longer each time, in each of our attempts
     s3.breaks["one"] = 10**6
     with pytest.raises(UserError, match=r"run/one cannot be written \("):
         far.put("one", b"1" * 10_000)

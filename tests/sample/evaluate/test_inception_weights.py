@@ -27,7 +27,7 @@ def server(tmp_path):
             asked.append(self.path)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield folder, f"http://127.0.0.1:{running.server_port}", asked
         running.shutdown()
