@@ -110,8 +110,8 @@ class UrlOutput:
                 f"{self.far.describe(name)} was put there by another process, with other bytes than were made here; "
                 "let machines of one kind, with one version of PyTorch, make a store"
             )
+        self.far.put_all({each: self.place / each for each in (name, record)})
         for each in (name, record):
-            self.far.put(each, self.place / each)
             (self.place / each).unlink()
         self.there.add(shard)
 

@@ -218,7 +218,7 @@ class SampleOptions:
     checkpoint: str
     """A run folder (its newest checkpoint), a checkpoint folder, the URL of either, or any form that dit-convert knows."""
     out: str
-    """What to write: PATH.png a labelled grid, PATH.npz the images and labels as ADM's tools want them, PATH.safetensors raw latents, FOLDER/ single PNGs by class. PATH.json beside it tells how to make the same again."""
+    """What to write: PATH.png a labelled grid, PATH.npz the images and labels as ADM's tools want them, PATH.safetensors raw latents, FOLDER/ single PNGs by class; or the URL of one, s3://bucket/PATH.npz. PATH.json beside it tells how to make the same again."""
     weights: str = "ema"
     """Weights to sample with: ema, raw, the NAME of a further EMA, or sigma=S for a power-function average made of those that the run keeps."""
     verify_weights: bool = True

@@ -6,6 +6,7 @@ cells); equal parts give equal bytes: no time, no host and no order of a folder'
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ Labels = NDArray[np.int64]
 ClassName = Callable[[int], str]
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 _PNG_WRITERS = 4
+_IMAGE = re.compile(r"\d{6,}\.png")
 
 
 def write_npz(path: Path, images: Parts, labels: Labels, *, pixels: tuple[int, int]) -> dict[str, Any]:
@@ -76,9 +78,20 @@ def _describe_file(written: Path, final: Path) -> dict[str, Any]:
     return {"file": final.name, "bytes": written.stat().st_size, "sha256": sha256_of(written)}
 
 
+def png_names(labels: Labels, folder_name: ClassName) -> list[str]:
+    """What the images of a folder are called, relative to it."""
+    return [Path(folder_name(int(label)), f"{index:06d}.png").as_posix() for index, label in enumerate(labels)]
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this relative path may be one of those images."""
+    parts = name.split("/")
+    return _IMAGE.fullmatch(parts[-1]) is not None and len(parts) <= 2
+
+
 def fill_folder(out: Path, images: Parts, labels: Labels, *, folder_name: ClassName) -> dict[str, Any]:
     """`CLASS/INDEX.png` in a fresh folder that the caller publishes; images without a class have no CLASS/."""
-    names = [str(Path(folder_name(int(label)), f"{index:06d}.png")) for index, label in enumerate(labels)]
+    names = png_names(labels, folder_name)
     lines: list[str] = []
     with explained_writes(out), ThreadPoolExecutor(_PNG_WRITERS) as pool:
         for folder in {(out / name).parent for name in names}:
@@ -86,7 +99,7 @@ def fill_folder(out: Path, images: Parts, labels: Labels, *, folder_name: ClassN
         for part in images:
             batch = names[len(lines) : len(lines) + len(part)]
             lines += pool.map(_write_png, (out / name for name in batch), part, batch)
-    return {"folder": out.name, "files": len(lines), "sha256": _digest(lines)}
+    return {"folder": out.name, "files": len(lines), "sha256": digest_of_lines(lines)}
 
 
 def _write_png(path: Path, image: NDArray[np.uint8], name: str) -> str:
@@ -96,7 +109,8 @@ def _write_png(path: Path, image: NDArray[np.uint8], name: str) -> str:
     return f"{name} {hashlib.sha256(buffer.getvalue()).hexdigest()}\n"
 
 
-def _digest(lines: Iterable[str]) -> str:
+def digest_of_lines(lines: Iterable[str]) -> str:
+    """The SHA-256 over the sorted lines `NAME SHA256` of a folder's images."""
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -119,7 +133,7 @@ def is_intact(path: Path, description: Output) -> bool:
     if len(files) != description.files:
         return False
     lines = (f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n" for file in files)
-    return _digest(lines) == description.sha256
+    return digest_of_lines(lines) == description.sha256
 
 
 def write_grid(

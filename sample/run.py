@@ -24,6 +24,7 @@ from sample.decode import NotFiniteError, overlapping
 from sample.options import SampleOptions
 from sample.outputs import Parts
 from sample.progress import SamplingProgress, Stopped, finished_images
+from sample.remote import remote_samples
 from sample.resolve import SamplingJob, resolve
 from sample.sidecar import is_finished, strip_of, sweep
 from sample.trajectory import Watch, strip_latents
@@ -41,7 +42,34 @@ def make_samples(options: SampleOptions) -> int:
     """
     with memory_explained(too_large):
         job = resolve(options)
-    work = _open_work(options, job)
+    far = remote_samples(options, job)
+    if far is None:
+        return _make_here(options, job, is_there=lambda: False)
+    if far.is_finished():
+        if launch().is_main:
+            far.output.forget()
+        say(f"{options.out} is finished, made with these very settings; nothing to do")
+        return 0
+    if launch().is_main:
+        far.output.begin(far.request)
+    try:
+        status = _make_here(far.made_by, job, is_there=far.is_finished)
+    except UserError:
+        if launch().is_main:
+            far.output.withdraw()
+        raise
+    if status == 0 and launch().is_main:
+        far.put()
+    return status
+
+
+def _make_here(options: SampleOptions, job: SamplingJob, *, is_there: Callable[[], bool]) -> int:
+    """Make the output at a path; the exit status.
+
+    Args:
+        is_there: whether the main process has made it and taken it away, to a URL.
+    """
+    work = _open_work(options, job, is_there)
     if work is None:
         say(f"{options.out} is finished, made with these very settings; nothing to do")
         return 0
@@ -67,7 +95,7 @@ def make_samples(options: SampleOptions) -> int:
     return 0
 
 
-def _open_work(options: SampleOptions, job: SamplingJob) -> WorkFolder | None:
+def _open_work(options: SampleOptions, job: SamplingJob, is_there: Callable[[], bool]) -> WorkFolder | None:
     """The work folder, with the plan in it; None if the output is finished, by an earlier run or by others just now."""
     recipe, folder, main = job.recipe, work_folder_of(options.path), launch().is_main
     if main:
@@ -79,7 +107,7 @@ def _open_work(options: SampleOptions, job: SamplingJob) -> WorkFolder | None:
     if main:
         _check_room(folder, job)
         return begin(folder, recipe, chunks=job.chunks, overwrite=options.overwrite)
-    return join(folder, recipe, chunks=job.chunks, finished=lambda: is_finished(options, recipe))
+    return join(folder, recipe, chunks=job.chunks, finished=lambda: is_finished(options, recipe) or is_there())
 
 
 def _check_room(folder: Path, job: SamplingJob) -> None:

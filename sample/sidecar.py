@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,7 @@ from pipeline.runtime.gate import Count, Finite, Passed, shortened, typed
 from pipeline.runtime.publish import finish, work_folder_of
 from pipeline.runtime.work_queue import Presence
 from sample.options import SampleOptions
-from sample.outputs import Output, is_intact
+from sample.outputs import Output, is_image_name, is_intact
 from sample.work_folder import PLAN, differences, is_plan
 
 FORMAT = "dit-samples"
@@ -99,10 +98,11 @@ def versions() -> dict[str, str]:
 
 def same_recipe(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two recipes make the same images: all but the libraries' versions is equal."""
-    return _without_versions(first) == _without_versions(second)
+    return without_versions(first) == without_versions(second)
 
 
-def _without_versions(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def without_versions(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells whether two recipes make the same images."""
     return {name: value for name, value in recipe.items() if name != "versions"}
 
 
@@ -129,6 +129,15 @@ def read_sidecar(out: Path) -> Sidecar | None:
         content = read_json(path)
     except UserError:  # no JSON: none of ours
         return None
+    return parse_sidecar(content, path)
+
+
+def parse_sidecar(content: Any, path: Path | str) -> Sidecar | None:
+    """What JSON of that place says; None where it is not ours.
+
+    Raises:
+        UserError: it was written by a newer version, or its values are of other types.
+    """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
     if (version := content.get("version")) != VERSION:
@@ -137,9 +146,6 @@ def read_sidecar(out: Path) -> Sidecar | None:
         )
     advice = "restore it, or remove it together with what it describes"
     return typed(content, Sidecar, f"{path} is damaged", advice=advice)
-
-
-_IMAGE = re.compile(r"\d{6,}\.png")
 
 
 def strip_of(out: Path) -> Path:
@@ -212,7 +218,7 @@ def _check_kind(out: Path, kind: str, *, ours: bool) -> None:
 def _foreign_files(folder: Path) -> list[Path]:
     """The files in a folder of ours that are no images of ours."""
     files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    return sorted(path for path in files if not _IMAGE.fullmatch(path.name) or len(path.relative_to(folder).parts) > 2)
+    return sorted(path for path in files if not is_image_name(path.relative_to(folder).as_posix()))
 
 
 def _check_free(options: SampleOptions, sidecar: Sidecar | None, recipe: dict[str, Any]) -> None:

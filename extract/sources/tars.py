@@ -1,7 +1,7 @@
 """Images inside tars, read in place at recorded offsets: WebDataset shards, and ImageNet's two official tars.
 
 A tar is walked once, header by header, when it is listed; afterwards an image is one `pread`. Tars behind a URL are
-copied whole first (`extract.sources.remote`), because the shuffled order reads every tar from end to end many times.
+copied whole first (`pipeline.runtime.remote_copies`), as the shuffled order reads every tar from end to end many times.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from extract.sources.labels import AS_TEXT, numbered_labels
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
 from extract.sources.litter import LeftOut, rule_against_path
 from extract.sources.mistaken import refuse_containers
-from extract.sources.remote import fetch, local_place
 from extract.sources.samples import LINK, Member, Reader, grouped, reader_for
 from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.gate import check_regular, shortened
+from pipeline.runtime.remote_copies import fetch, local_place
 from pipeline.runtime.remote_files import is_url
 
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")

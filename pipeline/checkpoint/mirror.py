@@ -186,10 +186,11 @@ class Mirror:
             name = record.relative_to(self.run).as_posix()
             if self._sent.get(name) == _mark(record):
                 continue
+            mark = _mark(record)
             if self.far.read(name) != record.read_bytes():
                 self.far.remove(name)
-                self.far.put(name.removesuffix(".json"), one.path)
-            self._send(record)
+                self.far.put_all({name.removesuffix(".json"): one.path, name: record})
+            self._sent[name] = mark
 
     def _next(self) -> int | None:
         """The newest checkpoint that is here and not there, and that the rules keep."""
@@ -218,8 +219,7 @@ class Mirror:
                 self.far.remove(f"{checkpoint_name(step)}/{STATE_FILES}")
             listing = (folder / STATE_FILES).read_bytes()
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file()]
-            for name in sorted(names, key=_order):
-                self.far.put(f"{checkpoint_name(step)}/{name}", folder / name)
+            self.far.put_all({f"{checkpoint_name(step)}/{name}": folder / name for name in sorted(names, key=_order)})
             self._whole[step] = listing
         except FileNotFoundError:  # the run has gone back behind it, or keeps it no longer
             self._drop(step)

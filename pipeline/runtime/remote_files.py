@@ -8,8 +8,10 @@ memory of listings is dropped before each look.
 """
 
 import contextlib
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +33,8 @@ _ATTEMPTS, _FIRST_WAIT_S = 4, 0.25
 _PIECE = 1 << 20
 _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "obs", "tos", "hf", "memory"}
 _HTTP = {"http", "https"}
+_REFUSES_TAKEN = {"s3", "s3a"}
+"""Where an upload can ask the server itself to refuse a name that is taken."""
 
 
 class DamagedError(UserError):
@@ -158,11 +162,31 @@ class UrlFolder:
                 f"{self.describe(name)} cannot be written: HTTP has no way to; give s3://, gs:// or another"
             )
 
-    def put(self, name: str, content: Path | bytes) -> None:
-        """Put a file there whole, from a path or from memory; what had the name is replaced at once."""
+    def put_all(self, files: Mapping[str, Path | bytes], *, replaces: bool = True, at_once: int = 1) -> None:
+        """Put what belongs together, in this order: the last one, put when all others are there, is what they count by.
+
+        Who replaces other contents removes the last one first.
+
+        Args:
+            files: what to put, by name.
+            replaces: whether what has these names gives way; else a name that is taken is refused, unless its bytes
+                are the same, as of an upload that was interrupted.
+            at_once: how many to put at a time, of all but the last.
+        """
+        *names, last = files
+        with ThreadPoolExecutor(at_once) as threads:
+            for _ in threads.map(lambda name: self.put(name, files[name], replaces=replaces), names):
+                pass
+        self.put(last, files[last], replaces=replaces)
+
+    def put(self, name: str, content: Path | bytes, *, replaces: bool = True) -> None:
+        """Put a file there whole, from a path or from memory; what had the name is replaced at once, or never."""
         self.check_writable(name)
         try:
-            self._retry(lambda: self._put(name, content), name, "written")
+            if replaces or not self._is_taken(name, content):
+                self._retry(lambda: self._put(name, content, replaces=replaces), name, "written")
+        except FileExistsError:  # it appeared meanwhile; or it is ours, of an attempt whose answer was lost
+            self._is_taken(name, content)
         except FileNotFoundError as error:
             if isinstance(content, Path) and not content.exists():
                 raise
@@ -171,21 +195,47 @@ class UrlFolder:
                 "URL, or make it first"
             ) from error
 
-    def _put(self, name: str, content: Path | bytes) -> None:
+    def _is_taken(self, name: str, content: Path | bytes) -> bool:
+        """Whether these very bytes have the name; raises UserError if others have it."""
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        there = self.size(name)
+        if there is None:
+            return False
+        wanted = sha256_of(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        if there != size or self.sha256(name) != wanted:
+            raise UserError(f"{self.describe(name)} is there already; pass --overwrite, or choose another name")
+        return True
+
+    def sha256(self, name: str) -> str | None:
+        """The SHA-256 of a file in hexadecimal, read in pieces; None if there is none."""
+
+        def look() -> str:
+            digest = hashlib.sha256()
+            for piece in pieces_of(self._files, self._place(name), size=None):
+                digest.update(piece)
+            return digest.hexdigest()
+
+        try:
+            return self._retry(look, name, "read")
+        except FileNotFoundError:
+            return None
+
+    def _put(self, name: str, content: Path | bytes, *, replaces: bool) -> None:
         place = self._place(name)
         if _protocols(self._files) & _WHOLE_AT_ONCE:
-            self._send(content, place)
+            refuses = not replaces and _protocols(self._files) & _REFUSES_TAKEN
+            self._send(content, place, **({"mode": "create"} if refuses else {}))
             return
         folder, _, last = place.rpartition("/")
         self._files.makedirs(folder, exist_ok=True)
         self._send(content, f"{folder}/.{last}.partial")
         self._files.mv(f"{folder}/.{last}.partial", place)
 
-    def _send(self, content: Path | bytes, place: str) -> None:
+    def _send(self, content: Path | bytes, place: str, **how: str) -> None:
         if isinstance(content, bytes):
-            self._files.pipe_file(place, content)
+            self._files.pipe_file(place, content, **how)
         else:
-            self._files.put_file(str(content), place)
+            self._files.put_file(str(content), place, **how)
 
     def names(self, below: str = "") -> dict[str, int]:
         """{name: bytes} of all files below a folder in here, as the server lists them now; none where none is there."""
@@ -236,7 +286,7 @@ class UrlFolder:
         for attempt in range(_ATTEMPTS):
             try:
                 return action()
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # every file system of fsspec has errors of its own
                 if isinstance(error, UserError) and not isinstance(error, DamagedError):

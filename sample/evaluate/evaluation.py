@@ -24,6 +24,7 @@ from sample.evaluate.metrics import FEWEST_FOR_FID
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.pixels import PixelFeatures
 from sample.evaluate.reference import write_statistics
+from sample.evaluate.remote import bring_here, put_there
 from sample.evaluate.scoring import Comparison, Side, compute_scores, over_seeds, warn_of_few
 from sample.run import too_large
 from sample.sidecar import sidecar_of
@@ -43,6 +44,7 @@ def evaluate(options: EvaluateOptions) -> int:
             if place.is_main:
                 _drop_superseded(job)
                 _tell_again(job)
+                put_there(job)
             return 0
         if network is not None:
             _make_all_features(job, network, work, place)
@@ -52,6 +54,7 @@ def evaluate(options: EvaluateOptions) -> int:
                 for made in work.values():
                     made.remove()
             _drop_superseded(job)
+            put_there(job)
     return 0
 
 
@@ -65,6 +68,7 @@ def _begin(
         if place.is_main:
             job = resolve_job(options)
             keys = {flag: side.images_key for flag, side in job.sides.items()}
+            bring_here(job)
             for side in job.sides.values():
                 side.check(job.metrics if job.scores else ())
         keys = from_main(keys)
@@ -97,7 +101,7 @@ def network_of(job: EvaluationJob) -> Module:
 @contextmanager
 def _one_at_a_time(job: EvaluationJob) -> Iterator[None]:
     """Let commands that share features or an output end one after the other, each seeing what the ones before left."""
-    if not job.extractions and job.options.out is None and not job.work_base.exists():
+    if not job.extractions and job.out is None and not job.work_base.exists():
         yield
         return
     make_folder(job.work_base)
@@ -126,7 +130,7 @@ def _tell_again(job: EvaluationJob) -> None:
     named = [path for path in (job.options.out, job.options.make_reference) if path is not None]
     say(f"{' and '.join(named)}: there already, made from these very inputs; nothing to do")
     if job.metrics:
-        result = report.read_result(Path(job.options.out or ""))
+        result = report.read_result(job.out or Path())
         assert result is not None, "job.result_is_there has seen to it"
         print(report.in_words(result.metrics, result.std, result.protocol))
 
@@ -190,7 +194,7 @@ def _finish(job: EvaluationJob, work: dict[Path, WorkFolder]) -> None:
 
 def _write_reference(job: EvaluationJob) -> None:
     """Write --make-reference and its sidecar, which appear together."""
-    side, path = job.reference_source, Path(job.options.make_reference or "")
+    side, path = job.reference_source, job.make_reference or Path()
     images = side.given.images
     assert images is not None, "resolve_job has seen to it: a reference is made of images"
     assert job.weights is not None, "resolve_job has seen to it: features need the network"
@@ -211,7 +215,7 @@ def _write_reference(job: EvaluationJob) -> None:
             write_statistics(made, gaussians, count=images.count, features=features, provenance=provenance)
         described = {"request": job.reference_request, **provenance, "source": side.given.path}
         write_json(stage.place(sidecar), {**described, "sha256": sha256_of(made)})
-    say(f"wrote {path} (statistics of {images.count} images)")
+    say(f"wrote {job.options.make_reference} (statistics of {images.count} images)")
 
 
 def _score(job: EvaluationJob) -> None:
@@ -251,9 +255,9 @@ def _score(job: EvaluationJob) -> None:
         device=job.device,
         batch_size=job.batch_size,
     )
-    if options.out is not None:
-        with making(Path(options.out), overwrite=options.overwrite, wait=True) as stage:
-            write_json(stage.place(Path(options.out)), result)
+    if job.out is not None:
+        with making(job.out, overwrite=options.overwrite, wait=True) as stage:
+            write_json(stage.place(job.out), result)
         say(f"wrote {options.out}")
     print(report.in_words(result["metrics"], result["std"], result["protocol"]))
 

@@ -7,16 +7,18 @@ from pathlib import Path
 
 from pipeline.hub import HUB, HUB_NAME
 from pipeline.latents.names import is_store
+from pipeline.latents.remote import cache_folder
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import typed
+from pipeline.runtime.gate import parse_json, typed
 from pipeline.runtime.publish import finish
-from pipeline.runtime.remote_files import is_url
+from pipeline.runtime.remote_copies import fetch, local_place
+from pipeline.runtime.remote_files import UrlFolder, is_url
 from sample.evaluate.folder import FolderImages
 from sample.evaluate.image_set import ImageSet
 from sample.evaluate.npz import NpzImages, list_arrays
 from sample.evaluate.options import EvaluateOptions
 from sample.evaluate.reference import StatisticsFile
-from sample.sidecar import Recipe, Sidecar, read_sidecar
+from sample.sidecar import Recipe, Sidecar, parse_sidecar, read_sidecar, sidecar_of
 
 _OF_CHECKPOINTS = ("checkpoints", "config.yaml", "config.json", "model_index.json")
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
@@ -90,6 +92,8 @@ def kind_of(path: str, flag: str) -> str:
         UserError: nothing is there, or a file of no known kind.
     """
     place = Path(path)
+    if is_url(path) and place.suffix.lower() == ".npz":
+        return "npz"
     if is_store(path):
         return "store"
     if is_url(path):
@@ -122,19 +126,44 @@ def _open(flag: str, path: str, kind: str, image_size: int | None, options: Eval
     images: ImageSet | None
     statistics = None
     if kind == "npz":
-        arrays = list_arrays(Path(path))
+        file = copy_of(path) if is_url(path) else Path(path)
+        arrays = list_arrays(file)
         if "arr_0" not in arrays and "mu" not in arrays:
             raise UserError(
                 f"{flag} {path} holds {', '.join(sorted(arrays)) or 'no arrays'}, but images (arr_0) or statistics "
                 f"(mu and sigma) are needed; check the file"
             )
-        images = NpzImages(Path(path)) if "arr_0" in arrays else None
-        statistics = StatisticsFile(Path(path)) if "mu" in arrays else None
+        images = NpzImages(file) if "arr_0" in arrays else None
+        statistics = StatisticsFile(file) if "mu" in arrays else None
     elif kind == "folder":
         images = FolderImages(Path(path), image_size=image_size, workers=options.workers)
     else:
         from sample.evaluate import generated
 
         images = generated.open_store(path, options) if kind == "store" else generated.open_checkpoint(path, options)
-    made_by = read_sidecar(Path(path)) if kind in {"npz", "folder"} else None
+    made_by = None
+    if kind in {"npz", "folder"}:
+        made_by = sidecar_behind(path) if is_url(path) else read_sidecar(Path(path))
     return Input(flag=flag, path=path, images=images, statistics=statistics, made_by=made_by)
+
+
+def copy_of(url: str) -> Path:
+    """A copy of a file behind a URL, made once for the bytes that the server has.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    folder = cache_folder(None) / "files"
+    fetch([url], folder)
+    return local_place(url, folder)
+
+
+def sidecar_behind(url: str) -> Sidecar | None:
+    """The JSON that dit-sample has put beside a file behind a URL; None where there is none of ours."""
+    parent, _, name = url.rpartition("/")
+    sidecar = sidecar_of(Path(name)).name
+    data = UrlFolder(parent).read(sidecar)
+    try:
+        return None if data is None else parse_sidecar(parse_json(data, Path(sidecar)), f"{url}.json")
+    except UserError:  # none of ours
+        return None

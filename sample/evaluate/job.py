@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.features.encoder import EncoderFolder, find_encoder
+from pipeline.latents.remote import cache_folder as latents_cache
 from pipeline.runtime.console import warn
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, sha256_of
 from pipeline.runtime.publish import sweep
+from pipeline.runtime.remote_files import is_url
+from pipeline.runtime.remote_output import RemoteOutput
 from sample.evaluate import report
 from sample.evaluate.encoder import CLIPS, name_of
 from sample.evaluate.features import DIGESTS, Blocks
@@ -57,6 +60,23 @@ class EvaluationJob:
     """The encoder of --features, if it is one."""
     device: str
     batch_size: int
+    remote: Mapping[str, RemoteOutput]
+    """By flag: outputs that go behind a URL when they are made."""
+
+    @property
+    def out(self) -> Path | None:
+        """Where the result is written on this machine."""
+        return self._local("--out", self.options.out)
+
+    @property
+    def make_reference(self) -> Path | None:
+        """Where the reference is written on this machine."""
+        return self._local("--make-reference", self.options.make_reference)
+
+    def _local(self, flag: str, given: str | None) -> Path | None:
+        if flag in self.remote:
+            return self.remote[flag].local
+        return None if given is None else Path(given)
 
     @property
     def weights_sha256(self) -> str | None:
@@ -109,7 +129,7 @@ class EvaluationJob:
         Raises:
             UserError: it holds something else.
         """
-        path = Path(self.options.make_reference or "")
+        path = self.make_reference or Path()
         sweep(path)
         if self.options.overwrite or not path.exists():
             return False
@@ -119,7 +139,8 @@ class EvaluationJob:
         if intact and written.request == self.reference_request:
             return True
         raise UserError(
-            f"--make-reference {path} is there already and holds something else; choose another name or --overwrite"
+            f"--make-reference {self.options.make_reference} is there already and holds something else; choose another "
+            "name or --overwrite"
         )
 
     def result_is_there(self) -> bool:
@@ -128,16 +149,18 @@ class EvaluationJob:
         Raises:
             UserError: it holds another result.
         """
-        if self.options.out is None:
+        path = self.out
+        if path is None:
             return False
-        path = Path(self.options.out)
         sweep(path)
         if self.options.overwrite or not path.exists():
             return False
         there = report.read_result(path)
         if there is not None and there.request == self.score_request:
             return True
-        raise UserError(f"--out {path} is there already and holds another result; choose another name or --overwrite")
+        raise UserError(
+            f"--out {self.options.out} is there already and holds another result; choose another name or --overwrite"
+        )
 
     @cached_property
     def extractions(self) -> dict[Path, Extraction]:
@@ -201,10 +224,10 @@ class EvaluationJob:
     @property
     def work_base(self) -> Path:
         """Where the features stand, each plan's in a folder of its own."""
-        out = self.options.out or self.options.make_reference
+        out = self.out or self.make_reference
         if self.options.work is not None:
             return Path(self.options.work)
-        return cache_folder() / "evaluate" if out is None else Path(out).with_name(f".{Path(out).name}.features")
+        return cache_folder() / "evaluate" if out is None else out.with_name(f".{out.name}.features")
 
 
 def resolve_job(options: EvaluateOptions) -> EvaluationJob:
@@ -231,9 +254,15 @@ def resolve_job(options: EvaluateOptions) -> EvaluationJob:
     weights = find_inception(options.inception) if needs_network else None
     _check_same_network(sides, weights)
     _check_sizes(sides, options, encoder)
-    for path in (options.out, options.make_reference):
+    named = {"--out": options.out, "--make-reference": options.make_reference}
+    remote = {
+        flag: RemoteOutput(path, latents_cache(None))
+        for flag, path in named.items()
+        if path is not None and is_url(path)
+    }
+    for flag, path in named.items():
         if path is not None:
-            make_folder(Path(path).parent)
+            make_folder(remote[flag].local.parent if flag in remote else Path(path).parent)
     device = str(choose_device(options.compute.device)[0])
     batch_size = options.compute.batch_size or FEATURE_BATCH.get(device.partition(":")[0], 256)
     return EvaluationJob(
@@ -244,6 +273,7 @@ def resolve_job(options: EvaluateOptions) -> EvaluationJob:
         encoder=encoder,
         device=device,
         batch_size=batch_size,
+        remote=remote,
     )
 
 

@@ -23,7 +23,7 @@ class EvaluateOptions:
     """What `dit-evaluate` is asked to compare."""
 
     samples: str | None = None
-    """The images to judge: a folder of images, an .npz with arr_0, a latent store (decoded), a run or checkpoint (sampled), or an .npz with mu and sigma."""
+    """The images to judge: a folder of images, an .npz with arr_0 (also behind a URL), a latent store (decoded), a run or checkpoint (sampled), or an .npz with mu and sigma."""
     reference: str | None = None
     """The images to compare them with: any of the same, such as ADM's reference files or ours from --make-reference."""
     metrics: Annotated[str | None, BY_COMMAS, tyro.conf.arg(help=METRICS_HELP)] = None
@@ -32,11 +32,11 @@ class EvaluateOptions:
     inception: Annotated[str | None, tyro.conf.arg(metavar="FILE|URL")] = None
     """Weights of the FID network, pt_inception-2015-12-05-6726825d.pth: a file, or a URL to download into the cache once. Default: the file in the cache."""
     make_reference: Annotated[str | None, tyro.conf.arg(metavar="FILE.npz")] = None
-    """Write the statistics of --reference (without one: of --samples) for later use as --reference: mu, sigma, mu_s, sigma_s."""
+    """Write the statistics of --reference (without one: of --samples) for later use as --reference, to a path or a URL: mu, sigma, mu_s, sigma_s."""
     reference_features: bool = False
     """Put the 2,048 features of every image into --make-reference too; precision, recall and kid need them (8 kB per image)."""
     out: Annotated[str | None, tyro.conf.arg(metavar="RESULT.json")] = None
-    """Write the numbers and where they come from as JSON."""
+    """Write the numbers and where they come from as JSON, to a path or a URL."""
     overwrite: bool = False
     """Replace --out and --make-reference where they hold something else."""
     image_size: Pixels | None = None

@@ -295,7 +295,7 @@ SITES = {
     "extract/fill.py:write_latents": "dit-extract safetensors",
     "extract/preview.py:draw_preview": "dit-extract --preview",
     "extract/sources/listing.py:_save": "dit-extract safetensors",
-    "extract/sources/remote.py:_fetch": "dit-extract remote tars",
+    "pipeline/runtime/remote_copies.py:_fetch": "dit-extract remote tars",
     "extract/store_folder.py:begin": "dit-extract safetensors",
     "extract/store_folder.py:begin_anew": "dit-extract safetensors --overwrite",
     "extract/store_folder.py:unmoved": "dit-extract safetensors --overwrite",

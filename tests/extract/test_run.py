@@ -304,7 +304,7 @@ def test_a_process_that_looks_at_the_inputs_while_another_puts_the_new_store_in_
 def test_tars_that_are_replaced_on_the_server_are_not_mixed_into_a_store_that_is_begun(
     tmp_path, command, make_picture, serve
 ):
-    from extract.sources import remote
+    from pipeline.runtime import remote_copies as remote
 
     def write(first):
         for number in range(2):

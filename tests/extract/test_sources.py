@@ -15,9 +15,9 @@ import pytest
 import scipy.io
 
 from extract.options import SourceOptions
-from extract.sources import remote
 from extract.sources.listing import UnreadableInputError, cached_listing
 from extract.sources.selection import open_source
+from pipeline.runtime import remote_copies as remote
 from pipeline.runtime.errors import UserError
 
 

@@ -1,0 +1,115 @@
+"""dit-evaluate and buckets: results and references go there whole, and references and samples are read from there."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.runtime import remote_output
+from sample.evaluate import features
+from sample.evaluate.__main__ import main
+from tests.sample.evaluate.test_protocol import stand_in
+
+pytestmark = pytest.mark.usefixtures("quick_urls")
+
+
+@pytest.fixture
+def run(weights_file, monkeypatch, capsys):
+    """`run(*arguments)`: (status, stdout, stderr); the network is replaced by a projection that costs nothing."""
+    monkeypatch.setattr(features, "_features_of_batch", stand_in)
+
+    def go(*arguments):
+        status = main([*(str(argument) for argument in arguments), "--inception", str(weights_file)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return go
+
+
+@pytest.fixture
+def images(tmp_path):
+    def save(name, seed, count=6):
+        path = tmp_path / name
+        np.savez(path, np.random.default_rng(seed).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8))
+        return path
+
+    return save
+
+
+def test_a_result_goes_to_a_bucket_and_the_same_command_finds_it_there(s3, run, images, tmp_path):
+    asked = ("--samples", images("a.npz", 0), "--metrics", "is")
+    assert run(*asked, "--out", tmp_path / "r.json")[0] == 0
+    status, table, said = run(*asked, "--out", f"{s3.url}/results/r.json")
+    assert status == 0 and f"all of it is at {s3.url}/results/r.json" in said
+    assert s3.names() == ["results/r.json"]
+    made, local = json.loads(s3.read("results/r.json")), json.loads((tmp_path / "r.json").read_text())
+    assert made.pop("options")["out"] == f"{s3.url}/results/r.json" and local.pop("options") and made == local
+    again = run(*asked, "--out", f"{s3.url}/results/r.json")
+    assert again[0] == 0 and again[1] == table and "there already, made from these very inputs" in again[2]
+    status, _, said = run("--samples", images("b.npz", 1), "--metrics", "is", "--out", f"{s3.url}/results/r.json")
+    assert status == 2 and f"--out {s3.url}/results/r.json is there already and holds another result" in said
+    other = ("--samples", images("b.npz", 1), "--metrics", "is", "--out", f"{s3.url}/results/r.json", "--overwrite")
+    assert run(*other)[0] == 0 and json.loads(s3.read("results/r.json"))["request"] != local["request"]
+    assert run(*asked, "--out", f"{s3.url}/results/r.json")[0] == 2
+    s3.files().rm_file(f"{s3.bucket}/results/r.json")
+    assert run(*asked, "--out", f"{s3.url}/results/r.json")[0] == 0, "what is here of another answer keeps none away"
+    assert list((tmp_path / "cache" / "outputs").rglob("*.json")) == []
+
+
+def test_a_reference_in_a_bucket_has_the_bytes_of_a_local_one_and_is_read_by_its_url(s3, run, images, tmp_path):
+    asked = ("--reference", images("a.npz", 0, count=8))
+    assert run(*asked, "--make-reference", tmp_path / "ref.npz")[0] == 0
+    order = []
+    s3.before_answer = lambda method, path: order.append(path.rsplit("/", 1)[1]) if method == "PUT" else None
+    assert run(*asked, "--make-reference", f"{s3.url}/ref.npz")[0] == 0
+    s3.before_answer = None
+    assert order == ["upload.json", "ref.npz", "ref.npz.json"] and s3.names() == ["ref.npz", "ref.npz.json"]
+    assert s3.read("ref.npz") == (tmp_path / "ref.npz").read_bytes()
+    status, _, said = run(*asked, "--make-reference", f"{s3.url}/ref.npz")
+    assert status == 0 and "nothing to do" in said
+    status, _, said = run("--samples", images("b.npz", 1), "--reference", f"{s3.url}/ref.npz", "--metrics", "kid")
+    assert status == 2 and "--reference-features" in said, "it is read as the statistics that it is"
+
+
+def test_images_in_a_bucket_are_judged_as_those_on_a_disk_and_copied_once(s3, run, images, tmp_path):
+    here = [images("a.npz", 0), images("b.npz", 1)]
+    for path in here:
+        s3.files().put(str(path), f"{s3.bucket}/{path.name}")
+    there = [f"{s3.url}/{path.name}" for path in here]
+    tables = []
+    for samples, reference in (here, there, there):
+        s3.asked.clear()
+        status, table, said = run("--samples", samples, "--reference", reference, "--metrics", "kid")
+        assert status == 0, said
+        tables.append(table)
+    assert len(set(tables)) == 1
+    assert ("GET", f"/{s3.bucket}/a.npz") not in s3.asked, "the second time there is a copy"
+
+
+def test_an_upload_that_fails_is_completed_by_the_same_command_and_computed_once(s3, run, images, monkeypatch):
+    asked = ("--reference", images("a.npz", 0), "--make-reference", f"{s3.url}/ref.npz")
+    put = remote_output.RemoteOutput.put
+
+    def refused(self, *arguments, **settings):
+        s3.expired = True
+        put(self, *arguments, **settings)
+
+    monkeypatch.setattr(remote_output.RemoteOutput, "put", refused)
+    status, _, said = run(*asked)
+    assert status == 2 and "access is refused" in said and "Traceback" not in said
+    s3.expired = False
+    monkeypatch.setattr(remote_output.RemoteOutput, "put", put)
+    s3.throttled, s3.breaks["ref.npz"] = 2, 2
+    monkeypatch.setattr(features, "_features_of_batch", None)
+    assert run(*asked)[0] == 0 and s3.names() == ["ref.npz", "ref.npz.json"]
+
+
+def test_someone_elses_object_of_the_name_is_never_replaced(s3, run, images):
+    s3.files().pipe_file(f"{s3.bucket}/ref.npz", b"mine")
+    status, _, said = run("--reference", images("a.npz", 0), "--make-reference", f"{s3.url}/ref.npz")
+    assert status == 2 and "ref.npz is there already" in said and s3.read("ref.npz") == b"mine"
+    s3.files().pipe_file(f"{s3.bucket}/r.json", b"[]")
+    status, _, said = run("--samples", images("a.npz", 0), "--metrics", "is", "--out", f"{s3.url}/r.json")
+    assert status == 2 and s3.read("r.json") == b"[]"
+    status, _, said = run("--samples", f"{s3.url}/none.npz", "--metrics", "is")
+    assert status == 2 and "none.npz cannot be fetched" in said
