@@ -8,6 +8,7 @@ instructions are gone through with nothing behind them: nothing is imported, cal
 import mmap
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -77,7 +78,8 @@ def look_through(path: Path) -> tuple[list[str], Exception | None]:
     """
     fault: Exception | None = None
     try:
-        with _pickles_in(path) as stream:
+        with _pickles_in(path) as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that its storages' types are old when their size is asked
             begins, *_ = [_result(stream, path.stat().st_size) for _ in range(1 if is_zip(path) else _PICKLES_OF_OLD)]
             if not is_zip(path) and begins != torch.serialization.MAGIC_NUMBER:
                 fault = ValueError("it does not begin as one")
