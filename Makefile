@@ -23,7 +23,7 @@ crash-points: $(VENV)/.installed-test
 	python -m tests.crash_points --jobs 2 --table docs/robustness.md $(ARGS)
 
 crash-points-short: $(VENV)/.installed-test
-	python -m tests.crash_points --jobs 2 --plan sites --modes kill --calls rename,renameat2,link,unlink,rmdir $(ARGS)
+	python -m tests.crash_points --jobs 2 --plan all --modes kill --calls rename,renameat2,link,unlink,rmdir $(ARGS)
 
 RANDOMLY := dit-extract safetensors --overwrite,dit-train --overwrite,dit-sample FOLDER/ --overwrite,dit-convert diffusers --overwrite
 RANDOMLY := $(RANDOMLY),dit-evaluate --out --overwrite,dit-evaluate --make-reference

@@ -3,6 +3,8 @@
 --writers A,B    rows whose names hold one of these words, or with --exactly are one of them (default: all)
 --plan all|ci|sites|sample    every point in every mode; kill and EIO at every point and the others once per call
                               site; all modes once per call site; a few points of each writer
+--all-the-same   kill also where one watched run shows a tree that was asked about already, and ask also what the
+                 command does not look at (--plan random does)
 --jobs N         processes that share the rows
 --inputs FOLDER  where what the commands read is made, or is already (default: made anew and removed)
 --json FILE, --table FILE    the report, and the table for docs/robustness.md
@@ -45,8 +47,11 @@ def main():
         reports = _share(Path(folder), rows, given)
     table = "\n".join(_table(reports))
     seconds = time.monotonic() - start
-    visits, points, bad = (sum(_count(report[name]) for report in reports) for name in ("visits", "points", "bad"))
-    summary = f"{len(reports)} writers, {points} points, {visits} states visited in {seconds:.0f} s, {bad} bad endings"
+    points, visits, states, cpu_seconds, bad = (
+        sum(_count(report[name]) for report in reports) for name in ("points", "visits", "states", "cpu_seconds", "bad")
+    )
+    summary = f"{len(reports)} writers, {points} points, {visits} visits, {states} states in {seconds:.0f} s "
+    summary += f"({cpu_seconds:.0f} s of a core), {bad} bad endings"
     summary += f" (--plan {given.plan} --modes {given.modes}{f' --calls {given.calls}' if given.calls else ''})"
     print(table)
     print(summary)
@@ -62,6 +67,7 @@ def _arguments():
     parser.add_argument("--writers", default="")
     parser.add_argument("--plan", choices=["all", "ci", "sites", "sample", "random"], default="all")
     parser.add_argument("--exactly", action="store_true")
+    parser.add_argument("--all-the-same", action="store_true")
     parser.add_argument("--modes", default=",".join(shim.MODES))
     parser.add_argument("--calls", default="")
     parser.add_argument("--kills", type=int, default=100)
@@ -91,7 +97,7 @@ def _again_preloaded():
 
 
 def _count(value):
-    return value if isinstance(value, int) else len(value)
+    return len(value) if isinstance(value, list) else value
 
 
 def _share(folder, rows, given):
@@ -140,10 +146,12 @@ def _work(folder, inputs, rows, queue, given, port):
     remember(folder)
     while taken := os.read(queue, 1):
         row = rows[taken[0]]
-        report = visit_all(place, row, functools.partial(_plan, given, row), _tell)
+        spares = not given.all_the_same and given.plan != "random"
+        report = visit_all(place, row, functools.partial(_plan, given, row), _tell, spares=spares)
         (folder / f"report-{taken[0]:03d}.json").write_text(json.dumps(vars(report)))
         print(
             f"{row.name}: {report.points} points, {report.visits} visits, {report.states} states, "
+            f"{report.watched} only watched, {report.ran} of {report.asked} questions run, "
             f"{report.seconds:.0f} s ({report.cpu_seconds:.0f} s of a core), {len(report.bad)} bad",
             flush=True,
         )
@@ -222,10 +230,11 @@ def _write_table(path, text):
 
 
 def _table(reports):
-    yield "| writer | points | states | seconds | bad endings |"
-    yield "|---|---:|---:|---:|---:|"
+    yield "| writer | points | visits | states | seconds of a core | bad endings |"
+    yield "|---|---:|---:|---:|---:|---:|"
     for report in reports:
-        yield f"| {report['writer']} | {report['points']} | {report['visits']} | {report['seconds']:.0f} | {len(report['bad'])} |"
+        counts = f"{report['points']} | {report['visits']} | {report['states']} | {report['cpu_seconds']:.0f}"
+        yield f"| {report['writer']} | {counts} | {len(report['bad'])} |"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where commands run: forks of one warm process in a folder of their own, what they left, and whether it is whole."""
 
 import contextlib
+import ctypes
 import functools
 import gc
 import hashlib
@@ -43,6 +44,7 @@ LATE += (
 )
 WIDTHS = {"features_2048": 2048, "spatial": 2023, "logits_unbiased": 1008, "pixels": 12}
 PATIENCE_S, GRACE_S = 60.0, 3.0
+HUGE, MADV_COLLAPSE = 2 << 20, 25
 
 
 class _PreparedError(BaseException):
@@ -53,6 +55,19 @@ def warm_up():
     """Import all that the commands would, and start no thread: a fork of a process with threads has none of them."""
     for name in (*MODULES.values(), *LATE):
         importlib.import_module(name)
+
+
+def settle():
+    """Make forks cheap: what is here is no garbage, and lies in huge pages, so that a fork copies few table entries."""
+    gc.freeze()
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights, _, _, inode, *name = line.split()
+        first, last = (int(end, 16) for end in span.split("-"))
+        first, last = -(-first // HUGE) * HUGE, last // HUGE * HUGE
+        if rights.startswith("rw") and inode == "0" and name != ["[stack]"] and first < last:
+            advise(first, last - first, MADV_COLLAPSE)  # an older kernel refuses, and forks cost more
 
 
 def prepare(words):
@@ -69,7 +84,6 @@ def prepare(words):
     console.parse_options = remember
     with contextlib.suppress(_PreparedError):
         call(words)
-    gc.freeze()
 
 
 def remember(folder):
@@ -88,7 +102,6 @@ def remember(folder):
     with contextlib.chdir(folder):
         vae.load_vae("in/vae")
         inception_weights.find_inception("in/inception.safetensors")
-    gc.freeze()
 
 
 def _stand_in(images, network, wanted, device):
@@ -159,7 +172,7 @@ class Place:
             os.dup2(said, 2)
             os.environ["XDG_CACHE_HOME"] = str(self.out / "cache")
             sys.modules["extract.__main__"]._BEGAN = time.time()
-            if listing or point:
+            if listing or mode:
                 shim.arm(self.out, self.log, point, mode)
             status = call(self.words(words)) or 0
         except SystemExit as stop:
@@ -182,6 +195,7 @@ class Place:
         """Do here, once, what every fork of a row's commands would do: parse options, import the last modules."""
         for words in (row.command, row.other, *row.before, *([[*row.other, "--overwrite"]] if row.forces else [])):
             prepare(self.words(words))
+        settle()
 
     def import_the_rest(self):
         """Import what the last listed command has imported late."""
@@ -190,6 +204,17 @@ class Place:
                 with contextlib.suppress(ImportError):
                     importlib.import_module(name)
         assert threading.active_count() == 1, threading.enumerate()
+        settle()
+
+    def watched(self, words):
+        """(points, tree) pairs of an undisturbed run: what stands in `o` before each call, all threads standing still."""
+        self.log.unlink(missing_ok=True)
+        pid, met = self.start(words, mode="watch"), 0
+        while self.wait(pid).status is None:
+            points = shim.points_of(self.log)  # more than one where two threads meet calls at once
+            yield points[met:], self.tree()
+            met = len(points)
+            os.kill(pid, signal.SIGCONT)
 
     def wait(self, pid, patience=PATIENCE_S, *, kill=True):
         """Until the command has ended, or has stopped at its point; one that takes too long is killed, or is None."""
@@ -280,7 +305,7 @@ def timeless(path):
             return json.dumps(result).encode()
         if path.name == "trainer.json":
             return json.dumps({**json.loads(data), "seconds": 0}).encode()
-        if path.name == "publish.json":
+        if "publish.json" in path.name:
             return re.sub(rb'"inode": \d+|\.\d+\.', b"", data)
         if path.name == "files.json":
             listing = json.loads(data)
@@ -293,9 +318,11 @@ def timeless(path):
 
 def anonymous(tree):
     """The tree as a value, with process ids left out of names: what happens next depends on this alone."""
-    return tuple(
-        sorted((re.sub(r"[0-9a-f]{8,}|(?<=[.-])\d{2,5}(?=[.-])", "#", name), sha) for name, sha in tree.items())
-    )
+    return tuple(sorted((anonymous_name(name), sha) for name, sha in tree.items()))
+
+
+def anonymous_name(name):
+    return re.sub(r"[0-9a-f]{8,}|(?<=[.-])\d{2,5}(?=[.-])|(?<=\.tmp)[^/.]{6}", "#", name)
 
 
 def below(tree, name):

@@ -3,8 +3,9 @@
 // replaced by PID and long hexadecimal numbers by #; together with its occurrence it stays the same when threads change the order of all calls.
 //
 // crash_arm(folder, log, name, occurrence, mode), or CRASH_FOLDER, CRASH_LOG, CRASH_NAME, CRASH_OCCURRENCE, CRASH_MODE.
-// Modes: kill (before the call), half (of a write, then killed), stop (SIGSTOP before it), enospc1 and eio1 (that call
-// fails), enospc and eio (it and all later ones fail). No disk lacks the space for a removal, so enospc spares these.
+// Modes: kill (before the call), half (of a write, then killed), stop (SIGSTOP before it), watch (SIGSTOP before every
+// call), reads (logs also "open PATH" and "move PATH", unchanged), enospc1 and eio1 (that call fails), enospc and eio
+// (it and all later ones fail). No disk lacks the space for a removal, so enospc spares these.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -49,6 +50,9 @@ __attribute__((constructor)) static void from_environment(void) {
 
 static void note(const char *text) { if (log_fd >= 0) syscall(SYS_write, log_fd, text, strlen(text)); }
 
+// The calling thread stops, and the others with it; a signal to the process may be some other thread's, and this one goes on.
+static void stop(void) { syscall(SYS_tgkill, getpid(), syscall(SYS_gettid), SIGSTOP); }
+
 static void die(void) { for (;;) syscall(SYS_kill, getpid(), SIGKILL); }
 
 // The path below the folder, or NULL if it is elsewhere.
@@ -56,6 +60,13 @@ static const char *below(const char *path) {
     size_t n = strlen(folder);
     if (strncmp(path, folder, n) || (path[n] && path[n] != '/')) return NULL;
     return path[n] ? path + n + 1 : ".";
+}
+
+static void note_read(const char *how, const char *path) {
+    char line[2 * LENGTH + 16];
+    if (strcmp(mode, "reads") || !below(path)) return;
+    snprintf(line, sizeof line, "%s %s\n", how, below(path));
+    note(line);
 }
 
 static void absolute(int at, const char *path, char *out) {
@@ -92,6 +103,7 @@ static int meet(const char *call, const char *path, const char *target, int is_w
     if (target) append(name, two ? two : "elsewhere");
     snprintf(line, sizeof line, "%s\n", name);
     note(line);
+    if (!strcmp(mode, "watch")) stop();
     int here = !strcmp(name, wanted) && __atomic_add_fetch(&seen, 1, __ATOMIC_SEQ_CST) == occurrence;
     if (here) note("!\n");
     int is_full = !strncmp(mode, "enospc", 6), is_broken = !strncmp(mode, "eio", 3);
@@ -103,7 +115,7 @@ static int meet(const char *call, const char *path, const char *target, int is_w
     }
     if (!here) return GO_ON;
     if (!strcmp(mode, "kill")) die();
-    if (!strcmp(mode, "stop")) syscall(SYS_kill, getpid(), SIGSTOP);
+    if (!strcmp(mode, "stop")) stop();
     return !strcmp(mode, "half") && is_write ? HALF : GO_ON;
 }
 
@@ -118,6 +130,8 @@ static int at_two(const char *call, int at, const char *path, int to_at, const c
     if (!armed) return GO_ON;
     absolute(at, path, one);
     absolute(to_at, target, two);
+    note_read("move", one);
+    note_read("move", two);
     return meet(call, one, two, 0, 0);
 }
 static int at_fd(const char *call, int fd, int is_write) {
@@ -131,8 +145,10 @@ static int at_fd(const char *call, int fd, int is_write) {
 }
 static int at_open(int at, const char *path, int flags) {
     char full[2 * LENGTH];
-    if (!armed || !(flags & (O_CREAT | O_TRUNC))) return GO_ON;
+    if (!armed) return GO_ON;
     absolute(at, path, full);
+    note_read("open", full);
+    if (!(flags & (O_CREAT | O_TRUNC))) return GO_ON;
     if (!(flags & O_TRUNC) && !access(full, F_OK)) return GO_ON;
     return meet("create", full, NULL, 0, 0);
 }

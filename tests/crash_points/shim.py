@@ -67,5 +67,11 @@ def points_of(log):
     return points
 
 
+def reads_of(log):
+    """(opened, moved) paths below the folder, of a run in mode "reads"."""
+    lines = [line.partition(" ") for line in Path(log).read_text().splitlines()]
+    return tuple({path for how, _, path in lines if how == wanted} for wanted in ("open", "move"))
+
+
 def was_hit(log):
     return Path(log).exists() and HIT in Path(log).read_text().splitlines()

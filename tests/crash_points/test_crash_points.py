@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +59,32 @@ def test_a_writer_disturbed_at_any_point_leaves_nothing_half_and_is_mended_by_th
     assert faults_of(report, mode) == []
 
 
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """The flags for the sampled writers, with what they read made once."""
+    inputs = tmp_path_factory.mktemp("crash-inputs") / "in"
+    return ["--inputs", str(inputs), "--writers", ",".join(SAMPLED), "--exactly"]
+
+
 @pytest.mark.timeout(300)
-def test_a_few_points_of_a_few_writers_bear_a_kill_and_a_broken_disk(compiler, tmp_path):
-    reports = visit(tmp_path, "--plan", "sample", "--writers", ",".join(SAMPLED), "--exactly")
+def test_a_few_points_of_a_few_writers_bear_a_kill_and_a_broken_disk(compiler, sampled, tmp_path):
+    reports = visit(tmp_path, "--plan", "sample", *sampled)
     assert sorted(reports) == sorted(SAMPLED)
     assert [fault for report in reports.values() for fault in report["bad"]] == []
     assert all(report["visits"] > 0 and report["missed"] == 0 for report in reports.values())
+
+
+@pytest.mark.timeout(300)
+def test_a_watched_run_shows_what_kills_leave_and_a_remembered_answer_is_what_the_command_gives(
+    compiler, sampled, tmp_path
+):
+    flags = [*sampled, "--plan", "all", "--modes", "kill", "--calls", "mkdir,create,renameat2"]
+    spared, full = (visit(tmp_path, *flags, *more)[SAMPLED[0]] for more in ([], ["--all-the-same"]))
+    assert (spared["bad"], full["bad"]) == ([], [])
+    assert (spared["visits"], spared["states"]) == (full["visits"], full["states"])
+    assert (full["watched"], full["unwatched"]) == (0, 0)
+    assert spared["watched"] > 0
+    assert spared["ran"] < spared["asked"] == full["asked"] == full["ran"]
 
 
 def writing_functions():
@@ -106,15 +127,15 @@ def test_the_library_names_calls_and_fails_kills_and_halves_them_where_it_is_tol
     code += "os.rename('w/a/x', 'w/y'); os.unlink('w/y')"
     names = ["mkdir a", "create a/x", "write a/x", "fsync a/x", "rename a/x y", "unlink y"]
 
+    def environment(place, name, mode):
+        (place / "w").mkdir(parents=True)
+        told = {"CRASH_NAME": name, "CRASH_OCCURRENCE": "1", "CRASH_MODE": mode}
+        return told | {"LD_PRELOAD": str(library), "CRASH_FOLDER": str(place / "w"), "CRASH_LOG": str(place / "log")}
+
     def run(name, mode, number=0):
         place = tmp_path / f"{number}-{mode}"
-        (place / "w").mkdir(parents=True)
-        environment = {"LD_PRELOAD": str(library), "CRASH_FOLDER": str(place / "w"), "CRASH_LOG": str(place / "log")}
-        environment |= {"CRASH_NAME": name, "CRASH_OCCURRENCE": "1", "CRASH_MODE": mode}
-        ended = subprocess.run(
-            [sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, check=False
-        )
-        return ended, place
+        told, words = environment(place, name, mode), [sys.executable, "-c", code]
+        return subprocess.run(words, cwd=place, env=told, capture_output=True, check=False), place
 
     assert [point.name for point in shim.points_of(run("", "")[1] / "log")] == names
     for number, name in enumerate(names):
@@ -126,3 +147,20 @@ def test_the_library_names_calls_and_fails_kills_and_halves_them_where_it_is_tol
     assert (run("write a/x", "half")[1] / "w" / "a" / "x").read_bytes() == b"1234"
     assert b"Errno 28" in run("create a/x", "enospc")[0].stderr
     assert run("unlink y", "enospc", 5)[0].returncode == 0, "no disk lacks the space for a removal"
+
+    _, place = run("", "reads")
+    assert shim.reads_of(place / "log") == ({"a/x"}, {"a/x", "y"})
+    place = tmp_path / "watched"
+    told = environment(place, "", "watch")
+    watched, stood = subprocess.Popen([sys.executable, "-c", code], cwd=place, env=told), []
+    while os.WIFSTOPPED(os.waitpid(watched.pid, os.WUNTRACED)[1]):
+        stood.append(
+            sorted(
+                f"{path.relative_to(place / 'w')} {path.stat().st_size * path.is_file()}"
+                for path in place.glob("w/**/*")
+            )
+        )
+        watched.send_signal(signal.SIGCONT)
+    watched.wait()
+    whole = ["a 0", "a/x 8"]
+    assert stood == [[], ["a 0"], ["a 0", "a/x 0"], whole, whole, ["a 0", "y 8"]]

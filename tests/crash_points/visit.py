@@ -6,6 +6,7 @@
 4. Was the error one sentence?
 """
 
+import functools
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tests.crash_points import shim
+from tests.crash_points.memory import Memory
 from tests.crash_points.place import anonymous, below
 from train.kept_checkpoints import why_not_resumable
 
@@ -26,9 +28,16 @@ class Report:
     writer: str
     points: int = 0
     visits: int = 0
+    watched: int = 0
+    """Kills among the visits whose tree one watched run has shown to be one that was asked about already."""
+    unwatched: int = 0
+    """Kills that have left a tree which that run has not shown: threads came in another order."""
     missed: int = 0
     states: int = 0
     """Different trees after a crash; what follows is asked once for each."""
+    asked: int = 0
+    ran: int = 0
+    """Of the questions that were asked, those that a command had to be run for."""
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     """Of the commands; what a quiet machine takes, nearly."""
@@ -89,8 +98,13 @@ def choose(points, mode, *, once_per_site):
     return suitable
 
 
-def visit_all(place, row, plan, tell):
-    """A writer's report; `plan(points)` says which (point, mode) are visited, `tell` hears of each fault at once."""
+def visit_all(place, row, plan, tell, *, spares=True):
+    """A writer's report.
+
+    `plan(points)` says which (point, mode) are visited, `tell` hears of each fault at once. What `spares`: one run that
+    stands still before each of its calls shows what a kill would leave there, and only what is new is killed; and a
+    question is asked again only of what its command looks at. Without it all is done, and compared.
+    """
     start, cpu = time.monotonic(), _cpu_seconds()
     report = Report(row.name)
     try:
@@ -99,18 +113,35 @@ def visit_all(place, row, plan, tell):
         report.bad.append({"point": "undisturbed", "mode": "none", "what": str(error)})
         tell(row.name, report.bad[-1])
         return report
-    report.points, seen = len(known.points), {}
+    report.points, seen, leaves = len(known.points), {}, {}
+    memory = Memory(place, checks=not spares)
     for point, mode in plan(known.points):
-        ending, faults = _visit(place, row, known, seen, point, mode)
         report.visits += 1
+        if mode == "kill" and row.processes == 1:
+            leaves = leaves or _watch(place, row)
+            if spares and leaves.get(point) in seen:
+                report.watched += 1
+                continue
+        met = len(seen)
+        ending, faults = _visit(place, row, known, memory, seen, point, mode)
+        report.unwatched += mode == "kill" and not set(list(seen)[met:]) <= set(leaves.values())
         report.endings[ending] += 1
         report.missed += ending == "not reached"
         for fault in faults:
             report.bad.append({"point": str(point), "mode": mode, "what": fault})
             tell(row.name, report.bad[-1])
-    report.states = len(seen)
+    for what in memory.differing:
+        report.bad.append({"point": "any", "mode": "none", "what": what})
+        tell(row.name, report.bad[-1])
+    report.states, report.asked, report.ran = len(seen), memory.asked, memory.ran
     report.seconds, report.cpu_seconds = time.monotonic() - start, _cpu_seconds() - cpu
     return report
+
+
+def _watch(place, row):
+    """{point: the tree before it} of one run."""
+    place.put_back("before")
+    return {point: anonymous(tree) for points, tree in place.watched(row.command) for point in points}
 
 
 def _cpu_seconds():
@@ -118,7 +149,7 @@ def _cpu_seconds():
     return used.children_user + used.children_system + used.user + used.system
 
 
-def _visit(place, row, known, seen, point, mode):
+def _visit(place, row, known, memory, seen, point, mode):
     """(how it ended, what is wrong)."""
     if mode == "stop":
         return _visit_paused(place, row, known, point)
@@ -127,7 +158,7 @@ def _visit(place, row, known, seen, point, mode):
         return "not reached", []
     state = anonymous(place.tree())
     if state not in seen:
-        seen[state] = _after(place, row, known, lambda: _disturb(place, row, point, mode))
+        seen[state] = _after(place, row, known, memory, lambda: _disturb(place, row, point, mode))
     how, faults = seen[state]
     return f"{_ending(ended)}, then other {how}", [*_errors(mode, ended), *faults]
 
@@ -137,28 +168,35 @@ def _disturb(place, row, point, mode):
     return place.run(row.command, point, mode, processes=row.processes)
 
 
-def _after(place, row, known, disturb):
+def _after(place, row, known, memory, disturb):
     """(what became of the other command, what is wrong) after what `disturb` leaves, which has just been called.
 
-    It is called again for each question: a copy of what it left would have other inodes, which are part of it.
+    Each question is asked of a copy; where a record of inodes is among it, `disturb` is called again.
     """
+    left = place.tree()
+    if row.processes == 1 and not any(name.endswith("publish.json") for name in left):
+        place.keep("left")
+        disturb = functools.partial(place.put_back, "left")
     faults = _half_things(place, row, known)
-    again = place.run(row.command, processes=row.processes)
-    if not (again.is_refusal and place.tree() == known.new):  # dit-convert says that it is there, with status 2
-        faults += _not_equal(place, "the same command again", again, known.new, status=row.expects)
     if row.processes > 1:
-        return "not asked", faults
-    disturb()
-    other = place.run(row.other)  # unfinished work of the first one may stay, hidden, until --overwrite drops it
+        again = place.run(row.command, processes=row.processes)
+        return "not asked", faults + _same_again(row, known, again, place.tree())
+    faults += _same_again(row, known, *memory.ask(row.command, place.tree(), lambda: None))
+    other, tree = memory.ask(row.other, left, disturb)
     how = "refused" if other.is_refusal else "its own"
-    if not other.is_refusal:
-        faults += _not_equal(place, "the other command", other, known.other, visible=True, status=row.expects)
+    if not other.is_refusal:  # unfinished work of the first one may stay, hidden, until --overwrite drops it
+        status = row.expects
+        faults += _not_equal("the other command", other, _visible(tree), _visible(known.other), status=status)
     if row.forces:
-        if not other.is_refusal:
-            disturb()
-        forced = place.run([*row.other, "--overwrite"])
-        faults += _not_equal(place, "the other command with --overwrite", forced, known.other, status=row.expects)
+        forced, tree = memory.ask([*row.other, "--overwrite"], left, disturb)
+        faults += _not_equal("the other command with --overwrite", forced, tree, known.other, status=row.expects)
     return how, faults
+
+
+def _same_again(row, known, ended, tree):
+    if ended.is_refusal and tree == known.new:  # dit-convert says that it is there, with status 2
+        return []
+    return _not_equal("the same command again", ended, tree, known.new, status=row.expects)
 
 
 def _ending(ended):
@@ -218,12 +256,11 @@ def _checkpoints(tree, run):
     return sorted({start + path.removeprefix(start).split("/")[0] for path in tree if path.startswith(f"{start}step-")})
 
 
-def _not_equal(place, who, ended, expected, *, visible=False, status=0):
+def _not_equal(who, ended, tree, expected, *, status=0):
     """What is wrong with a command that should have ended with this tree."""
     if ended.status != status:
         last = ended.said.strip().splitlines()[-1:] or [""]
         return [f"{who}: status {ended.status}: {last[0][-300:]}"]
-    tree, expected = place.tree(visible=visible), _visible(expected) if visible else expected
     if status:  # the work stays for the next command, and which locks it has met depends on the way
         tree, expected = _without_locks(tree), _without_locks(expected)
     if tree == expected:
