@@ -277,7 +277,7 @@ SITES = {
     "pipeline/checkpoint/diffusers_write.py:write_diffusers": "dit-convert diffusers",
     "pipeline/checkpoint/diffusers_write.py:_write_vae": "dit-convert diffusers",
     "pipeline/checkpoint/folder.py:write_model_files": "dit-train",
-    "pipeline/checkpoint/tensor_files.py:save_pickled_tensors": "dit-convert facebook .pt",
+    "pipeline/checkpoint/weight_files.py:save_pickled_tensors": "dit-convert facebook .pt",
     "pipeline/convert/card.py:write_card": "dit-convert dit --model-card",
     "pipeline/convert/imports.py:_folder_for": "dit-convert store",
     "pipeline/convert/run.py:_published": "dit-convert dit",
@@ -336,5 +336,6 @@ ELSEWHERE = {
     "pipeline/checkpoint/mirror.py:_fetch_checkpoint": "tests/train/test_mirror.py",
     "pipeline/checkpoint/remote.py:localized": "tests/train/test_mirror.py",
     "pipeline/checkpoint/remote.py:_fetch_averages": "tests/train/test_mirror.py",
+    "sample/evaluate/remote.py:bring_here": "tests/sample/evaluate/test_remote.py",
 }
 """What no row comes by, as it needs a server that takes files; and which tests disturb it instead."""
