@@ -1,8 +1,10 @@
 """Sound files mutated by key, type, value and byte: each is read, or refused by one printable sentence.
 
-The mutants are a function of (kind, number), so that one that is refused otherwise can be made again.
+Hypothesis draws the bytes from which a mutant is made, the same ones for the same number of mutants, and makes the
+mutant that ends otherwise as small as it can.
 """
 
+import ast
 import contextlib
 import copy
 import hashlib
@@ -24,6 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import save
 
@@ -51,7 +55,7 @@ from sample.tune.points import read_point
 from studies.cells import read_study
 from studies.measure import Result
 from tests.hostile import model_folders
-from tests.hostile.limits import run_each
+from tests.hostile.limits import run_each, run_limited
 from train.checkpointing import restore
 from train.plot import read_series
 from train.run_folder import MetricsFile, recorded_intervals
@@ -231,6 +235,22 @@ ODD: tuple[Any, ...] = (
 )
 
 
+class Tape(random.Random):
+    """Draws from bytes, and 0 behind their end: the fewer and the smaller they are, the simpler is what is made of them."""
+
+    def __new__(cls, tape: bytes) -> "Tape":
+        return super().__new__(cls)
+
+    def __init__(self, tape: bytes) -> None:
+        self._left = io.BytesIO(tape)
+
+    def getrandbits(self, k: int) -> int:
+        return int.from_bytes(self._left.read((k + 7) // 8), "little") & ((1 << k) - 1)
+
+    def random(self) -> float:
+        return self.getrandbits(16) / (1 << 16)
+
+
 def mutated(value: Any, draw: random.Random) -> Any:
     """A copy in which one place has another key, type or value."""
     value = copy.deepcopy(value)
@@ -270,7 +290,7 @@ def of_json(value: Any) -> Callable[[random.Random], bytes]:
     """Mutants of a JSON file: three in four by key, type and value, the others by byte."""
 
     def make(draw: random.Random) -> bytes:
-        if draw.random() < 0.25:
+        if draw.random() >= 0.75:
             return mutated_bytes(json.dumps(value).encode(), draw)
         mutant = value
         for _ in range(draw.randint(1, 3)):
@@ -448,9 +468,9 @@ def _parquet() -> bytes:
     return stream.getvalue()
 
 
-def _pt(**tensors: torch.Tensor) -> bytes:
+def _pt(*, is_old: bool = False, **tensors: torch.Tensor) -> bytes:
     stream = io.BytesIO()
-    torch.save(tensors, stream)
+    torch.save(tensors, stream, _use_new_zipfile_serialization=not is_old)
     return stream.getvalue()
 
 
@@ -485,6 +505,10 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes],
     "result of a study's run": (of_json(CELL), read_cell),
     "result of dit-evaluate": (of_json(SCORES), read_scores),
     "weights": (of_bytes(SHARD), lambda folder, data: read_weight_file(_write(folder / "w.safetensors", data))),
+    "weights from before torch 1.6": (
+        of_bytes(_pt(is_old=True, w=torch.zeros(3, 4), b=torch.ones(2))),
+        lambda folder, data: read_weight_file(_write(folder / "w.pt", data)),
+    ),
     "commit record": (of_json(RECORD), lambda folder, data: parse_record(data, folder / "r.json")),
     "config.json": (of_json(CONFIG), read_config),
     "trainer.json": (of_json(TRAINER), read_trainer),
@@ -532,26 +556,74 @@ LOADED: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes]
 _NO_MEMORY = re.compile("MemoryError|allocat|bad_alloc")
 
 
+_TAPE_BYTES, _AT_ONCE = 40, 40
+"""Of a mutant; and mutants made of one draw of hypothesis, which takes longer than they do."""
+
+
+def ending(read: Callable[[Path, bytes], Any], folder: Path, data: bytes) -> bool:
+    """Whether a mutant is refused.
+
+    Raises:
+        AssertionError: it ends otherwise than by success or one sentence.
+    """
+    try:
+        read(folder, data)
+    except UserError as error:
+        said = str(error)
+        is_sound = said.isprintable() and len(said) <= 2000 + len(str(folder)) and not _NO_MEMORY.search(said)
+        assert is_sound, f"no sentence: {said[:200]!a} of {data[:1000]!r}"
+        return True
+    except Exception as error:
+        raise AssertionError(f"{error!r:.200} of {data[:1000]!r}") from error
+    return False
+
+
 def check(kind: str, count: int, folder: Path) -> None:
-    """Read so many mutants, each within `limits`; what ends otherwise than by success or one sentence is named."""
+    """Read so many mutants, each within `limits`; of those that end otherwise the smallest is named."""
     make, read = (KINDS | LOADED)[kind]
 
-    def look(number: int) -> str:
-        data = make(random.Random(f"{kind} {number}"))
-        try:
-            read(folder, data)
-        except UserError as error:
-            said = str(error)
-            is_sound = said.isprintable() and len(said) <= 2000 + len(str(folder)) and not _NO_MEMORY.search(said)
-            return "refused" if is_sound else f"{number}: no sentence: {said[:200]!a}"
-        except Exception as error:  # noqa: BLE001 -- any other ending is what is looked for
-            return f"{number}: {error!r:.200} of {data[:80]!r}"
-        return ""
+    def look(limited: Callable[..., bool]) -> list[bool] | str:
+        refused: list[bool] = []
 
-    said = run_each(count, look)
-    wrong = [each for each in said if each not in {"", "refused"}]
-    assert not wrong, f"{len(wrong)} of {count}, such as {wrong[:: max(1, len(wrong) // 6)]}"
-    assert said.count("refused") > count / 8, "the mutants hardly touch what is read"
+        @settings(
+            max_examples=count // _AT_ONCE + 1,  # the first is of zeros alone
+            database=None,
+            derandomize=True,
+            deadline=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
+        )
+        @given(st.binary(min_size=_TAPE_BYTES * _AT_ONCE, max_size=_TAPE_BYTES * _AT_ONCE))
+        def read_all(tapes: bytes) -> None:
+            for at in range(0, len(tapes), _TAPE_BYTES):
+                data = make(Tape(tapes[at : at + _TAPE_BYTES]))
+                refused.append(limited(lambda data=data: ending(read, folder, data)))
+
+        try:
+            read_all()
+        except AssertionError as smallest:
+            return str(smallest)
+        return refused
+
+    refused = run_limited(look)
+    assert not isinstance(refused, str), refused
+    assert len(refused) >= count and sum(refused) > count / 8, "the mutants hardly touch what is read"
+
+
+@pytest.mark.slow
+def test_a_gate_with_a_fault_is_named_by_a_mutant_that_was_made_small(tmp_path, monkeypatch):
+    def read(folder: Path, data: bytes) -> None:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            assert not isinstance(json.loads(data)["model"]["depth"], str), "a text as a depth"
+
+    monkeypatch.setitem(globals(), "_AT_ONCE", 2)
+    monkeypatch.setitem(KINDS, "faulty", (of_json(CONFIG), read))
+    with pytest.raises(AssertionError, match="a text as a depth") as failure:
+        check("faulty", 2000, tmp_path)
+    mutant = json.loads(ast.literal_eval(str(failure.value).partition(" of ")[2]))
+    assert isinstance(mutant["model"].pop("depth"), str)
+    assert len(set(map(str, mutant.items())) ^ set(map(str, (CONFIG | {"model": {}}).items()))) <= 4, mutant
 
 
 def test_a_mutant_that_takes_longer_or_more_memory_than_allowed_is_named():
