@@ -29,7 +29,10 @@ from sample.options import GRID_PIXELS, ComputeOptions, ImageOptions, ReverseOpt
 from sample.sidecar import versions, weights_fingerprint
 
 PAPER_GUIDANCE, AUTOGUIDANCE, PAPER_STEPS = 4.0, 2.0, 250
-FAST: dict[str, dict[str, Any]] = {"ddpm": {"sampler": "dpm++", "steps": 15, "guidance_interval": "0.2:0.8"}}
+FAST: dict[str, dict[str, Any]] = {
+    "ddpm": {"sampler": "dpm++", "steps": 15, "guidance_interval": "0.2:0.8"},
+    "flow": {"sampler": "dpm++2m", "steps": 15, "guidance_interval": "0.2:0.8"},
+}
 """What --quality fast stands for, by the objective whose samplers a process takes (docs/sample.md has the figures)."""
 LARGEST_BATCH = {"cpu": 64, "cuda": 128}
 _LONGEST_FOLDER = 200
@@ -240,22 +243,14 @@ def resolve_plan(
 
 
 def _with_quality(reverse: ReverseOptions, checkpoint: Checkpoint) -> ReverseOptions:
-    """The options with what --quality stands for in place of what was not said.
-
-    Raises:
-        UserError: nothing was measured for the checkpoint's process.
-    """
+    """The options with what --quality stands for in place of what was not said."""
     if reverse.quality is None:
         return reverse
-    kind = checkpoint.process.sampled_as
-    if kind not in FAST:
-        raise UserError(
-            f"--quality {reverse.quality} was measured for {', '.join(FAST)} checkpoints, and this one's objective is "
-            f"{checkpoint.process.objective}; choose --sampler and --steps (dit-tune finds them)"
-        )
     said = {"steps"} if reverse.timesteps is not None else set()
-    unsaid = {name: value for name, value in FAST[kind].items() if getattr(reverse, name) is None and name not in said}
-    return replace(reverse, **unsaid)
+    fast = FAST[checkpoint.process.sampled_as].items()
+    return replace(
+        reverse, **{name: value for name, value in fast if getattr(reverse, name) is None and name not in said}
+    )
 
 
 def _check_source(reverse: ReverseOptions, checkpoint: Checkpoint) -> None:
