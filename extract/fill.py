@@ -215,6 +215,7 @@ def write_latents(output: Output, loader: Loader, draft: Draft, *, shard_format:
         plan: marks every shard of this store, so that shards of different settings never come together.
     """
     kept = np.array(draft.kept, dtype=np.int64)
+    loader.source.check_unchanged()
     write_shard(
         output.place,
         output.split,

@@ -43,6 +43,8 @@ class SourceOptions:
     """How DATA is laid out, where what is found by itself is not what is meant: every folder a class, the folder of --split alone, all without labels, each tar a class, ... (docs/sources.md)."""
     anyway: bool = False
     """Go on where the command refuses what looks like a mistake: files of a split that are missing, a disk that is too small."""
+    remote_tars: Literal["copy", "stream"] = "copy"
+    """How tars behind URLs are read: copy keeps all of them on this disk until the store is finished; stream a few at a time, while they are listed, and then asks for every image by itself, which needs a server that gives parts of files."""
     source_cache: Path | None = None
     """Folder for copies of remote tars. Default: within STORE, removed when the store is finished."""
 

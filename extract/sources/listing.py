@@ -108,6 +108,10 @@ class Source(Protocol):
         """Tells the bytes that a server has from those that it had or will have; None where none is asked."""
         return None
 
+    def check_unchanged(self) -> None:
+        """Raise UserError if bytes that were read since the listing may be others; where nobody can tell, nothing."""
+        return
+
     def inputs(self) -> Listing:
         """Every input, without opening it where the source allows that.
 

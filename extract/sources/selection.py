@@ -392,7 +392,7 @@ def _tar_source(addresses: list[str], options: SourceOptions, remote_folder: Pat
 
     return TarSource(
         addresses=tuple(addresses),
-        copies=remote_folder,
+        copies=remote_folder / "thin" if options.remote_tars == "stream" else remote_folder,
         names=_short_names(addresses),
         image_extension=options.image_column,
         label_extension=options.label_column,
@@ -400,6 +400,7 @@ def _tar_source(addresses: list[str], options: SourceOptions, remote_folder: Pat
         val_labels=labels_from_files(options.val_labels, options.devkit),
         layout=given_layout(options),
         split=options.split,
+        streamed=options.remote_tars == "stream",
     )
 
 

@@ -1,7 +1,8 @@
 """Images inside tars, read in place at recorded offsets: WebDataset shards, and ImageNet's two official tars.
 
 A tar is walked once, header by header, when it is listed; afterwards an image is one `pread`. Tars behind a URL are
-copied whole first (`pipeline.runtime.remote_copies`), as the shuffled order reads every tar from end to end many times.
+copied whole first (`pipeline.runtime.remote_copies`), as the shuffled order reads every tar from end to end many times;
+with --remote-tars stream the copies keep headers and labels alone, and an image is one ranged request.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from extract.sources.archives import dataset_json_in, labels_by_names
 from extract.sources.dataset_json import DATASET_JSON, labelled_by_dataset_json
@@ -23,17 +24,14 @@ from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, Unre
 from extract.sources.litter import LeftOut, rule_against_path
 from extract.sources.mistaken import refuse_containers
 from extract.sources.samples import LINK, Member, Reader, grouped, reader_for
-from pipeline.hub import POINTER_ADVICE, is_pointer
+from extract.sources.tar_files import part_of, tar_members, without_images
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import check_regular, shortened
-from pipeline.runtime.remote_copies import fetch, local_place
+from pipeline.runtime.remote_copies import check_unchanged, fetch, local_place
 from pipeline.runtime.remote_files import is_url
 
 _CLASS_TAR = re.compile(r"(?:.*/)?(n\d{8})\.tar")
 _LISTING_THREADS = 8
-_AFTER_THE_END = 1 << 16
-_LARGEST_HEADER = 1 << 26
 _WEBDATASETS_OWN = re.compile(r"__[^/]*__")
 
 
@@ -71,6 +69,8 @@ class TarSource(Source):
     layout: str = "auto"
     """What --layout says."""
     split: str = "train"
+    streamed: bool = False
+    """Whether copies of what lies behind URLs keep no images, which are read from there one by one."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -101,7 +101,8 @@ class TarSource(Source):
             self.layout,
             self.split,
         )
-        return "\n".join(["tars", *self.addresses, *chosen, *filter(None, [self.as_served])])
+        streamed = ["streamed"] if self.streamed else []  # places in thin copies are none in whole ones
+        return "\n".join(["tars", *self.addresses, *chosen, *filter(None, [self.as_served]), *streamed])
 
     @property
     def as_served(self) -> str | None:
@@ -109,7 +110,11 @@ class TarSource(Source):
         return "\n".join(path.name for path in self.paths) if self.is_remote else None
 
     def inputs(self) -> Listing:
-        fetch(self.addresses, self.copies)
+        if self.streamed and (first := next(filter(is_url, self.addresses), None)) is not None:
+            part_of(first, 0, tarfile.BLOCKSIZE)  # a server that gives no parts says so before anything is fetched
+        advice = "give --source-cache a folder on a larger disk"
+        advice += "" if self.streamed else ", or --remote-tars stream, which keeps a few at a time"
+        fetch(self.addresses, self.copies, thin=without_images if self.streamed else None, advice=advice)
         mtime_sizes = [_mtime_size(path) for path in self.paths]
         if len(self.paths) == 1 and self._is_imagenet_train():
             return _list_imagenet_train(self.paths[0], mtime_sizes, self.ignored)
@@ -258,10 +263,19 @@ class TarSource(Source):
             order=labels.order,
         )
 
+    def check_unchanged(self) -> None:
+        """Raise UserError if what images are read from one by one has other bytes by now."""
+        if self.streamed:
+            check_unchanged(self.addresses, self.copies)
+
     def read(self, listing: Listing, index: int) -> bytes:
         container, offset, size = (int(number) for number in listing.places[index])
         if size == LINK:
             raise UnreadableInputError("a link in the tar, without contents; pack it with tar --hard-dereference -h")
+        if self.streamed and is_url(self.addresses[container]):
+            if not size:
+                raise UnreadableInputError("zero bytes")
+            return part_of(self.addresses[container], offset, size)
         path = listing.containers[container]
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -280,80 +294,6 @@ class TarSource(Source):
         if not data:
             raise UnreadableInputError("zero bytes")
         return data
-
-
-def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The files and links of a tar, in order, offsets counted from the start of the file at `path`.
-
-    Args:
-        path: the file.
-        start: where the tar begins in it.
-        size: how many bytes the tar has; None, up to the end of the file.
-
-    Raises:
-        UserError: the file is missing, is no tar, is compressed, or is cut off.
-    """
-    try:
-        check_regular(path)
-        with path.open("rb") as file:
-            window = _Window(file, start, os.fstat(file.fileno()).st_size - start if size is None else size)
-            with tarfile.open(fileobj=cast("IO[bytes]", window), mode="r:") as archive:
-                last = -1
-                while (member := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined] # tarfile would keep a million objects
-                    _check_place(path, member, window.size, archive.offset > last)
-                    last = archive.offset
-                    if member.isreg() and not member.issparse():
-                        yield Member(member.name, start + member.offset_data, member.size)
-                    elif member.isreg() or member.issym() or member.islnk():
-                        yield Member(member.name, start + member.offset_data, LINK)
-                window.seek(archive.offset)
-                if window.read(512) != bytes(512):
-                    raise UserError(f"{path} is cut off: its end mark is missing; fetch it again")
-                if any(window.read(_AFTER_THE_END)):
-                    raise UserError(
-                        f"{path} goes on after its end mark, as tars that were joined by cat do; give each as a file "
-                        f"of its own"
-                    )
-    except (tarfile.TarError, ValueError, RecursionError) as error:  # headers of headers, numbers that are none
-        if is_pointer(path):
-            raise UserError(f"{path} {POINTER_ADVICE}") from error
-        raise UserError(f"{path} cannot be read as an uncompressed tar ({error}); unpack or fetch it again") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path and its rights") from error
-
-
-def _check_place(path: Path, member: tarfile.TarInfo, held: int, goes_on: bool) -> None:
-    """Raise a `UserError` for a member that is not within its tar, or leads back in it."""
-    end = member.offset_data + (0 if member.issparse() or not member.isreg() else member.size)
-    if member.size < 0 or not goes_on or end > held:
-        raise UserError(
-            f"{path} is damaged or cut off: {shortened(member.name)} claims {member.size} bytes from byte "
-            f"{member.offset_data} on, but the tar has {held}; fetch it again"
-        )
-
-
-class _Window:
-    """A part of an open file that looks like a file of its own."""
-
-    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
-        self._file, self._start, self.size, self._position = file, start, size, 0
-
-    def read(self, count: int) -> bytes:
-        if count > _LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header claims {count} bytes, more than the {_LARGEST_HEADER} that one may have")
-        data = os.pread(
-            self._file.fileno(), max(0, min(count, self.size - self._position)), self._start + self._position
-        )
-        self._position += len(data)
-        return data
-
-    def seek(self, position: int) -> int:
-        self._position = position
-        return position
-
-    def tell(self) -> int:
-        return self._position
 
 
 def _list_imagenet_train(path: Path, mtime_sizes: Sequence[MtimeSize], ignored: tuple[str, ...]) -> Listing:

@@ -1,22 +1,24 @@
 """Whole copies of remote files, made once, for sources that need random access.
 
-Not every server answers range requests, and the shuffled order would make a million of them; so disk is spent instead:
-as much as the remote tars have, until the store is finished. A copy is named after its address and what identifies its
-bytes on the server (size, ETag, time, as far as it tells), so that one of a tar that was replaced is never taken.
-Why fsspec's own caches are not used is said in `pipeline.runtime.remote_files`.
+Not every server answers range requests, and a shuffled order makes a million of them; so disk is spent instead: as much
+as the remote files have. Where that is too much, a copy can be thinned as soon as it is there. It is named after its
+address and what identifies its bytes on the server (size, ETag, time, as far as it tells), so that one of a file that
+was replaced is never taken. Why fsspec's own caches are not used is said in `pipeline.runtime.remote_files`.
 """
 
 import hashlib
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from pipeline.runtime.console import progress, warn
+from pipeline.runtime.console import progress, say, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explain_write_error, make_folder, replacing
 from pipeline.runtime.remote_files import is_url, open_files, pieces_of
+from pipeline.runtime.units import size
 
 _THREADS = 4
 _IDENTIFYING = ("size", "ETag", "etag", "Last-Modified", "LastModified", "updated", "md5Hash", "blob_id")
@@ -44,11 +46,19 @@ def local_place(address: str, folder: Path) -> Path:
     return folder / f"{begin}{_digest(repr(told))}{end}"
 
 
-def fetch(addresses: Sequence[str], folder: Path) -> None:
+def fetch(
+    addresses: Sequence[str], folder: Path, thin: Callable[[Path], None] | None = None, advice: str = "free some space"
+) -> None:
     """Copy what is remote and not in `folder` yet.
 
+    Args:
+        addresses: of which some may be paths.
+        folder: where copies are.
+        thin: takes from a copy, before it gets its name, what is not needed of it; so few are whole at a time.
+        advice: what to do where the disk is too small.
+
     Raises:
-        UserError: an address cannot be fetched, or the disk is full.
+        UserError: an address cannot be fetched, or the disk is full or too small.
     """
     remote = [address for address in addresses if is_url(address)]
     if not remote:
@@ -59,9 +69,38 @@ def fetch(addresses: Sequence[str], folder: Path) -> None:
         if not missing:
             return
         make_folder(folder)
+        _check_disk(
+            [address for address, _ in missing], folder, at_once=None if thin is None else _THREADS, advice=advice
+        )
         with progress(len(missing), unit="files", description="fetching") as bar:
-            for _ in pool.map(lambda pair: _fetch(*pair), missing):
+            for _ in pool.map(lambda pair: _fetch(pair[0], pair[1], thin), missing):
                 bar.update()
+
+
+def _check_disk(addresses: Sequence[str], folder: Path, *, at_once: int | None, advice: str) -> None:
+    """Say what the copies take; raise UserError where the disk has not that much, as far as servers tell sizes."""
+    sizes = sorted((int(_told(address).get("size", 0)) for address in addresses), reverse=True)
+    needed, free = sum(sizes[:at_once]), shutil.disk_usage(folder).free
+    whole = "" if at_once is None else f", of which at most {at_once} are whole here at a time ({size(needed)})"
+    say(f"{len(sizes)} files to fetch, {size(sum(sizes))}{whole}")
+    if needed > free:
+        raise UserError(f"the copies take {size(needed)}, but {folder} has {size(free)} free; {advice}")
+
+
+def check_unchanged(addresses: Sequence[str], folder: Path) -> None:
+    """Raise UserError if a server has other bytes by now than those that were copied."""
+
+    def check(address: str) -> None:
+        try:
+            is_same = _digest(repr(_told(address))) == local_place(address, folder).name[8:16]
+        except Exception as error:  # as above
+            raise _unfetched(address, error) from error
+        if not is_same:
+            raise UserError(f"{address} was replaced on the server meanwhile; run the command again")
+
+    with ThreadPoolExecutor(4 * _THREADS) as pool:
+        for _ in pool.map(check, filter(is_url, addresses)):
+            pass
 
 
 def _digest(text: str) -> str:
@@ -75,16 +114,16 @@ def _told(address: str) -> dict[str, str]:
     return {name: str(told[name]) for name in _IDENTIFYING if told.get(name) is not None}
 
 
-def _fetch(address: str, path: Path) -> None:
+def _fetch(address: str, path: Path, thin: Callable[[Path], None] | None) -> None:
     for left in path.parent.glob(f".{path.name}.*.partial"):
         if time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:  # by a process that was killed
             left.unlink(missing_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as target:
         try:
             told = _told(address)
-            size = int(told["size"]) if "size" in told else None
+            promised = int(told["size"]) if "size" in told else None
             files, place = open_files(address)
-            for piece in pieces_of(files, place, size=size):
+            for piece in pieces_of(files, place, size=promised):
                 target.write(piece)
             is_same = _told(address) == told and _digest(repr(told)) == path.name[8:16]
         except Exception as error:  # as above
@@ -92,11 +131,14 @@ def _fetch(address: str, path: Path) -> None:
             if isinstance(explained, UserError):
                 raise explained from error
             raise _unfetched(address, error) from error
-        if size is not None and target.tell() != size:
-            what = "cut off" if target.tell() < size else "too long"
-            raise UserError(f"{address} came {what}: {target.tell():,} of {size:,} bytes; run the command again")
+        if promised is not None and target.tell() != promised:
+            what = "cut off" if target.tell() < promised else "too long"
+            raise UserError(f"{address} came {what}: {target.tell():,} of {promised:,} bytes; run the command again")
         if not is_same:
             raise UserError(f"{address} was replaced on the server meanwhile; run the command again")
+        if thin is not None:
+            target.flush()
+            thin(temporary)
 
 
 def _unfetched(address: str, error: Exception) -> UserError:

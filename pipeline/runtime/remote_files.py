@@ -129,6 +129,28 @@ class UrlFolder:
             raise UserError(f"{self.describe(name)} goes on beyond {LARGEST_LIST:,} bytes; check the URL")
         return data
 
+    def read_part(self, name: str, start: int, size: int) -> bytes:
+        """So many bytes of a file from a place on.
+
+        Raises:
+            UserError: the file is gone or shorter, or the server gives no parts.
+        """
+
+        def look() -> bytes:
+            data: bytes = self._files.cat_file(self._place(name), start=start, end=start + size)
+            return data
+
+        try:
+            data = self._retry(look, name, "read")
+        except FileNotFoundError as error:
+            raise UserError(f"{self.describe(name)} is gone; bring it back and run the same command again") from error
+        if len(data) != size:
+            raise UserError(
+                f"{self.describe(name)} gave {len(data):,} bytes where {size:,} were asked for: it was replaced, or "
+                "the server gives no parts of files; then leave --remote-tars stream away"
+            )
+        return data
+
     def fetch(self, name: str, path: Path, *, size: int, sha256: str) -> None:
         """Copy a file to a path, whole or not at all.
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from extract.sources.huggingface import TableSource
 from extract.sources.listing import UnreadableInputError
-from extract.sources.tars import tar_members
+from extract.sources.tar_files import tar_members
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.forms import load_checkpoint
 from pipeline.checkpoint.release import default_info
