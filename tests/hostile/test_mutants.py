@@ -621,7 +621,7 @@ def test_a_gate_with_a_fault_is_named_by_a_mutant_that_was_made_small(tmp_path, 
     monkeypatch.setitem(KINDS, "faulty", (of_json(CONFIG), read))
     with pytest.raises(AssertionError, match="a text as a depth") as failure:
         check("faulty", 2000, tmp_path)
-    mutant = json.loads(ast.literal_eval(str(failure.value).partition(" of ")[2]))
+    mutant = json.loads(ast.literal_eval(str(failure.value).splitlines()[0].rpartition(" of ")[2]))
     assert isinstance(mutant["model"].pop("depth"), str)
     assert len(set(map(str, mutant.items())) ^ set(map(str, (CONFIG | {"model": {}}).items()))) <= 4, mutant
 
