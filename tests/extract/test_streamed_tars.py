@@ -1,6 +1,7 @@
 """dit-extract --remote-tars stream: the bytes of a local extraction, with a few tars on the disk and never all of them."""
 
 import contextlib
+import errno
 import io
 import json
 import tarfile
@@ -141,3 +142,20 @@ def test_a_server_that_gives_no_parts_and_a_disk_that_is_too_small_are_told_befo
     monkeypatch.setattr(remote_copies.shutil, "disk_usage", lambda _: disk)
     status, said = command("--out", tmp_path / "store", data=there)
     assert status == 2 and "--remote-tars stream, which keeps a few at a time" in said
+
+
+def test_a_copy_that_could_not_be_thinned_to_its_end_is_none_and_leaves_nothing(there, command, tmp_path, monkeypatch):
+    thin = tars.without_images
+
+    def cut_off(path):
+        thin(path)
+        path.write_bytes(path.read_bytes()[:1000])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tars, "without_images", cut_off)
+    words = ("--remote-tars", "stream", "--source-cache", tmp_path / "source-cache")
+    status, said = command("--out", tmp_path / "store", *words, data=there)
+    assert status == 2 and "cannot write" in said and "Traceback" not in said
+    assert [path for path in (tmp_path / "source-cache").rglob("*") if path.is_file()] == []
+    monkeypatch.setattr(tars, "without_images", thin)
+    assert command("--out", tmp_path / "store", *words, data=there)[0] == 0
