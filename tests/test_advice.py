@@ -45,7 +45,7 @@ EVALUATES = {"dit-evaluate"}  # what dit-tune fills in by itself
 SAID_IN = {
     "pipeline/checkpoint/forms.py": {"--num-heads": NAMES_HEADS, "--weights": NAMES_HEADS - {"dit-inspect"}},
     "pipeline/checkpoint/release.py": {"--num-heads": NAMES_HEADS},
-    "pipeline/checkpoint/tensor_files.py": {"--weights": NAMES_HEADS - {"dit-inspect"}},
+    "pipeline/checkpoint/weight_files.py": {"--weights": NAMES_HEADS - {"dit-inspect"}},
     "pipeline/diffusion/flow.py": {"--timesteps": TAKES_LISTS},
     "pipeline/diffusion/gaussian.py": {"--timesteps": TAKES_LISTS},
     "pipeline/diffusion/samplers.py": {
@@ -61,6 +61,7 @@ SAID_IN = {
     "pipeline/runtime/files.py": {"--out": ONLY_SAMPLES},
     "pipeline/runtime/launchers.py": {"--sharding": TRAINS},
     "pipeline/runtime/publish.py": {"--overwrite": WRITES},
+    "pipeline/runtime/remote_files.py": {"--remote-tars": ENCODES, "--overwrite": WRITES},
     "pipeline/vae.py": {"--image-size": ENCODES},
     "sample/evaluate/inputs.py": {"--samples": EVALUATES},
     "sample/evaluate/job.py": dict.fromkeys(("--samples", "--make-reference"), EVALUATES),
@@ -69,6 +70,7 @@ SAID_IN = {
         ("--samples", "--metrics", "--make-reference", "--reference-features"), EVALUATES
     ),
     "sample/evaluate/reference.py": {"--make-reference": {"dit-evaluate"}},
+    "sample/evaluate/remote.py": {"--make-reference": {"dit-evaluate"}},
     "sample/evaluate/scoring.py": {"--metrics": EVALUATES},
     "sample/tune/judge.py": {"--samples": EVALUATES},
     "sample/labels.py": {"--classes": ONLY_SAMPLES},
@@ -77,10 +79,9 @@ SAID_IN = {
         **dict.fromkeys(("--interpolate", "--interpolate-class"), ONLY_SAMPLES),
         "--timesteps": TAKES_LISTS,
     },
-    "sample/resolve.py": {
-        **dict.fromkeys(("--trajectory", "--interpolate", "--interpolate-class", "--samples-per-class"), ONLY_SAMPLES),
-        "--quality": TAKES_LISTS,
-    },
+    "sample/resolve.py": dict.fromkeys(
+        ("--trajectory", "--interpolate", "--interpolate-class", "--samples-per-class"), ONLY_SAMPLES
+    ),
     "sample/edits.py": dict.fromkeys(("--vary", "--inpaint", "--interpolate-class"), ONLY_SAMPLES),
 }
 
