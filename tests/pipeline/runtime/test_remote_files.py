@@ -103,7 +103,7 @@ def test_throttling_and_a_broken_upload_are_waited_out(s3):
     assert s3.read("two") == b"2" * 10_000 and s3.breaks["two"] == 0
 
 
-def test_what_does_not_pass_is_said_in_a_sentence_and_leaves_nothing_half_written(s3, monkeypatch):
+def test_what_does_not_pass_is_said_in_a_sentence_and_leaves_nothing_half_written(s3, quick_urls, monkeypatch):
     far = UrlFolder(f"{s3.url}/run")
     s3.expired = True
     for action in (
