@@ -74,7 +74,8 @@ def test_a_few_points_of_a_few_writers_bear_a_kill_and_a_broken_disk(compiler, s
     assert all(report["visits"] > 0 and report["missed"] == 0 for report in reports.values())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_watched_run_shows_what_kills_leave_and_a_remembered_answer_is_what_the_command_gives(
     compiler, sampled, tmp_path
 ):
