@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from tests.train.runs import (
 from train.optimizer import Optimizer, orthogonalized
 from train.options import OptimizerOptions
 
+# The bounds on rounding below are of the whole preset.
+train, launch, start = (partial(call, depth=None) for call in (train, launch, start))
 MUON = ["--optimizer", "muon", "--lr", "1e-3", "--clip-norm", "1"]
 TINY = DiTConfig(input_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
 GATED = replace(TINY, mlp="swiglu", norm="rms", qk_norm=True, value_residual=True, middle_head=True)
