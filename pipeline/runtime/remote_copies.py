@@ -69,17 +69,15 @@ def fetch(
         if not missing:
             return
         make_folder(folder)
-        _check_disk(
-            [address for address, _ in missing], folder, at_once=None if thin is None else _THREADS, advice=advice
-        )
+        sizes = sorted(pool.map(_size_told, (address for address, _ in missing)), reverse=True)
+        _check_disk(sizes, folder, at_once=None if thin is None else _THREADS, advice=advice)
         with progress(len(missing), unit="files", description="fetching") as bar:
             for _ in pool.map(lambda pair: _fetch(pair[0], pair[1], thin), missing):
                 bar.update()
 
 
-def _check_disk(addresses: Sequence[str], folder: Path, *, at_once: int | None, advice: str) -> None:
-    """Say what the copies take; raise UserError where the disk has not that much, as far as servers tell sizes."""
-    sizes = sorted((int(_told(address).get("size", 0)) for address in addresses), reverse=True)
+def _check_disk(sizes: Sequence[int], folder: Path, *, at_once: int | None, advice: str) -> None:
+    """Say what copies of these sizes, the largest first, take; raise UserError where the disk has not that much."""
     needed, free = sum(sizes[:at_once]), shutil.disk_usage(folder).free
     whole = "" if at_once is None else f", of which at most {at_once} are whole here at a time ({size(needed)})"
     say(f"{len(sizes)} files to fetch, {size(sum(sizes))}{whole}")
@@ -112,6 +110,14 @@ def _told(address: str) -> dict[str, str]:
     files, place = open_files(address)
     told = files.info(place)
     return {name: str(told[name]) for name in _IDENTIFYING if told.get(name) is not None}
+
+
+def _size_told(address: str) -> int:
+    """Bytes of a file; 0 where its server does not tell."""
+    try:
+        return int(_told(address).get("size", 0))
+    except Exception as error:  # as above
+        raise _unfetched(address, error) from error
 
 
 def _fetch(address: str, path: Path, thin: Callable[[Path], None] | None) -> None:

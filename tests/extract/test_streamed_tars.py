@@ -15,6 +15,7 @@ from PIL import Image
 from extract import fill
 from extract.sources import tars
 from pipeline.runtime import remote_copies
+from pipeline.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_urls")
 TARS, IMAGES = 16, 3
@@ -159,3 +160,17 @@ def test_a_copy_that_could_not_be_thinned_to_its_end_is_none_and_leaves_nothing(
     assert [path for path in (tmp_path / "source-cache").rglob("*") if path.is_file()] == []
     monkeypatch.setattr(tars, "without_images", thin)
     assert command("--out", tmp_path / "store", *words, data=there)[0] == 0
+
+
+def test_a_server_that_stops_telling_sizes_is_named_before_anything_is_fetched(tmp_path, monkeypatch):
+    told = [{"size": "3"}]
+
+    def tell(_):
+        if not told:
+            raise ConnectionError("refused")
+        return told.pop()
+
+    monkeypatch.setattr(remote_copies, "_told", tell)
+    with pytest.raises(UserError, match=r"http://127.0.0.1:9/a.tar cannot be fetched \(refused\)"):
+        remote_copies.fetch(["http://127.0.0.1:9/a.tar"], tmp_path / "copies")
+    assert list((tmp_path / "copies").iterdir()) == []
