@@ -257,7 +257,8 @@ def _copied(kind: str, *, split: str, files: Sequence[Path] = ()) -> Any:
         listed = builder.config.data_files or {}
         for path in dict.fromkeys(Path(file) for split_files in listed.values() for file in split_files):
             check_contents(path)
-    return datasets.load_dataset(kind, data_files=[str(path) for path in files] or None, split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def _from_disk(folder: Path, files: Sequence[Path], *, anyway: bool) -> Any:
