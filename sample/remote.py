@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pipeline.latents.remote import cache_folder
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import parse_json
 from pipeline.runtime.remote_files import is_url
 from pipeline.runtime.remote_output import RemoteOutput
 from sample.options import SampleOptions
@@ -41,7 +40,7 @@ class RemoteSamples:
         """
         far, overwrite = self.output.far, self.options.overwrite
         data = far.read(self._sidecar)
-        sidecar = None if data is None else _parsed(data, far.describe(self._sidecar))
+        sidecar = None if data is None else parse_sidecar(data, far.describe(self._sidecar))
         if sidecar is not None and same_recipe(sidecar.recipe, self.job.recipe):
             changed = self._changed(sidecar)
             if not changed:
@@ -116,12 +115,3 @@ class RemoteSamples:
 def remote_samples(options: SampleOptions, job: SamplingJob) -> RemoteSamples | None:
     """Where samples go that are asked for behind a URL; None for a path."""
     return RemoteSamples(options, job) if is_url(options.out) else None
-
-
-def _parsed(data: bytes, where: str) -> Sidecar | None:
-    """The JSON there, if it is ours."""
-    try:
-        content = parse_json(data, Path(where))
-    except UserError:
-        return None
-    return parse_sidecar(content, where)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import read_json, write_json
-from pipeline.runtime.gate import Count, Finite, Passed, shortened, typed
+from pipeline.runtime.files import write_json
+from pipeline.runtime.gate import Count, Finite, Passed, parse_json, read_regular, shortened, typed
 from pipeline.runtime.publish import finish, work_folder_of
 from pipeline.runtime.work_queue import Presence
 from sample.options import SampleOptions
@@ -126,18 +126,22 @@ def read_sidecar(out: Path) -> Sidecar | None:
     if not path.is_file():
         return None
     try:
-        content = read_json(path)
-    except UserError:  # no JSON: none of ours
+        data = read_regular(path)
+    except (UserError, OSError):  # none of ours
         return None
-    return parse_sidecar(content, path)
+    return parse_sidecar(data, path)
 
 
-def parse_sidecar(content: Any, path: Path | str) -> Sidecar | None:
-    """What JSON of that place says; None where it is not ours.
+def parse_sidecar(data: bytes, path: Path | str) -> Sidecar | None:
+    """What the JSON of that place says; None where it is none, or not ours.
 
     Raises:
         UserError: it was written by a newer version, or its values are of other types.
     """
+    try:
+        content = parse_json(data, path)
+    except UserError:
+        return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
     if (version := content.get("version")) != VERSION:

@@ -9,7 +9,7 @@ from pipeline.hub import HUB, HUB_NAME
 from pipeline.latents.names import is_store
 from pipeline.latents.remote import cache_folder
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import parse_json, typed
+from pipeline.runtime.gate import typed
 from pipeline.runtime.publish import finish
 from pipeline.runtime.remote_copies import fetch, local_place
 from pipeline.runtime.remote_files import UrlFolder, is_url
@@ -161,9 +161,8 @@ def copy_of(url: str) -> Path:
 def sidecar_behind(url: str) -> Sidecar | None:
     """The JSON that dit-sample has put beside a file behind a URL; None where there is none of ours."""
     parent, _, name = url.rpartition("/")
-    sidecar = sidecar_of(Path(name)).name
-    data = UrlFolder(parent).read(sidecar)
+    data = UrlFolder(parent).read(sidecar_of(Path(name)).name)
     try:
-        return None if data is None else parse_sidecar(parse_json(data, Path(sidecar)), f"{url}.json")
+        return None if data is None else parse_sidecar(data, f"{url}.json")
     except UserError:  # none of ours
         return None

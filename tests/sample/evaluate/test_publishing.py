@@ -11,22 +11,8 @@ from PIL import Image
 from pipeline.runtime.files import sha256_of
 from pipeline.runtime.publish import work_folder_of
 from sample.evaluate import evaluation, features
-from sample.evaluate.__main__ import main
 from sample.work_folder import WorkFolder
 from tests.sample.evaluate.test_protocol import stand_in
-
-
-@pytest.fixture
-def run(weights_file, monkeypatch, capsys):
-    """`run(*arguments)`: (status, stdout, stderr); the network is replaced by a projection that costs nothing."""
-    monkeypatch.setattr(features, "_features_of_batch", stand_in)
-
-    def go(*arguments):
-        status = main([*(str(argument) for argument in arguments), "--inception", str(weights_file)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return go
 
 
 def images(path, seed, count=6):

@@ -2,38 +2,18 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from pipeline.runtime import remote_output
 from sample.evaluate import features
-from sample.evaluate.__main__ import main
-from tests.sample.evaluate.test_protocol import stand_in
+from tests.sample.evaluate.test_publishing import images as write_images
 
 pytestmark = pytest.mark.usefixtures("quick_urls")
 
 
 @pytest.fixture
-def run(weights_file, monkeypatch, capsys):
-    """`run(*arguments)`: (status, stdout, stderr); the network is replaced by a projection that costs nothing."""
-    monkeypatch.setattr(features, "_features_of_batch", stand_in)
-
-    def go(*arguments):
-        status = main([*(str(argument) for argument in arguments), "--inception", str(weights_file)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return go
-
-
-@pytest.fixture
 def images(tmp_path):
-    def save(name, seed, count=6):
-        path = tmp_path / name
-        np.savez(path, np.random.default_rng(seed).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8))
-        return path
-
-    return save
+    return lambda name, seed, count=6: write_images(tmp_path / name, seed, count)
 
 
 def test_a_result_goes_to_a_bucket_and_the_same_command_finds_it_there(s3, run, images, tmp_path):
