@@ -31,7 +31,10 @@ _LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError"),
     *("communicator was aborted", "NCCL communicator aborted", "ncclSystemError", "Connection was likely closed"),
 )
-_TIMEOUTS = ("Timed out waiting", "Watchdog caught collective operation timeout", "collective operation timeout")
+_TIMEOUTS = (
+    *("Timed out waiting", "Application timeout caused pair closure", "imed out after", "imeout after"),
+    *("Watchdog caught collective operation timeout", "collective operation timeout", "Socket Timeout"),
+)
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 

@@ -106,6 +106,9 @@ class Settings:
         with gr.Row():
             self.start = gr.Button(word, variant="primary", interactive=False, min_width=100)
             self.stop = gr.Button("Stop", min_width=100)
+        # The dropdowns themselves are not read when the checkpoint changes: Gradio 6 sends a choice twice, and would
+        # refuse the second one's sampler and step with a traceback, since the first has changed what is offered.
+        self.sampler_chosen, self.source_chosen = gr.State(None), gr.State(None)
 
     @property
     def chosen(self) -> list[Any]:
@@ -118,7 +121,7 @@ class Settings:
         """What another checkpoint changes."""
         return [
             self.classes, self.sampler, self.steps, self.sampler_note, self.source, self.scale, self.guide_box,
-            self.start,
+            self.start, self.sampler_chosen, self.source_chosen,
         ]  # fmt: skip
 
     def offer(self, facts: Facts, sampler: str | None, source: str | None) -> Updates:
@@ -132,7 +135,7 @@ class Settings:
         if sampler not in samplers:
             sampler = facts["sampler"]
             updates[self.steps] = facts["steps"]
-        updates[self.sampler] = gr.Dropdown(list(samplers), value=sampler)
+        updates |= {self.sampler: gr.Dropdown(list(samplers), value=sampler), self.sampler_chosen: sampler}
         updates[self.sampler_note] = note(samplers[sampler])
         offered = [
             name
@@ -149,6 +152,7 @@ class Settings:
             source = "class" if facts["can_guide"] else "none"
             updates |= self.choose_source(source)
         updates[self.source] = gr.Dropdown([(SOURCES[name], name) for name in offered], value=source)
+        updates[self.source_chosen] = source
         return updates
 
     def choose_source(self, source: str) -> Updates:
@@ -254,32 +258,44 @@ def _run(page: Page, tab: str, slots: Sequence[Slot], status: gr.Textbox) -> Any
 
 def _wire(blocks: gr.Blocks, picker: Picker, settings: Settings | None, *, first: bool = False) -> None:
     """Let a picker, and the settings where it is the first, follow what is chosen."""
-    asked = [picker.network, picker.step, *([settings.sampler, settings.source] if settings else [])]
+    chosen = [settings.sampler_chosen, settings.source_chosen] if settings else []
     outputs = [*picker.changing, *(settings.changing if settings else [])]
 
-    def read(anew: bool, at_first: bool) -> Any:
-        def fn(number: int, step: int | None, sampler: str | None = None, source: str | None = None) -> Updates:
-            updates, facts = picker.read(number, step, anew=anew, first=at_first)
-            return updates | (settings.offer(facts, sampler, source) if settings else {})
+    def offered(read: tuple[Updates, Facts], chosen: Sequence[str | None]) -> Updates:
+        updates, facts = read
+        return updates | (settings.offer(facts, *chosen) if settings else {})
 
-        return fn
+    def anew(number: int, *chosen: str | None) -> Updates:
+        return offered(picker.read(number, None, anew=True), chosen)
 
-    picker.network.input(read(True, False), asked, outputs, **QUIET)
-    picker.step.input(read(False, False), asked, outputs, **QUIET)
-    blocks.load(read(True, first), asked, outputs, **QUIET)
+    def load(number: int, *chosen: str | None) -> Updates:
+        return offered(picker.read(number, None, anew=True, first=first), chosen)
+
+    def at_step(number: int, step: int | None, *chosen: str | None) -> Updates:
+        return offered(picker.read(number, step), chosen)
+
+    picker.network.input(anew, [picker.network, *chosen], outputs, **QUIET)
+    picker.step.input(at_step, [picker.network, picker.step, *chosen], outputs, **QUIET)
+    blocks.load(load, [picker.network, *chosen], outputs, **QUIET)
 
 
 def _wire_settings(page: Page, blocks: gr.Blocks, picker: Picker, settings: Settings) -> None:
-    def bounds(number: int, step: int | None, sampler: str) -> str:
+    def bounds(number: int, step: int | None, sampler: str) -> tuple[str, str]:
         try:
             samplers = describe_network(page.given.network(number).place(step))["samplers"]
         except UserError as error:
-            return str(error)
-        return next((note(one) for one in samplers if one["name"] == sampler), "")
+            return str(error), sampler
+        return next((note(one) for one in samplers if one["name"] == sampler), ""), sampler
 
-    settings.sampler.input(bounds, [picker.network, picker.step, settings.sampler], settings.sampler_note, **QUIET)
+    asked = [picker.network, picker.step, settings.sampler]
+    settings.sampler.input(bounds, asked, [settings.sampler_note, settings.sampler_chosen], **QUIET)
     settings.dice.click(lambda: secrets.randbelow(10**6), None, settings.seed, **QUIET)
-    settings.source.input(settings.choose_source, settings.source, [settings.scale, settings.guide_box], **QUIET)
+    settings.source.input(
+        lambda source: {**settings.choose_source(source), settings.source_chosen: source},
+        settings.source,
+        [settings.scale, settings.guide_box, settings.source_chosen],
+        **QUIET,
+    )
     _wire(blocks, settings.guide, None)
 
 

@@ -61,6 +61,11 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise_and_says_why():
             "Timed out waiting 1800000ms for recv operation to complete",
             r"waited 30 minutes in vain for one of them \(--process-timeout\)",
         ),
+        (  # of what is asked over the same connection after something else has waited too long
+            "Application timeout caused pair closure",
+            r"waited 30 minutes in vain for one of them \(--process-timeout\)",
+        ),
+        ("wait timeout after 1800000ms, keys: /default_pg/0//1//cuda:0", r"waited 30 minutes in vain"),
         ("shapes differ", None),
     ],
 )

@@ -134,7 +134,8 @@ def test_a_process_that_stands_still_ends_the_run_within_the_stated_time_with_on
         ranks[rank].kill()  # torchrun would wait for it 30 s
         spoken = process.communicate(timeout=120)[1]
     said = [line for line in spoken.splitlines() if "error:" in line and "dit-train" in line]
-    assert len(said) == 1 and "waited 0.1 minutes in vain for one of them (--process-timeout)" in said[0]
+    assert len(said) == 1, spoken
+    assert "waited 0.1 minutes in vain for one of them (--process-timeout)" in said[0]
     assert (
         launch(store, tmp_path / "run", "--save-every", "2", steps=lines(tmp_path / "run")[-1]["step"]).returncode == 0
     )

@@ -125,7 +125,7 @@ def test_a_grid_comes_out_of_the_noise_and_is_saved_as_dit_sample_writes_it(page
         choose(page, "classes (none named: all)", name)
     page.keyboard.press("Escape")
     choose(page, "sampler", "ddim")
-    fill(page, pictures_of_each=2, seed=5, steps=12)
+    fill(page, pictures_of_each=2, seed=5, steps=120)  # long enough that there is something to see on the way
     field(page, "scale (1 is none)").fill("1.5")
     press(page, "Sample")
     says(page, "^done$")
@@ -135,11 +135,11 @@ def test_a_grid_comes_out_of_the_noise_and_is_saved_as_dit_sample_writes_it(page
 
     out = tmp_path / "samples.png"
     words = ["--classes", "class 1,class 3", "--samples-per-class", "2", "--seed", "5", "--device", "cpu"]
-    words += ["--sampler", "ddim", "--steps", "12", "--guidance", "1.5"]
+    words += ["--sampler", "ddim", "--steps", "120", "--guidance", "1.5"]
     dit_sample = [sys.executable, "-m", "sample", "--checkpoint", str(run), "--out", str(out), *words]
     subprocess.run(dit_sample, env=environment(), capture_output=True, check=True)
     assert files_of(page) == {path.name: path.read_bytes() for path in (out, tmp_path / "samples.png.json")}
-    sync_api.expect(command(page)).to_have_value(re.compile("--sampler ddim --steps 12 --guidance 1.5"))
+    sync_api.expect(command(page)).to_have_value(re.compile("--sampler ddim --steps 120 --guidance 1.5"))
 
 
 def test_classes_are_found_by_a_part_of_their_name(page):
@@ -263,6 +263,9 @@ def test_what_a_checkpoint_cannot_do_is_not_offered_and_another_one_may_guide(br
         press(window, "Sample")
         sync_api.expect(command(window)).to_have_value(re.compile("step-0000002@ema"))
 
+        for other, sampler in (("flow", "dpm++2m"), ("run", "dpm++")) * 2:  # back and forth, as one looks around
+            choose(window, "checkpoint", other)
+            sync_api.expect(field(window, "sampler")).to_have_value(sampler)
         choose(window, "checkpoint", "flow")
         sync_api.expect(field(window, "sampler")).to_have_value("dpm++2m")
         sync_api.expect(panel(window).get_by_label("classes (none named: all)")).to_have_count(0)
