@@ -226,21 +226,25 @@ def _missing_weights(folder: Path) -> list[Path]:
     return [path for path in _named_weights(folder) if not path.exists()]
 
 
-def shard_names(index: Path, suffix: str = ".safetensors") -> list[str]:
-    """The files that an index of weights names.
+def weight_map(index: Path, suffix: str = ".safetensors") -> dict[str, str]:
+    """{tensor: the file that holds it} of an index of weights.
 
     Raises:
         UserError: it is damaged, or names files elsewhere.
     """
     wanted = f"must map every tensor to a {suffix} file beside it"
-    names = sorted(
-        {*typed(read_json(index), _Index, f"{index} {wanted}", advice="restore the file").weight_map.values()}
-    )
+    places = typed(read_json(index), _Index, f"{index} {wanted}", advice="restore the file").weight_map
+    names = sorted({*places.values()})
     outside = [name for name in names if not name.endswith(suffix) or Path(name).name != name or not name.isprintable()]
     if outside or not names:
         what = f"names {', '.join(map(shortened, outside[:3]))}" if outside else "names none"
         raise UserError(f"{index} {wanted}, but {what}; restore the file")
-    return names
+    return places
+
+
+def shard_names(index: Path, suffix: str = ".safetensors") -> list[str]:
+    """The files that an index of weights names, sorted; raises as `weight_map`."""
+    return sorted({*weight_map(index, suffix).values()})
 
 
 def load_model(folder: Path, class_name: str, name: str, dtype: torch.dtype) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.checkpoint.averages import MovingAverage, PowerAverage
 from pipeline.checkpoint.folder import STATE_FILES, describe_files, write_model_files
 from pipeline.checkpoint.snapshots import snapshot_path, write_average
-from pipeline.checkpoint.tensor_files import save_safetensors
+from pipeline.checkpoint.tensor_files import each_tensor, save_safetensors
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import (
@@ -230,25 +230,15 @@ def restore(folder: Path, state: TrainState) -> None:
     for stem, tensors in _tensor_lists(state):
         file, suffix = _place_in_files(stem)
         path = folder / ("state" if file == "optimizer" else "") / f"{file}.safetensors"
-        held = [
-            name + suffix for name, tensor in zip(state.placement.shapes, tensors, strict=True) if tensor is not None
-        ]
-        state.placement.put(_read(path, held), tensors)
+        held = {
+            name + suffix: shape
+            for (name, shape), tensor in zip(state.placement.shapes.items(), tensors, strict=True)
+            if tensor is not None
+        }
+        state.placement.put(each_tensor(path, held), tensors)
     state.optimizer.restore_counters({name: getattr(counters, name) for name in COUNTERS})
     state.step, state.batch_offset = counters.step, counters.jump
     state.rollbacks, state.seconds = counters.rollbacks, counters.seconds
-
-
-def _read(file: Path, names: list[str]) -> Iterator[Tensor]:
-    """The named tensors one after the other, so that a whole file never lies in memory."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as content:
-        missing = sorted(set(names) - set(content.keys()))
-        if missing:
-            raise UserError(f"{file} lacks {', '.join(missing)}; it belongs to another network")
-        for name in names:
-            yield content.get_tensor(name)
 
 
 class Saver:

@@ -1,8 +1,9 @@
 """The checkpoint folder: written, listed, its files compared with what was written (`info` is its config.json).
 
 It holds config.json (network, process, classes, latent, VAE, …), model.safetensors (raw weights), ema.safetensors,
-further averages as ema-NAME.safetensors, and state/ (what only resuming needs). The size and SHA-256 of every file
-stand in state/files.json, which training writes, or under `files` in a config.json that a conversion wrote.
+further averages as ema-NAME.safetensors, and state/ (what only resuming needs); each of these files may be cut into
+shards. The size and SHA-256 of every file stand in state/files.json, which training writes, or under `files` in a
+config.json that a conversion wrote.
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import Any, Final
 import msgspec
 from torch import Tensor
 
-from pipeline.checkpoint.tensor_files import save_safetensors
+from pipeline.checkpoint.tensor_files import INDEX, save_safetensors
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json, sha256_of, write_json
 from pipeline.runtime.gate import Count, shortened, typed
@@ -23,8 +24,8 @@ VERSION: Final = 1
 STATE_FILES: Final = "state/files.json"
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 """Of a run: its settings and its log, beside checkpoints/."""
-WEIGHTS: Final = re.compile(r"(model|ema(-.+)?)\.safetensors")
-"""Names of the files of weights."""
+WEIGHTS: Final = re.compile(r"(model|ema(-.+)?)(?<!-\d{5}-of-\d{5})\.safetensors")
+"""Names of the files of weights, not of their shards."""
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _IN_RUN = re.compile(r"checkpoints/step-(\d+)/.+")
 
@@ -159,6 +160,10 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """{"raw", "ema", "ema-NAME": file} of the weights that a checkpoint folder has."""
-    files = sorted(file for file in folder.glob("*.safetensors") if WEIGHTS.fullmatch(file.name))
+    """{"raw", "ema", "ema-NAME": file} of the weights that a checkpoint folder has.
+
+    Of weights that are cut into shards it is the name of the whole file, which is not there (`tensor_files.files_of`).
+    """
+    names = sorted({path.name.removesuffix(INDEX) for path in folder.glob("*.safetensors*") if path.is_file()})
+    files = [folder / name for name in names if WEIGHTS.fullmatch(name)]
     return {"raw" if file.stem == "model" else file.stem: file for file in files}

@@ -21,7 +21,7 @@ from pipeline.checkpoint.origins import Origin, check_objective, origin_of, plai
 from pipeline.checkpoint.release import default_info, infer_config
 from pipeline.checkpoint.remote import localized
 from pipeline.checkpoint.snapshots import asked_average, reconstruct
-from pipeline.checkpoint.tensor_files import find_changed, join_names, read_safetensors
+from pipeline.checkpoint.tensor_files import files_of, find_changed, index_path, join_names, read_tensors, whole_file
 from pipeline.checkpoint.weight_files import SUFFIXES, read_weight_file
 from pipeline.diffusion.process import Process
 from pipeline.dit import DiT, DiTConfig
@@ -238,7 +238,8 @@ def _find(path: str | Path, weights: str, num_heads: int | None, objective: str 
     finish(place.absolute())
     if place.is_dir():
         return _says_itself(_from_folder(place, weights, num_heads), objective, path)
-    if place.is_file():
+    place = whole_file(place)
+    if place.is_file() or index_path(place).is_file():
         return _from_file(place, weights, num_heads, objective)
     name = str(path).removeprefix(HUB)
     if HUB_NAME.fullmatch(name) and (name != str(path) or place.suffix not in SUFFIXES):
@@ -251,7 +252,9 @@ def _find(path: str | Path, weights: str, num_heads: int | None, objective: str 
 
 def _from_hub(name: str, weights: str, num_heads: int | None) -> Stored:
     wanted = "model" if weights == "raw" else weights
-    folder = fetch_network(name, [f"{wanted}.safetensors", f"ema-{weights}.safetensors"])
+    folder = fetch_network(
+        name, [f"{stem}{part}.safetensors" for stem in (wanted, f"ema-{weights}") for part in ("", "-?????-of-?????")]
+    )
     if (folder / "model_index.json").is_file():
         return _from_diffusers(folder, weights, num_heads, hub_name=name)
     read_info(folder)
@@ -307,7 +310,8 @@ def _reconstructed(folder: Path, sigma: float, step: int | None, weights: str, n
     state, about, checks = reconstruct(folder, sigma, step, own_step=info.step, held=info.training.ema_sigma)
     state, config, info = _without_aligners(state, config, info)
     training = {**info.training, "average": about}
-    names = ("config.json", *(f"{name}.safetensors" for name in weight_files(folder) if name.startswith("ema-sigma-")))
+    averages = [file for name, file in weight_files(folder).items() if name.startswith("ema-sigma-")]
+    names = ("config.json", *(part.name for file in averages for part in files_of(file)))
     own = [] if recorded_files(folder) is None else [partial(find_damage, folder, names)]
     return Stored(
         state, config, make_info(info, step=about["step"], training=training), weights, folder, checks=(*own, *checks)
@@ -322,9 +326,9 @@ def _own_settings(folder: Path, num_heads: int | None) -> tuple[CheckpointInfo, 
 
 def _own_weights(folder: Path, file: Path, weights: str, num_heads: int | None) -> Stored:
     info, config = _own_settings(folder, num_heads)
-    names = ("config.json", file.name)
+    names = ("config.json", *(part.name for part in files_of(file)))
     checks = () if recorded_files(folder) is None else (partial(find_damage, folder, names),)
-    state = read_safetensors(file)
+    state = read_tensors(file)
     state, config, info = _without_aligners(state, config, info)
     return Stored(state, config, info, weights, folder, checks=checks)
 
@@ -364,7 +368,8 @@ def _from_file(file: Path, weights: str, num_heads: int | None, objective: str |
     config = infer_config(state, num_heads=num_heads, origin=file)
     origin = origin_of(file, content.arguments, config, projectors=bool(projectors), objective=objective)
     info = make_info(default_info(config, diffusion=origin.diffusion), origin=file, step=content.step)
-    return Stored(state, config, info, weights, None, origin=origin, checks=(partial(find_changed, file),))
+    checks = tuple(partial(find_changed, part) for part in files_of(file))
+    return Stored(state, config, info, weights, None, origin=origin, checks=checks)
 
 
 def _from_diffusers(folder: Path, weights: str, num_heads: int | None, *, hub_name: str | None = None) -> Stored:

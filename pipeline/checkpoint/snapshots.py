@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.averages import WIDEST, gamma_of, reconstruction_weights
 from pipeline.checkpoint.folder import describe_files
-from pipeline.checkpoint.tensor_files import read_safetensors, save_safetensors
+from pipeline.checkpoint.tensor_files import files_of, read_tensors, save_safetensors
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, remove_folder, replacing, sha256_of, write_json
 from pipeline.runtime.gate import Sha256, typed
@@ -127,7 +127,7 @@ def reconstruct(
     """
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     paths = {width: checkpoint / f"{stem_of(width)}.safetensors" for width in held}
-    inside = [SavedAverage(own_step, width, path, None) for width, path in paths.items() if path.is_file()]
+    inside = [SavedAverage(own_step, width, path, None) for width, path in paths.items() if files_of(path)[0].is_file()]
     step = own_step if step is None else step
     known = {(one.step, one.sigma): one for one in [*snapshots(run), *inside]}  # the checkpoint's are better
     usable = [one for one in known.values() if one.step <= step]
@@ -136,7 +136,7 @@ def reconstruct(
     weights = reconstruction_weights([(one.step, one.sigma) for one in usable], step=step, sigma=sigma)
     total: dict[str, Tensor] = {}
     for one, weight in zip(usable, weights, strict=True):
-        for name, tensor in read_safetensors(one.path).items():
+        for name, tensor in read_tensors(one.path).items():
             if name in total:
                 total[name].add_(tensor.float(), alpha=weight)
             else:

@@ -1,12 +1,17 @@
-"""Files of tensors as safetensors: written, read, and looked over for damage."""
+"""Files of tensors as safetensors: written, read, and looked over for damage; whole, or cut into shards.
 
+Shards are laid out as other projects do it: NAME-00001-of-00004.safetensors and so on, each with some of the tensors,
+and NAME.safetensors.index.json, which says where each one is. Who names NAME.safetensors gets it or all of its shards.
+"""
+
+import contextlib
 import errno
 import hashlib
 import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -18,9 +23,14 @@ from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import explained_writes
 from pipeline.runtime.gate import check_regular, parse_json
+from pipeline.vae_folder import weight_map
 
 PROCESS: Final = "dit_diffusion"
 """In the metadata of a lone file: the JSON of what its network was trained for, where it is not the release's."""
+INDEX: Final = ".index.json"
+"""Of shards, behind the name of the whole file."""
+_SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors)")
+_AGAIN = "restore the checkpoint, or take another one"
 _WRAPPERS = ("module", "_orig_mod")
 _SUM, _UNKNOWN_SUM = "sha256", "0" * 64
 _PIECE_BYTES = 1 << 22
@@ -190,3 +200,100 @@ def check_readable(path: Path) -> None:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its rights") from error
     if is_pointer(path):
         raise UserError(f"{path} {POINTER_ADVICE}")
+
+
+def shard_path(file: Path, number: int, count: int) -> Path:
+    """Where one of a file's shards lies, counted from 1; the file itself where there is but one."""
+    return file if count == 1 else file.with_name(f"{file.stem}-{number:05d}-of-{count:05d}.safetensors")
+
+
+def index_path(file: Path) -> Path:
+    """Where the index of a file's shards lies."""
+    return file.with_name(file.name + INDEX)
+
+
+def whole_file(path: Path) -> Path:
+    """The file that an index or a shard is of; any other path as it is."""
+    found = _SHARD_NAME.fullmatch(path.name)
+    if path.name.endswith(f".safetensors{INDEX}"):
+        return path.with_name(path.name.removesuffix(INDEX))
+    whole = path if found is None else path.with_name(found[1] + found[2])
+    return whole if index_path(whole).is_file() else path
+
+
+def files_of(file: Path) -> list[Path]:
+    """The files that hold a file's tensors: itself, or the index of its shards and these.
+
+    Raises:
+        UserError: the index is damaged, or names what are no shards of this file.
+    """
+    return [file] if file.is_file() or not index_path(file).is_file() else [index_path(file), *_shards_of(file)]
+
+
+def _shards_of(file: Path) -> dict[Path, set[str]]:
+    """The names of the tensors in each of a file's shards."""
+    index, shards = index_path(file), dict[Path, set[str]]()
+    for name, place in weight_map(index).items():
+        shards.setdefault(file.with_name(place), set()).add(name)
+    wanted = {shard_path(file, number, len(shards)) for number in range(1, len(shards) + 1)}
+    if shards.keys() != wanted:
+        strange = join_names(path.name for path in shards.keys() - wanted)
+        raise UserError(f"{index} names {strange}, which cannot be its shards; {_AGAIN}")
+    return shards
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, or of its shards.
+
+    Raises:
+        UserError: the file or a shard is missing or damaged, or a shard has other tensors than the index says.
+    """
+    if files_of(file) == [file]:
+        return read_safetensors(file)
+    tensors: dict[str, Tensor] = {}
+    for shard, names in _checked(file).items():
+        held = read_safetensors(shard)
+        tensors |= {name: held[name] for name in names}
+    return tensors
+
+
+def each_tensor(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+    """The named tensors of a file, or of its shards, one after the other, so that no whole file lies in memory.
+
+    Raises:
+        UserError: as `read_tensors`; or tensors are missing or of another shape.
+    """
+    from safetensors import safe_open
+
+    places = dict.fromkeys(read_header(file), file) if files_of(file) == [file] else _places(file)
+    missing = sorted(shapes.keys() - places.keys())
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}; it belongs to another network")
+    with contextlib.ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(places.values())}
+        for name, shape in shapes.items():
+            tensor: Tensor = opened[places[name]].get_tensor(name)
+            if tuple(tensor.shape) != shape:
+                raise UserError(
+                    f"{places[name]} has {name} as {list(tensor.shape)} instead of {list(shape)}; it belongs to "
+                    f"another network"
+                )
+            yield tensor
+
+
+def _places(file: Path) -> dict[str, Path]:
+    return {name: shard for shard, names in _checked(file).items() for name in names}
+
+
+def _checked(file: Path) -> dict[Path, set[str]]:
+    """`_shards_of`, each of which is there and holds what the index says."""
+    shards = _shards_of(file)
+    for shard, names in shards.items():
+        if not shard.exists():
+            raise UserError(f"{shard} is missing, one of the {len(shards)} shards of {file.name}; {_AGAIN}")
+        check_readable(shard)
+        held = {name for name in read_header(shard) if name != "__metadata__"}
+        if held != names:
+            others = join_names(sorted(held ^ names)[:3])
+            raise UserError(f"{shard} does not hold what {index_path(file).name} says ({others}); {_AGAIN}")
+    return shards

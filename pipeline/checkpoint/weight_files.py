@@ -18,10 +18,11 @@ from pipeline.checkpoint.pickles import ClaimError, is_zip, look_through
 from pipeline.checkpoint.tensor_files import (
     PROCESS,
     check_readable,
+    files_of,
     join_names,
     plain_names,
     read_header,
-    read_safetensors,
+    read_tensors,
 )
 from pipeline.runtime.console import printable
 from pipeline.runtime.errors import UserError
@@ -69,8 +70,8 @@ def read_weight_file(path: Path, *, weights: str = "ema") -> WeightFile:
         steps = [content.get(name) for name in ("steps", "step", "train_steps")]
         return WeightFile(tensors, arguments, next((step for step in steps if type(step) is int), 0))
     if path.suffix == ".safetensors":
-        tensors = plain_names(read_safetensors(path), origin=path)
-        told = read_header(path).get("__metadata__", {}).get(PROCESS)
+        tensors = plain_names(read_tensors(path), origin=path)
+        told = read_header(files_of(path)[-1]).get("__metadata__", {}).get(PROCESS)
         return WeightFile(tensors, {} if told is None else {PROCESS: told}, 0)
     raise UserError(f"{path} is no weight file that is known here; its name must end in {', '.join(SUFFIXES)}")
 

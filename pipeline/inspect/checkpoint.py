@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.checkpoint.folder import checkpoint_folders, find_damage, weight_files
 from pipeline.checkpoint.forms import Stored, build_model, read_stored
 from pipeline.checkpoint.remote import localized
-from pipeline.checkpoint.tensor_files import not_finite
+from pipeline.checkpoint.tensor_files import files_of, not_finite
 from pipeline.dit import PRESETS, DiTConfig
 from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.inspect.tables import facts, shortened
@@ -111,14 +111,17 @@ def _vae(vae: RecordedVae) -> str:
 
 
 def _files_of(folder: Path) -> dict[str, str]:
-    files = {
-        name: f"{file.name}, {size(file.stat().st_size)}, sha256 {sha256_of(file)}"
-        for name, file in weight_files(folder).items()
-    }
+    files = {name: _described(file) for name, file in weight_files(folder).items()}
     state = folder / "state"
     kept = [file for file in state.rglob("*") if file.is_file()]
     total = size(sum(file.stat().st_size for file in kept))
     return files | {"resuming": f"possible, state/ takes {total}" if kept else "not possible, there is no state/"}
+
+
+def _described(file: Path) -> str:
+    parts = files_of(file)
+    held = size(sum(part.stat().st_size for part in parts))
+    return f"{file.name}, {held}, {f'in {len(parts) - 1} shards' if parts != [file] else f'sha256 {sha256_of(file)}'}"
 
 
 def _verified(path: str, stored: Stored) -> list[str]:
