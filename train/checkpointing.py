@@ -1,14 +1,18 @@
 """Everything a run is at one step: taken in memory, written as plain safetensors and JSON, and put back exactly.
 
+One process takes and writes all of it, or, with --sharded-checkpoints, each a shard of every file.
+
 A checkpoint's state/ folder holds optimizer.safetensors (NAME.exp_avg and NAME.exp_avg_sq, or Muon's NAME.momentum),
 trainer.json (counters) and files.json (size and SHA-256 of every other file, checked before resuming). Tensors are
 whole, so a run goes on with any number of processes, sharded or not. There are no random-number states: draws depend
 on the step alone.
 """
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +22,18 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.averages import MovingAverage, PowerAverage
-from pipeline.checkpoint.folder import STATE_FILES, describe_files, write_model_files
+from pipeline.checkpoint.folder import (
+    STATE_FILES,
+    Shard,
+    describe_files,
+    write_indexes,
+    write_model_files,
+    write_shards,
+)
 from pipeline.checkpoint.snapshots import snapshot_path, write_average
 from pipeline.checkpoint.tensor_files import each_tensor, save_safetensors
 from pipeline.runtime.console import say, warn
+from pipeline.runtime.devices import PinnedStaging
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import (
     explained_writes,
@@ -77,39 +89,19 @@ class Snapshot:
     counters: dict[str, Any] = field(default_factory=dict)
 
 
-class PinnedStaging:
-    """Page-locked main memory that every snapshot of a GPU is copied into: taken by the first, used by all others.
-
-    torch rounds each piece of such memory up to a power of two and keeps it: tensor by tensor that makes 14.2 of
-    XL/2's 10.8 GB. So it is taken in slabs of a power of two, and tensors are laid into them one after the other.
-    """
-
-    SLAB_BYTES, ALIGNED_TO = 1 << 28, 64
-
-    def __init__(self, *, device: str = "cpu", pin: bool = True) -> None:
-        self.slabs: list[Tensor] = []
-        self._device, self._pin = device, pin
-        self._slab, self._used = 0, 0
-
-    def rewind(self) -> None:
-        """Begin again with the first slab: what lies there is overwritten."""
-        self._slab, self._used = 0, 0
-
-    def take(self, like: Tensor) -> Tensor:
-        """Room for a tensor, in its shape and type."""
-        size = like.numel() * like.element_size()
-        while self._slab < len(self.slabs) and self._used + size > len(self.slabs[self._slab]):
-            self._slab, self._used = self._slab + 1, 0
-        if self._slab == len(self.slabs):
-            length = max(self.SLAB_BYTES, 1 << max(size - 1, 0).bit_length())
-            self.slabs.append(torch.empty(length, dtype=torch.uint8, device=self._device, pin_memory=self._pin))
-        room = self.slabs[self._slab][self._used : self._used + size]
-        self._used += -(-size // self.ALIGNED_TO) * self.ALIGNED_TO
-        return room.view(like.dtype).view(like.shape)
+def cut(shapes: Mapping[str, tuple[int, ...]], parts: int) -> list[list[str]]:
+    """The names, in order, of the tensors of each part: of about the same size, and fewer where some would be empty."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total, before = sum(sizes.values()), 0
+    runs: list[list[str]] = [[] for _ in range(parts)]
+    for name, size in sizes.items():
+        runs[(2 * before + size) * parts // (2 * total)].append(name)  # where its middle lies
+        before += size
+    return [names for names in runs if names]
 
 
-def take_snapshot(state: TrainState, *, keep: bool, staging: PinnedStaging) -> Snapshot:
-    """A copy of everything at this step; every process must call it, only those with `keep` hold the result.
+def take_snapshot(state: TrainState, *, keep: Collection[str], staging: PinnedStaging) -> Snapshot:
+    """A copy at this step of what is `keep`'s, by the names of weights; every process must call it.
 
     The copy of a GPU's tensors lies in `staging` and is valid until the next one is taken.
     """
@@ -119,11 +111,11 @@ def take_snapshot(state: TrainState, *, keep: bool, staging: PinnedStaging) -> S
         for stem, tensors in _tensor_lists(state):
             file, suffix = _place_in_files(stem)
             for name, tensor in zip(state.placement.shapes, state.placement.whole(tensors), strict=True):
-                if keep and tensor is not None:
+                if name in keep and tensor is not None:
                     files.setdefault(file, {})[name + suffix] = _copy_to_host(tensor.detach(), staging)
     if state.placement.weights[0].is_cuda:
         torch.cuda.synchronize()
-    return Snapshot(step=state.step, files=files if keep else {}, counters=_counters(state))
+    return Snapshot(step=state.step, files=files, counters=_counters(state))
 
 
 def take_averages(state: TrainState, *, keep: bool, staging: PinnedStaging) -> dict[float, Tensors]:
@@ -158,6 +150,10 @@ def _tensor_lists(state: TrainState) -> Iterator[tuple[str, Holes]]:
 def _place_in_files(stem: str) -> tuple[str, str]:
     """(stem of the file, what follows a tensor's name in it) of a list of tensors."""
     return ("optimizer", f".{stem}") if stem in {"exp_avg", "exp_avg_sq", "momentum"} else (stem, "")
+
+
+def _path_of(folder: Path, stem: str) -> Path:
+    return folder / ("state" if stem == "optimizer" else "") / f"{stem}.safetensors"
 
 
 def _counters(state: TrainState) -> dict[str, Any]:
@@ -196,9 +192,23 @@ def write_snapshot(folder: Path, snapshot: Snapshot, info: Mapping[str, Any]) ->
     inner = folder / "state"
     inner.mkdir()
     save_safetensors(inner / "optimizer.safetensors", snapshot.files["optimizer"])
-    write_json(inner / "trainer.json", snapshot.counters)
-    listing = describe_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    _write_counters(folder, snapshot, {})
+
+
+def _write_counters(folder: Path, snapshot: Snapshot, described: Mapping[str, Any]) -> None:
+    """Write the counters, and the list of all files: those that are described already, and the others."""
+    write_json(folder / "state" / "trainer.json", snapshot.counters)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    others = (path for path in files if path.relative_to(folder).as_posix() not in described)
+    listing = dict(sorted({**described, **describe_files(folder, others)}.items()))
     write_json(folder / STATE_FILES, {"format": FORMAT, "version": VERSION, "files": listing})
+
+
+def write_beside_shards(folder: Path, snapshot: Snapshot, info: Mapping[str, Any], shards: Sequence[Shard]) -> None:
+    """Write what a checkpoint has beside the shards of all processes."""
+    write_indexes(folder, shards)
+    write_model_files(folder, info={**info, "step": snapshot.step}, model=None, averages={})
+    _write_counters(folder, snapshot, {shard.name: shard.about for shard in shards})
 
 
 def restore(folder: Path, state: TrainState) -> None:
@@ -229,7 +239,7 @@ def restore(folder: Path, state: TrainState) -> None:
         warn(f"the checkpoint was made with {before}, this is {now}: the run goes on, but not to the last bit")
     for stem, tensors in _tensor_lists(state):
         file, suffix = _place_in_files(stem)
-        path = folder / ("state" if file == "optimizer" else "") / f"{file}.safetensors"
+        path = _path_of(folder, file)
         held = {
             name + suffix: shape
             for (name, shape), tensor in zip(state.placement.shapes.items(), tensors, strict=True)
@@ -248,13 +258,26 @@ class Saver:
     """
 
     def __init__(
-        self, options: RunOptions, hardware: Hardware, info: Mapping[str, Any], mirror: "Mirror | None" = None
+        self,
+        options: RunOptions,
+        hardware: Hardware,
+        info: Mapping[str, Any],
+        mirror: "Mirror | None" = None,
+        writers: Hardware | None = None,
     ) -> None:
-        """Save into the run's folder; a mirror, on the main process, is told of every checkpoint."""
+        """Save into the run's folder.
+
+        Args:
+            options: where, and what is kept.
+            hardware: the processes.
+            info: the content of config.json.
+            mirror: on the main process, what is told of every checkpoint.
+            writers: the same processes apart, where each is to write its part in a thread; else the main one writes.
+        """
         self._paused_seconds = 0.0
         self.saved_step: int | None = None
         self._options, self._hardware, self._info = options, hardware, info
-        self.mirror = mirror
+        self.mirror, self._writers = mirror, writers
         self._staging = PinnedStaging()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -268,11 +291,13 @@ class Saver:
         if self.saved_step != state.step:
             started = time.perf_counter()
             self.finish()
-            snapshot = take_snapshot(state, keep=self._hardware.is_main, staging=self._staging)
+            parts = cut(state.placement.shapes, 1 if self._writers is None else self._hardware.processes)
+            own = dict(enumerate(parts)).get(self._hardware.rank, [])
+            snapshot = take_snapshot(state, keep={*own}, staging=self._staging)
             paused = time.perf_counter() - started
             self._paused_seconds += paused
             self.saved_step = state.step
-            self._in_background(lambda: self._write(snapshot, paused))
+            self._in_background(lambda: self._write(snapshot, len(parts), paused), everywhere=self._writers is not None)
         if wait:
             self.finish()
             self._hardware.barrier()
@@ -286,9 +311,9 @@ class Saver:
         step = state.step  # training goes on meanwhile
         self._in_background(lambda: self._write_averages(step, taken))
 
-    def _in_background(self, write: Callable[[], None]) -> None:
-        """Let the main process write while training goes on; `finish` waits for it."""
-        if not self._hardware.is_main:
+    def _in_background(self, write: Callable[[], None], *, everywhere: bool = False) -> None:
+        """Let the main process, or each, write while training goes on; `finish` waits for it."""
+        if not (everywhere or self._hardware.is_main):
             return
 
         def work() -> None:
@@ -326,23 +351,41 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, snapshot: Snapshot, paused: float) -> None:
+    def _write(self, snapshot: Snapshot, parts: int, paused: float) -> None:
         started = time.perf_counter()
         final = checkpoint_path(self._options.out, snapshot.step)
         temporary = final.with_name(f".{final.name}.partial")
         try:
-            remove_folder(temporary)
+            if self._writers is not None:
+                # Its own name each time: of a job that was killed a process may still be writing elsewhere.
+                temporary = final.with_name(self._writers.broadcast(f".{final.name}.{uuid.uuid4().hex[:8]}.partial"))
             with explained_writes(final):
-                make_folder(temporary)
-                write_snapshot(temporary, snapshot, self._info)
+                self._write_files(temporary, snapshot, parts)
+            if not self._hardware.is_main:
+                return
             if final.exists():  # only a checkpoint that this run has rolled back behind can be there
                 discard(final)
             publish_folder(temporary, final)
             clean_up(self._options, spared=None if self.mirror is None else self.mirror.at_work)
         except BaseException:
-            remove_folder(temporary)
+            if self._hardware.is_main:
+                remove_folder(temporary)
             raise
         if self.mirror is not None:
             self.mirror.wake()
         written = time.perf_counter() - started
         say(f"checkpoint {final.name}: training paused {paused:.2f} s, written in {written:.1f} s")
+
+    def _write_files(self, folder: Path, snapshot: Snapshot, parts: int) -> None:
+        if self._writers is None:
+            remove_folder(folder)
+            make_folder(folder)
+            write_snapshot(folder, snapshot, self._info)
+            return
+        rank = self._writers.rank
+        self._writers.together(lambda: make_folder(folder / "state") if rank == 0 else None)
+        files = {_path_of(folder, stem): tensors for stem, tensors in snapshot.files.items()}
+        written = self._writers.together(lambda: write_shards(folder, files, rank + 1, parts))
+        if rank == 0:
+            shards = [shard for of_one in written for shard in of_one]
+            write_beside_shards(folder, snapshot, self._info, shards)

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -91,6 +91,25 @@ class Hardware:
                 raise SystemExit(2)  # the main process says it for all
             raise result
         return cast("Value", result)
+
+    def together(self, action: Callable[[], Value]) -> list[Value]:
+        """What each process's action gives, by rank, on every process; where one fails, all raise an error."""
+        value: Value | None = None
+        failed: Exception | None = None
+        try:
+            value = action()
+        except Exception as error:  # noqa: BLE001 - raised again below, when the others know
+            failed = error
+        answers = self.gather((value, failed is None))
+        if failed is not None:
+            raise failed
+        if not all(is_done for _, is_done in answers):
+            raise UserError("another process of this run could not do its part, and says why; this one ends too")
+        return [cast("Value", answer) for answer, _ in answers]
+
+    def apart(self, timeout_minutes: float) -> "Hardware":
+        """The same processes once more, for a thread of each; every process must call it."""
+        return replace(self, hosts=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
 
     def barrier(self) -> None:
         """Until every process is here."""

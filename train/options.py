@@ -40,11 +40,10 @@ from pipeline.runtime.cli import StandsFor, flag_values
 from pipeline.runtime.config_files import BY_COMMAS
 from pipeline.runtime.errors import UserError
 
-EMA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+EMA_NAME = re.compile(r"(?!(?:.*-)?\d{5}-of-\d{5}\Z)[A-Za-z0-9][A-Za-z0-9._-]*")
 Order = Literal["scattered", "runs"]
 ALIGN = {to: {f"align_{name}": name == to for name in ("latent", "features")} for to in ("none", "latent", "features")}
 FURTHER = {"middle": "middle_head", "align": "align_latent", "features": "align_features", "class_token": "class_token"}
-
 T = TypeVar("T")
 FREE: Final = "may change when a run goes on"
 START: Final = "may change once there is a checkpoint"
@@ -360,6 +359,8 @@ class RunOptions:
     """Newest checkpoints to keep; 0 keeps all."""
     keep_every: Free[Amount | None] = None
     """Keep every checkpoint at a multiple of this many steps for ever."""
+    sharded_checkpoints: Free[bool] = False
+    """Let every process write some tensors of a checkpoint, as NAME-00001-of-0000N.safetensors with an index, so that none holds all of it; the files still load everywhere."""
     time_limit: Free[Annotated[float, Meta(ge=0, le=1e7)] | None] = None
     """Minutes after which to save and stop, for jobs with a time limit."""
     log_every: Free[Amount] = 10

@@ -158,7 +158,7 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     _begin(options, machine, identity, mirror)
     machine.on_main(lambda: clean_up(options.run))
     info = build.checkpoint_info(options, manifest, config, process, features, class_token, identity)
-    saver = Saver(options.run, machine, info, mirror)
+    saver = Saver(options.run, machine, info, mirror, _writers(options, machine))
     saver.saved_step = state.step if found is not None else None
     stack.callback(saver.finish)
     log = None
@@ -186,6 +186,12 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
         flops_per_image=6.0 * count_macs(config),  # multiply and add, forward and twice as much backward
         deadline=None if options.run.time_limit is None else began + 60 * options.run.time_limit,
     )
+
+
+def _writers(options: TrainOptions, machine: Hardware) -> Hardware | None:
+    """The processes apart, where each is to write a part of every checkpoint."""
+    several = options.run.sharded_checkpoints and machine.processes > 1
+    return machine.apart(options.hardware.process_timeout) if several else None
 
 
 def _order(options: TrainOptions, manifest: Manifest) -> DataOrder:

@@ -9,14 +9,14 @@ config.json that a conversion wrote.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from torch import Tensor
 
-from pipeline.checkpoint.tensor_files import INDEX, save_safetensors
+from pipeline.checkpoint.tensor_files import INDEX, save_safetensors, shard_path, write_index
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import read_json, sha256_of, write_json
+from pipeline.runtime.files import flush_file, read_json, sha256_of, write_json
 from pipeline.runtime.gate import Count, shortened, typed
 
 FORMAT: Final = "dit-checkpoint"
@@ -66,6 +66,52 @@ def write_model_files(
     rest = {key: value for key, value in info.items() if key not in {"format", "version", "files"}}
     files = {"files": describe_files(folder, weight_files(folder).values())} if sums else {}
     write_json(folder / "config.json", {"format": FORMAT, "version": VERSION, **rest, **files})
+
+
+class Shard(NamedTuple):
+    """A file that a process has written of its part of a checkpoint; names are from the checkpoint's folder."""
+
+    whole: str
+    """The file that it is a shard of."""
+    name: str
+    tensors: list[str]
+    size: int
+    """Bytes of its tensors."""
+    about: dict[str, Any]
+    """As `describe_files` has it."""
+
+
+def write_shards(folder: Path, files: Mapping[Path, Mapping[str, Tensor]], number: int, count: int) -> list[Shard]:
+    """Write a part of each of these files, flushed.
+
+    Args:
+        folder: the checkpoint's.
+        files: the tensors of this part by the file that all of them would be.
+        number: which part this is, from 1.
+        count: how many parts there are.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    shards = []
+    for whole, tensors in files.items():
+        path = shard_path(whole, number, count)
+        save_safetensors(path, tensors)
+        flush_file(path)
+        [(name, about)] = describe_files(folder, [path]).items()
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        shards.append(Shard(whole.relative_to(folder).as_posix(), name, list(tensors), size, about))
+    return shards
+
+
+def write_indexes(folder: Path, shards: Iterable[Shard]) -> None:
+    """Write, for each file of which these are all shards, where its tensors are."""
+    by_file: dict[str, list[Shard]] = {}
+    for shard in shards:
+        by_file.setdefault(shard.whole, []).append(shard)
+    for whole, own in by_file.items():
+        places = {tensor: Path(shard.name).name for shard in own for tensor in shard.tensors}
+        write_index(folder / whole, places, sum(shard.size for shard in own))
 
 
 def describe_files(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:

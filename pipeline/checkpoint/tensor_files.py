@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explained_writes
+from pipeline.runtime.files import explained_writes, write_json
 from pipeline.runtime.gate import check_regular, parse_json
 from pipeline.vae_folder import weight_map
 
@@ -210,6 +210,17 @@ def shard_path(file: Path, number: int, count: int) -> Path:
 def index_path(file: Path) -> Path:
     """Where the index of a file's shards lies."""
     return file.with_name(file.name + INDEX)
+
+
+def write_index(file: Path, places: Mapping[str, str], size: int) -> None:
+    """Write the index of a file's shards.
+
+    Args:
+        file: the whole that they are of.
+        places: {tensor: file name of its shard}.
+        size: bytes of all tensors.
+    """
+    write_json(index_path(file), {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
 
 
 def whole_file(path: Path) -> Path:

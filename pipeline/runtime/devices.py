@@ -155,3 +155,34 @@ def memory_explained(sentence: Callable[[], str]) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(sentence()) from error
+
+
+class PinnedStaging:
+    """Page-locked main memory that every snapshot of a GPU is copied into: taken by the first, used by all others.
+
+    torch rounds each piece of such memory up to a power of two and keeps it: tensor by tensor that makes 14.2 of
+    XL/2's 10.8 GB. So it is taken in slabs of a power of two, and tensors are laid into them one after the other.
+    """
+
+    SLAB_BYTES, ALIGNED_TO = 1 << 28, 64
+
+    def __init__(self, *, device: str = "cpu", pin: bool = True) -> None:
+        self.slabs: list[torch.Tensor] = []
+        self._device, self._pin = device, pin
+        self._slab, self._used = 0, 0
+
+    def rewind(self) -> None:
+        """Begin again with the first slab: what lies there is overwritten."""
+        self._slab, self._used = 0, 0
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """Room for a tensor, in its shape and type."""
+        size = like.numel() * like.element_size()
+        while self._slab < len(self.slabs) and self._used + size > len(self.slabs[self._slab]):
+            self._slab, self._used = self._slab + 1, 0
+        if self._slab == len(self.slabs):
+            length = max(self.SLAB_BYTES, 1 << max(size - 1, 0).bit_length())
+            self.slabs.append(torch.empty(length, dtype=torch.uint8, device=self._device, pin_memory=self._pin))
+        room = self.slabs[self._slab][self._used : self._used + size]
+        self._used += -(-size // self.ALIGNED_TO) * self.ALIGNED_TO
+        return room.view(like.dtype).view(like.shape)

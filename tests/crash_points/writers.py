@@ -115,6 +115,10 @@ FEATURES = writer(
     outputs=("store/features",),
 )
 START = writer("dit-train", [*TRAIN, "0", "--steps", "4"], [*TRAIN, "0", "--steps", "4", "--seed", "1"], **RUN)
+SHARDS = ["--sharding", "fsdp", "--sharded-checkpoints"]
+TOGETHER = replace(
+    START, name="dit-train --sharded-checkpoints", command=[*START.command, *SHARDS], other=[*START.other, *SHARDS]
+)
 NPZ, GRID, FOLDER = sampling(".npz", "s.npz"), sampling(".png", "s.png"), sampling("FOLDER/", "s/", kind="folder")
 LATENTS = sampling(".safetensors", "s.safetensors")
 STRIP = sampling("--trajectory", "s.png", "--trajectory", "2", outputs=("s.png", "s.png.json", "s.trajectory.png"))
@@ -270,7 +274,7 @@ WRITERS = [
         outputs=("grid.png",),
         forces=False,
     ),
-    *(in_two(row) for row in (SAFETENSORS, START, NPZ)),
+    *(in_two(row) for row in (SAFETENSORS, START, TOGETHER, NPZ)),
 ]
 
 SITES = {
@@ -304,6 +308,9 @@ SITES = {
     "extract/store_folder.py:write_skipped": "dit-extract (too many bad images)",
     "pipeline/checkpoint/snapshots.py:write_average": "dit-train --ema-sigma",
     "train/checkpointing.py:write_snapshot": "dit-train",
+    "train/checkpointing.py:_write_counters": "dit-train",
+    "pipeline/checkpoint/tensor_files.py:write_index": "dit-train --sharded-checkpoints (two processes)",
+    "pipeline/checkpoint/folder.py:write_shards": "dit-train --sharded-checkpoints (two processes)",
     "train/kept_checkpoints.py:discard": "dit-train --keep-last",
     "train/kept_checkpoints.py:_set_aside": "dit-train (last checkpoint damaged)",
     "train/run_folder.py:_put_back": "dit-train --overwrite",

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import read_checkpoint
 from pipeline.dit import DiT, DiTConfig
+from pipeline.runtime.devices import PinnedStaging
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
 from tests.train.runs import assert_same_run, checkpoints, lines, tensors, train, wait_for
-from train.checkpointing import PinnedStaging, write_snapshot
+from train.checkpointing import write_snapshot
 
 
 def test_checkpoints_are_kept_by_count_and_by_interval(store, tmp_path):
