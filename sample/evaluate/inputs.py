@@ -159,10 +159,12 @@ def copy_of(url: str) -> Path:
 
 
 def sidecar_behind(url: str) -> Sidecar | None:
-    """The JSON that dit-sample has put beside a file behind a URL; None where there is none of ours."""
+    """The JSON that dit-sample has put beside a file behind a URL; None where there is none of ours.
+
+    Raises:
+        UserError: it was written by a newer version, or its values are of other types.
+    """
     parent, _, name = url.rpartition("/")
-    data = UrlFolder(parent).read(sidecar_of(Path(name)).name)
-    try:
-        return None if data is None else parse_sidecar(data, f"{url}.json")
-    except UserError:  # none of ours
-        return None
+    place = sidecar_of(Path(name)).name
+    data = UrlFolder(parent).read(place)
+    return None if data is None else parse_sidecar(data, f"{parent}/{place}")

@@ -66,6 +66,16 @@ def test_images_in_a_bucket_are_judged_as_those_on_a_disk_and_copied_once(s3, ru
     assert ("GET", f"/{s3.bucket}/a.npz") not in s3.asked, "the second time there is a copy"
 
 
+def test_samples_whose_json_is_of_a_newer_version_are_refused_in_a_bucket_as_on_a_disk(s3, run, images, tmp_path):
+    path, reference = images("a.npz", 0), images("b.npz", 1)
+    (tmp_path / "a.npz.json").write_text('{"format": "dit-samples", "version": 2}')
+    for name in ("a.npz", "a.npz.json"):
+        s3.files().put(str(tmp_path / name), f"{s3.bucket}/{name}")
+    for samples in (path, f"{s3.url}/a.npz"):
+        status, _, said = run("--samples", samples, "--reference", reference, "--metrics", "kid")
+        assert status == 2 and f"{samples}.json is of version 2, but this program knows version 1; upgrade it" in said
+
+
 def test_an_upload_that_fails_is_completed_by_the_same_command_and_computed_once(s3, run, images, monkeypatch):
     asked = ("--reference", images("a.npz", 0), "--make-reference", f"{s3.url}/ref.npz")
     put = remote_output.RemoteOutput.put
