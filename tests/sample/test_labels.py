@@ -1,5 +1,7 @@
 """Which class each image shows."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,15 @@ def test_a_bad_label_file_is_refused_with_what_is_wrong(tmp_path, content, optio
     (tmp_path / "l.txt").write_text(content)
     with pytest.raises(UserError, match=message):
         labels(labels=str(tmp_path / "l.txt"), **options)
+
+
+@pytest.mark.parametrize(("wrong", "more"), [(5, None), (6, 1), (8, 3)])
+def test_of_many_wrong_labels_the_first_five_are_named_and_the_others_counted(tmp_path, wrong, more):
+    (tmp_path / "l.txt").write_text("\n".join(f"dog{number}" for number in range(wrong)))
+    with pytest.raises(UserError) as raised:
+        labels(labels=str(tmp_path / "l.txt"))
+    assert re.findall(r"'dog(\d)'", str(raised.value)) == list("01234")
+    assert re.findall(r"and (\d+) more", str(raised.value)) == ([str(more)] if more else [])
 
 
 def test_label_arrays_of_another_kind_or_range_are_refused(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -46,6 +47,15 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise_and_says_why():
     assert (alone.precision, alone.processes, alone.rank, alone.device.type) == ("no", 1, 0, "cpu")
     assert alone.reason == "CPU (--device cpu), precision no (default here)"
     assert alone.broadcast("x") == "x" and alone.on_main(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(("processes", "waited"), [(1, []), (2, ["hosts"]), (3, ["hosts"])])
+def test_from_two_processes_on_a_barrier_waits_for_the_others(monkeypatch, processes, waited):
+    asked = []
+    monkeypatch.setattr("train.distributed.dist.barrier", asked.append)
+    alone = start(HardwareOptions(device="cpu"), {})
+    dataclasses.replace(alone, processes=processes, hosts="hosts").barrier()
+    assert asked == waited
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,10 @@ def test_constant_rate_is_the_papers():
     assert {learning_rate(step, OptimizerOptions()) for step in (0, 10, 10**7)} == {1e-4}
 
 
+def test_a_constant_rate_stays_whatever_decay_steps_says():
+    assert {learning_rate(step, OptimizerOptions(decay_steps=10)) for step in (0, 10, 10**7)} == {1e-4}
+
+
 def test_warm_up_rises_in_a_line_to_the_rate():
     options = OptimizerOptions(lr=0.4, lr_warmup_steps=4)
     assert [learning_rate(step, options) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])

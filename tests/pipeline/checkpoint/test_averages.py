@@ -81,6 +81,13 @@ def test_an_exchange_is_undone_to_the_bit_even_after_an_error():
     assert all(torch.equal(a, w) for a, w in zip(average.tensors, weights(0), strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_average_is_never_exchanged_with_a_part_of_the_weights(count):
+    average = MovingAverage(weights(0), decay=0.5)
+    with pytest.raises(ValueError, match="zip"), average.exchanged_with((weights(1) * 2)[:count]):
+        pytest.fail("a network of two kinds of weights was handed out")
+
+
 @pytest.mark.parametrize("sigma", [0.01, 0.05, 0.1, 0.25, 0.2886])
 def test_a_relative_width_and_its_exponent_are_inverse(sigma):
     gamma = gamma_of(sigma)

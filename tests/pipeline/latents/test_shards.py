@@ -13,6 +13,7 @@ import webdataset
 from safetensors import safe_open
 
 from pipeline.latents import LatentStore
+from pipeline.latents.names import recorded_shards
 from pipeline.runtime.errors import UserError
 
 WEBDATASET_LEAVES_FILES_OPEN = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -173,3 +174,9 @@ def test_a_tar_whose_first_or_last_row_is_not_what_it_should_be_is_refused(new_s
             tar.addfile(member, io.BytesIO(data))
     with pytest.raises(UserError, match=rf"train-00000.tar, row {at // 2}, .*{sentence}"):
         LatentStore(store)[0]
+
+
+def test_a_shard_is_done_by_the_record_of_its_own_split_alone():
+    names = ["train-00000.json", "train-00001.safetensors", "train-more-00002.json", "train-notes", "val-00003.json"]
+    assert recorded_shards(names, "train") == {0}
+    assert recorded_shards(names, "train-more") == {2}

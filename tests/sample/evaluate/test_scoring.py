@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.runtime.errors import UserError
-from sample.evaluate.image_set import names_of
+from sample.evaluate.image_set import digest_of, names_of
 from sample.evaluate.inputs import Input
 from sample.evaluate.metrics import METRICS, MetricSpec, Outcome
 from sample.evaluate.options import EvaluateOptions
@@ -70,6 +70,11 @@ def test_many_images_are_named_by_the_first_four():
     assert names_of(named, 10, [0, 2]) == "image 10, image 12"
     assert names_of(named, 0, [0, 1, 2, 3]) == "image 0, image 1, image 2, image 3"
     assert names_of(named, 0, [0, 1, 2, 3, 9]) == "image 0, image 1, image 2, image 3 and 1 more"
+
+
+def test_what_is_asked_in_another_order_is_the_same_work():
+    assert digest_of([{"a": 1, "b": {"c": 2, "d": 3}}]) == digest_of([{"b": {"d": 3, "c": 2}, "a": 1}])
+    assert digest_of({"a": 1}) != digest_of({"a": 2})
 
 
 def test_a_metric_is_one_row_and_shows_wherever_metrics_are_named(monkeypatch):
