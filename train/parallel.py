@@ -93,7 +93,10 @@ class FullySharded:
     """
 
     def __init__(self, network: DiT, hardware: Hardware, shards: int) -> None:
-        """`shards` processes divide one copy; their number divides that of all processes."""
+        """`shards` processes divide one copy; their number divides that of all processes.
+
+        Of a network without memory (`on_meta`) no process ever holds more than its shards, which are to be put.
+        """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -112,11 +115,17 @@ class FullySharded:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        network.to(hardware.device)
+        is_empty = next(network.parameters()).is_meta
+        if not is_empty:
+            network.to(hardware.device)
         for block in network.all_blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # The root too lets go of its weights after a forward pass: previews exchange them without a backward pass.
         fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        if is_empty:
+            network.to_empty(device=hardware.device)
+            network.register_tables()
+            network.to(hardware.device)
         self.shapes = _shapes(network)
         self._parameters: list[Any] = list(network.parameters())
         self.weights = [parameter.to_local().detach() for parameter in self._parameters]

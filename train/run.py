@@ -20,6 +20,7 @@ from pipeline.diffusion import Process
 from pipeline.dit import DiT, DiTConfig, compile_blocks
 from pipeline.dit.macs import count_macs, count_parameters
 from pipeline.dit.matrices import count_in_matrices
+from pipeline.dit.model import on_meta, starting_weights
 from pipeline.features.store import FeatureStore
 from pipeline.features.targets import TokenNormalization
 from pipeline.latents import LatentStore, Manifest
@@ -138,7 +139,8 @@ def assemble(options: TrainOptions, machine: Hardware, stack: contextlib.ExitSta
     identity = build.data_identity(store.manifest, features)
     mirror = _open_mirror(options, machine, stack)
     found = _claim_run(options, machine, stack, identity, mirror)
-    network = DiT(config, seed=options.data.seed)
+    is_adapted = found is None and options.model.init_from is not None
+    network = _network(config, options, machine, is_whole=is_adapted)
     if found is None:
         build.refuse_too_wide_latents(config, process, allowed=options.run.anyway)
         build.start_weights(network, options.model, manifest, process)
@@ -292,12 +294,21 @@ def _check_room(options: TrainOptions, config: DiTConfig) -> None:
         )
 
 
+def _network(config: DiTConfig, options: TrainOptions, machine: Hardware, *, is_whole: bool) -> DiT:
+    """The network with its first weights; without any where it is to be divided, unless it `is_whole` first."""
+    divided = shard_processes(options.hardware, machine.processes) > 1
+    return on_meta(config) if divided and not is_whole else DiT(config, seed=options.data.seed)
+
+
 def _start_state(network: DiT, options: TrainOptions, machine: Hardware) -> TrainState:
     network.gradient_checkpointing = options.model.gradient_checkpointing
     if options.model.compile:
         torch._dynamo.config.optimize_ddp = False  # it would cut each block, compiled on its own, into three graphs
         compile_blocks(network)
+    is_empty = next(network.parameters()).is_meta
     placement = parallelize(network, machine, shard_processes(options.hardware, machine.processes))
+    if is_empty:
+        placement.put(starting_weights(placement.shapes, network.config, options.data.seed), placement.weights)
     optimizer = Optimizer(
         placement.weights,
         options.optimizer,

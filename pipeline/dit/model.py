@@ -1,6 +1,7 @@
 """The Diffusion Transformer (Peebles & Xie 2023, arXiv 2212.09748), under the public release's parameter names."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -71,11 +72,15 @@ class DiT(nn.Module):
             self.head = WideHead(config) if config.head else None
             self.class_embedder = nn.Linear(config.class_token, config.hidden_size) if config.class_token else None
         self.to_empty(device=device)
-        register_tables(self, config)
-        if self.head is not None and config.head is not None:
-            register_tables(self.head, config.head)
+        self.register_tables()
         if seed is not None and device.type != "meta":
             initialize(self, seed)
+
+    def register_tables(self) -> None:
+        """Compute the tables of positions, here and in a wide head."""
+        register_tables(self, self.config)
+        if self.head is not None and self.config.head is not None:
+            register_tables(self.head, self.config.head)
 
     @property
     def all_blocks(self) -> list[nn.Module]:
@@ -234,21 +239,27 @@ def initialize(model: DiT, seed: int) -> None:
     tables and the timestep MLP normal with deviation 0.02; the final layers 0. With adaln-zero the modulation
     layers are 0, so every block begins as the identity. The shares of a value residual are 0.5.
     """
-    draws = randomness.generator(seed, "network weights")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if _starts_at_zero(name, model.config):
-                parameter.zero_()
-            elif name.endswith("value_lambda"):
-                parameter.fill_(0.5)
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name in _NORMAL_WEIGHTS:
-                parameter.copy_(torch.randn(parameter.shape, generator=draws) * _NORMAL_WEIGHTS[name])
-            else:
-                rows, columns = parameter.flatten(1).shape
-                bound = math.sqrt(6 / (rows + columns))
-                parameter.copy_((torch.rand(parameter.shape, generator=draws) * 2 - 1) * bound)
+        for parameter, weight in zip(model.parameters(), starting_weights(shapes, model.config, seed), strict=True):
+            parameter.copy_(weight)
+
+
+def starting_weights(shapes: Mapping[str, tuple[int, ...]], config: DiTConfig, seed: int) -> Iterator[Tensor]:
+    """What `initialize` sets the parameters of these names and shapes to, one after the other."""
+    draws = randomness.generator(seed, "network weights")
+    for name, shape in shapes.items():
+        if _starts_at_zero(name, config):
+            yield torch.zeros(shape)
+        elif name.endswith("value_lambda"):
+            yield torch.full(shape, 0.5)
+        elif len(shape) == 1:
+            yield torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
+        elif name in _NORMAL_WEIGHTS:
+            yield torch.randn(shape, generator=draws) * _NORMAL_WEIGHTS[name]
+        else:
+            bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+            yield (torch.rand(shape, generator=draws) * 2 - 1) * bound
 
 
 def _starts_at_zero(name: str, config: DiTConfig) -> bool:

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import find_damage, read_checkpoint
+from pipeline.dit import DiT, DiTConfig
+from pipeline.dit.macs import count_parameters
 from pipeline.inspect.checkpoint import describe_checkpoint
 from pipeline.runtime.errors import UserError
 from tests.train.runs import (
@@ -245,3 +247,69 @@ def test_a_network_is_cut_in_order_and_evenly_into_parts_of_which_none_is_empty(
 def test_an_average_cannot_be_named_like_a_shard():
     with pytest.raises(UserError, match="is no plain file name"):
         _ = AverageOptions(extra_ema=("x-00001-of-00002=0.9",)).decays
+
+
+MEASURED = """
+import os, sys
+from pathlib import Path
+from train import run
+from train.__main__ import main
+from train.distributed import peak_resident_bytes
+
+folder, steady = Path(sys.argv.pop(1)), run.run_steps
+
+def noted(trainer, stop):
+    (folder / f"start-{os.environ['RANK']}").write_text(str(peak_resident_bytes()))
+    return steady(trainer, stop)
+
+run.run_steps = noted
+status = main()
+(folder / f"end-{os.environ['RANK']}").write_text(str(peak_resident_bytes()))
+sys.exit(status)
+"""
+
+
+def peaks(store, folder, *flags, processes=4, **sizes):
+    """The most memory that each process held, [before the first step, at all], in MB."""
+    folder.mkdir()
+    (folder / "measured.py").write_text(MEASURED)
+    words = torchrun(store, folder / "run", *flags, processes=processes, steps=1, **sizes)
+    at = words.index("--module")
+    words[at : at + 2] = [str(folder / "measured.py"), str(folder)]
+    result = subprocess.run(
+        words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return {
+        when: [int((folder / f"{when}-{rank}").read_text()) / 1e6 for rank in range(processes)]
+        for when in ("start", "end")
+    }
+
+
+@pytest.mark.slow
+def test_no_process_ever_holds_the_whole_of_a_divided_network_neither_at_the_start_nor_to_save_it(store, tmp_path):
+    """Beyond what a tiny network takes; run with -s for the figures of docs/scaling.md."""
+    network = ["--model", "DiT-B/2", "--batch-size", "4"]
+    weights = 4e-6 * count_parameters(DiTConfig.from_preset("DiT-B/2", input_size=8, num_classes=4))
+    tiny = peaks(store, tmp_path / "tiny", *FSDP, "--sharded-checkpoints")
+    found = {}
+    for name, more in (("whole", []), ("sharded", ["--sharded-checkpoints"])):
+        taken = peaks(store, tmp_path / name, *network, *FSDP, *more, depth=None)
+        found[name] = {
+            when: [peak - least for peak, least in zip(taken[when], tiny[when], strict=True)] for when in taken
+        }
+        print(name, {when: [round(peak) for peak in of_all] for when, of_all in found[name].items()}, round(weights))
+        assert max(found[name]["start"]) < 1.1 * 2 / 4 * weights  # weights and average, of which each has a quarter
+    assert (
+        max(found["sharded"]["end"]) < 1.15 * (5 + 4) / 4 * weights
+    )  # moments, gradients, and a copy of all but those
+    assert max(found["whole"]["end"]) > 4 * weights
+
+
+@pytest.mark.slow
+def test_a_divided_network_begins_with_the_weights_of_a_whole_one_to_the_bit(store, tmp_path):
+    flags = ["--lr", "0", "--blocks", "modern", "--sharding", "hsdp", "--shard-processes", "2", "--seed", "5"]
+    result = launch(store, tmp_path / "run", *flags, processes=4, steps=1)
+    assert result.returncode == 0, result.stderr
+    checkpoint = read_checkpoint(tmp_path / "run", weights="raw")
+    assert_equal(checkpoint.model.state_dict(), DiT(checkpoint.config, seed=5).state_dict())
