@@ -21,8 +21,9 @@ from extract.inputs import Inputs, StoreInputs, check_same_listing, images_of, l
 from extract.options import ExtractOptions
 from extract.plan import Plan
 from extract.progress import Amount, ExtractProgress
+from extract.same_data import LANE
 from extract.sources.selection import open_source
-from extract.store_folder import BEGINNING, LANE, OutputFolder
+from extract.store_folder import BEGINNING, OutputFolder
 from pipeline.features.encoder import EncoderFolder, VisionEncoder, find_encoder, load_encoder
 from pipeline.features.manifest import Columns, FeatureManifest, read_features
 from pipeline.features.writer import FeatureRows, entries_of, finish_features, write_shard

@@ -15,15 +15,15 @@ import torch
 from extract.encoder import Encoder, arithmetic, cores_of_this_process, lane_of
 from extract.features import add_features, features_bytes
 from extract.fill import ExtractJob, fill, write_latents
-from extract.inputs import Inputs, list_inputs
+from extract.inputs import Inputs, Loader, list_inputs
 from extract.options import ExtractOptions
 from extract.plan import Plan
 from extract.preview import draw_preview
 from extract.progress import Amount, ExtractProgress, Output
-from extract.same_data import check_same_data
+from extract.same_data import AS_SERVED, LANE, check_inputs, shards_to_check
 from extract.sources.listing import Source
 from extract.sources.selection import open_source
-from extract.store_folder import AS_SERVED, BEGINNING, LANE, OutputFolder
+from extract.store_folder import BEGINNING, OutputFolder
 from pipeline.latents.manifest import LatentSpec, read_manifest
 from pipeline.latents.records import ShardRecord, read_record
 from pipeline.latents.writer import DTYPES, StoreDescription, finish_store
@@ -109,6 +109,14 @@ def _is_done(options: ExtractOptions, output: OutputFolder, source: Source, plac
     if inputs is not None and options.preview is not None and place.is_main:
         preview(options, inputs, place)
     return True
+
+
+def check_same_data(output: OutputFolder, plan: Plan, loader: Loader) -> None:
+    """Raise UserError unless a few inputs, of a few of the shards that are there, still have the bytes they had."""
+    with output.unmoved():
+        shards = shards_to_check(output.done(range(plan.shards)))
+        records = [(shard, read_record(output.place, output.split, shard)) for shard in shards]
+    check_inputs(records, plan, loader, output.path)
 
 
 def _check(options: ExtractOptions, inputs: Inputs, place: Launch) -> dict[str, Any]:

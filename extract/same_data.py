@@ -1,27 +1,54 @@
-"""Whether an extraction goes on with the data that it was begun with: a few inputs' bytes against the records."""
+"""Whether an extraction goes on with what it was begun with: the same settings, and a few inputs' bytes as recorded."""
 
+import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from extract.inputs import Loader
 from extract.plan import Plan
 from extract.sources.listing import UnreadableInputError
-from extract.store_folder import OutputFolder
-from pipeline.latents.records import ShardRecord, read_record
+from pipeline.latents.records import ShardRecord
 from pipeline.randomness import Permutation
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import Passed, typed
 
+LANE, AS_SERVED = "batch-size", "data (by size, ETag and time on the server)"
+"""Settings that are compared only where both the store and this command have them."""
 _CHECKED_SHARDS, _CHECKED_INPUTS = 8, 8
 
 
-def check_same_data(output: OutputFolder, plan: Plan, loader: Loader) -> None:
-    """Raise UserError unless a few inputs, of a few of the shards that are there, still have the bytes they had."""
-    with output.unmoved():
-        shards = shards_to_check(output.done(range(plan.shards)))
-        records = [(shard, read_record(output.place, output.split, shard)) for shard in shards]
-    check_inputs(records, plan, loader, output.path)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Begun(Passed):
+    """The settings that a store was begun with, by flag: settings.json. All are compared, one is asked for."""
+
+    split: str | None = None
+
+
+def begun(value: Any, place: object) -> Begun:
+    """What settings.json there says.
+
+    Raises:
+        UserError: it is no object, or its split no text.
+    """
+    return typed(value, Begun, f"{place} is damaged", advice="restore it, or remove it and use --overwrite")
+
+
+def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """A sentence for each setting that was another one."""
+    return [
+        f"--{key} {_short(recorded.get(key))} there, {_short(wanted[key])} now"
+        for key in wanted
+        if recorded.get(key) != wanted[key] and (key in recorded or key not in (LANE, AS_SERVED))
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def shards_to_check(done: list[int]) -> list[int]:

@@ -10,7 +10,6 @@
 `.work` goes when the store is finished; what stays is the store alone.
 """
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from extract.same_data import Begun, begun, differences
 from pipeline.latents.manifest import ShardEntry, read_manifest
 from pipeline.latents.names import MANIFEST_FILE, SKIPPED_FILE, WORK_FOLDER, record_name, recorded_shards
 from pipeline.latents.records import ShardRecord, read_record, skipped_lines
@@ -28,13 +28,10 @@ from pipeline.latents.store_files import READY, REPLACEMENT_LOCK, remove_files, 
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import flush_folder, make_folder, read_json, remove_folder, write_bytes, write_json
-from pipeline.runtime.gate import Passed, typed
 from pipeline.runtime.work_queue import Presence, exclusive, try_claim
 
 _WAIT_FOR_MAIN_S = 60.0
 _LOOK_EVERY_S = 0.5
-LANE, AS_SERVED = "batch-size", "data (by size, ETag and time on the server)"
-"""Settings that are compared only where both the store and this command have them."""
 BEGINNING = "removal"
 """The lock of the process that looks whether all is right and then begins anew (`--overwrite`)."""
 
@@ -357,31 +354,6 @@ class OutputFolder:
         return lock is None and self.work.is_dir()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Begun(Passed):
-    """The settings that a store was begun with, by flag: settings.json. All are compared, one is asked for."""
-
-    split: str | None = None
-
-
-def begun(value: Any, place: object) -> Begun:
-    """What settings.json there says.
-
-    Raises:
-        UserError: it is no object, or its split no text.
-    """
-    return typed(value, Begun, f"{place} is damaged", advice="restore it, or remove it and use --overwrite")
-
-
-def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """A sentence for each setting that was another one."""
-    return [
-        f"--{key} {_short(recorded.get(key))} there, {_short(wanted[key])} now"
-        for key in wanted
-        if recorded.get(key) != wanted[key] and (key in recorded or key not in (LANE, AS_SERVED))
-    ]
-
-
 def _is_older(path: Path, since: float) -> bool:
     try:
         return path.stat().st_mtime < since
@@ -395,8 +367,3 @@ def _has_size(path: Path, size: int | None = None) -> bool:
         return path.stat().st_size == size if size is not None else path.is_file()
     except FileNotFoundError:
         return False
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else text if len(text) <= 60 else f"{text[:57]}…"

@@ -31,9 +31,9 @@ from extract.run import (
     too_many,
     vae_of,
 )
-from extract.same_data import check_inputs, shards_to_check
+from extract.same_data import Begun, begun, check_inputs, differences, shards_to_check
 from extract.sources.selection import open_source
-from extract.store_folder import Begun, OutputFolder, begun, differences
+from extract.store_folder import OutputFolder
 from pipeline.latents.manifest import Manifest, parse_manifest
 from pipeline.latents.names import (
     CARD_FILE,

@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from extract import run, store_folder
-from extract.store_folder import LANE, OutputFolder
+from extract.same_data import LANE
+from extract.store_folder import OutputFolder
 from pipeline.latents.names import record_name
 from pipeline.runtime.errors import UserError
 
