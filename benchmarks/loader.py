@@ -16,10 +16,12 @@ import torch
 
 from benchmarks.machine import Setting
 from benchmarks.report import Pieces, Row
+from benchmarks.stores import finish_random_store, latent_spec
 from benchmarks.timing import rates, ratios, seconds_of
 from pipeline import randomness
-from pipeline.latents import LatentSpec, LatentStore
-from pipeline.latents.writer import StoreDescription, finish_store, write_shard
+from pipeline.latents import LatentStore
+from pipeline.latents.names import FORMATS
+from pipeline.latents.writer import write_shard
 
 BATCH = 256
 VIEWS = ("center", "center-hflip")
@@ -101,7 +103,7 @@ def make(data: Data) -> None:
         indices = np.arange(first, min(data.samples, first + per_shard))
         shape = (len(indices), len(VIEWS), *SHAPE)
         latents = randomness.normal(shape, 0, "benchmark latents", shard).half()
-        for shard_format in ("safetensors", "webdataset"):
+        for shard_format in FORMATS:
             folder = data.folder / shard_format
             folder.mkdir(exist_ok=True)
             write_shard(
@@ -113,23 +115,8 @@ def make(data: Data) -> None:
                 path.parent.mkdir(exist_ok=True)
                 np.save(path, array)
     np.save(data.folder / "labels.npy", np.arange(data.samples) % 1000)
-    channels, height, width = SHAPE
-    latent = LatentSpec(
-        kind="moments", channels=channels // 2, height=height, width=width, dtype="float16", downsample=8
-    )
-    for shard_format in ("safetensors", "webdataset"):
-        description = StoreDescription(
-            split="train",
-            shard_format=shard_format,
-            latent=latent,
-            views=VIEWS,
-            image={"size": 8 * height, "crop": "adm-center"},
-            vae={"name": "none", "class": "none", "sha256": "", "scaling_factor": 1.0, "shift_factor": None},
-            classes=[str(label) for label in range(1000)],
-            class_ids=[str(label) for label in range(1000)],
-            seed=0,
-        )
-        finish_store(data.folder / shard_format, description, shards=len(shards))
+    for shard_format in FORMATS:
+        finish_random_store(data.folder / shard_format, latent_spec(SHAPE[-1]), VIEWS, shard_format, shards=len(shards))
     os.sync()
 
 

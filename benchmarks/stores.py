@@ -31,20 +31,27 @@ def write_store(
     moments = randomness.normal((samples, *latent.row_shape(len(views))), 0, "benchmark store").half()
     labels, keys = np.arange(samples) % CLASSES, [f"{k}.JPEG" for k in range(samples)]
     write_shard(folder, "train", 0, shard_format, moments, labels, np.arange(samples), keys)
+    finish_random_store(folder, latent, views, shard_format, shards=1)
+    return moments
+
+
+def finish_random_store(
+    folder: Path, latent: LatentSpec, views: Sequence[str], shard_format: str, *, shards: int
+) -> None:
+    """Write the manifest of a store whose shards are in place."""
     names = [str(label) for label in range(CLASSES)]
     description = StoreDescription(
         split="train",
         shard_format=shard_format,
         latent=latent,
         views=views,
-        image={"size": 8 * side, "crop": "adm-center"},
+        image={"size": latent.downsample * latent.height, "crop": "adm-center"},
         vae=VAE,
         classes=names,
         class_ids=names,
         seed=0,
     )
-    assert finish_store(folder, description, shards=1) is not None
-    return moments
+    assert finish_store(folder, description, shards=shards) is not None
 
 
 def simulate_store(folder: Path, *, samples: int, samples_per_shard: int = 4096, side: int = 32) -> Manifest:
