@@ -351,7 +351,7 @@ def _tars_in(given: Given) -> tuple[list[Path], list[str]]:
 
 def _tars_below(given: Given, entries: list[Path], folders: list[Path]) -> list[Path]:
     """The tars in sub-folders, where these hold tars alone."""
-    if not any(path.suffix == ".tar" and path.parent != given.root for path in given.larger_files(given.root)):
+    if not any(path.suffix == ".tar" for path in given.larger_files(given.root)):  # quick, beside a million images
         return []
     files = [path for folder in folders for path in given.entries(folder)]
     tars = [path for path in files if path.suffix == ".tar" and path.is_file()]

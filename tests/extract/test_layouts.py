@@ -110,6 +110,16 @@ def test_links_to_folders_that_are_read_themselves_are_no_data(tmp_path, tree, i
     assert listing.class_ids == ("a", "b") and any("links to folders" in note for note in listing.notes)
 
 
+@pytest.mark.parametrize("beside", [{}, {"a/x.json": b"{}", "README.md": b"x"}])
+def test_tars_in_sub_folders_are_read_with_the_labels_in_them(tmp_path, tree, image, beside):
+    tars = {
+        f"{name}/{name}.tar": tar_of([(f"{name}{label}.jpg", image), (f"{name}{label}.cls", b"%d" % label)])
+        for label, name in enumerate("ab")
+    }
+    tree(tmp_path / "d", {**tars, **beside})
+    assert labelled(opened(tmp_path / "d", tmp_path)[1]) == {"a/a.tar/a0.jpg": "0", "b/b.tar/b1.jpg": "1"}
+
+
 @pytest.mark.parametrize("beside", ["a/0.jpg", "x.tar"])
 def test_stores_and_runs_inside_the_data_are_no_data(tmp_path, tree, image, beside):
     content = tar_of(pairs("ab", image)) if beside.endswith(".tar") else image

@@ -124,6 +124,12 @@ def test_folders_that_are_parts_are_refused_and_the_one_meant_is_named(tmp_path,
     assert set(listing.class_ids) == {name.split("/")[0] for name in names}
 
 
+@pytest.mark.parametrize("names", [["a/b/0.jpg", "a/b/cat/1.jpg"], ["a/b/cat/1.jpg", "a/b/0.jpg", "a/b/dog/2.jpg"]])
+def test_one_class_with_images_beside_its_folders_is_a_class(tmp_path, tree, image, names):
+    tree(tmp_path / "d", dict.fromkeys(names, image))
+    assert opened(tmp_path / "d", tmp_path)[1].class_ids == ("a",)
+
+
 def test_class_folders_that_hold_the_same_folders_are_said(tmp_path, tree, image):
     names = [f"{outer}/{inner}/0.jpg" for outer in ("real", "fake") for inner in ("cat", "dog")]
     tree(tmp_path / "d", dict.fromkeys(names, image))
@@ -313,6 +319,14 @@ def test_members_that_may_be_labels_and_are_not_read_are_said(tmp_path, image, e
     told = "json:class_name" if extension == "json" else extension
     if extension == "json":
         assert opened(path, tmp_path, label_column=told)[1].class_ids == ("a", "b")
+
+
+def test_members_beside_images_that_names_label_are_not_said_to_be_missed(tmp_path, image):
+    names = ("n01440764_0", "n01443537_1")
+    members = [member for name in names for member in ((f"{name}.jpg", image), (f"{name}.txt", b"a picture"))]
+    listing = opened(archive(tmp_path / "t.tar", members), tmp_path)[1]
+    assert listing.class_ids == ("n01440764", "n01443537")
+    assert not any("no labels are told" in note for note in listing.notes)
 
 
 # --- tables

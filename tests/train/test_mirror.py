@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint import load_checkpoint
+from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.remote import localized, whole_steps
 from pipeline.inspect.checkpoint import describe_checkpoint
 from pipeline.runtime import remote_files
@@ -18,6 +19,7 @@ from sample.evaluate.inputs import kind_of
 from tests.train.runs import assert_same_run, checkpoints, history, train
 
 pytestmark = pytest.mark.usefixtures("quick_urls")
+FILES = ["model.safetensors", "config.json", "state/files.json"]
 KEEP = ["--save-every", "4", "--keep-last", "2"]
 
 
@@ -164,6 +166,20 @@ def test_parts_of_a_checkpoint_that_never_counted_go_at_the_next_start(s3, store
     s3.files().pipe_file(f"{s3.bucket}/run/checkpoints/step-0000011/model.safetensors", b"half")
     assert train(store, mirrored, *KEEP, "--mirror", f"{s3.url}/run", steps=13) == 0
     assert not [name for name in s3.names("run") if "step-0000011" in name]
+
+
+@pytest.mark.parametrize("here", [[], [8]])
+def test_a_checkpoint_that_is_there_and_not_here_stays_when_a_run_begins(tmp_path, here):
+    for folder, steps in (("far", [4, 8]), ("run", here)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+        for name in (f"{folder}/checkpoints/step-{step:07d}/{file}" for step in steps for file in FILES):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name.split("/")[-1])
+    mirror = Mirror(f"file://{tmp_path}/far", tmp_path / "run", lambda _steps, _read: [])
+    mirror.begin()
+    mirror.close()
+    assert all((tmp_path / f"far/checkpoints/step-{step:07d}/{file}").is_file() for step in (4, 8) for file in FILES)
 
 
 def test_a_folder_of_someones_own_among_the_checkpoints_there_stays_and_is_in_nobodys_way(s3, store, mirrored):

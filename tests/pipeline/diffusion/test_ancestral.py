@@ -88,3 +88,24 @@ def test_a_network_in_half_precision_samples_in_float32():
         GaussianDiffusion(), lambda x, _: torch.cat([x, x], 1).bfloat16(), torch.ones(1, 1, 2, 2), torch.ones, steps=3
     )
     assert x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_the_noise_of_a_ddim_step_is_eta_of_the_posteriors(eta):
+    process, inputs = GaussianDiffusion(variance="fixed-small"), []
+
+    def flat(x, _):
+        inputs.append(x)
+        return torch.zeros_like(x)
+
+    for drawn in (0.0, 1.0):
+        ddim(
+            process,
+            flat,
+            torch.ones(1, 1, 2, 2),
+            lambda _, drawn=drawn: torch.full((1, 1, 2, 2), drawn),
+            steps=2,
+            eta=eta,
+        )
+    spread = process.respaced("2").tables.posterior_variance[1].sqrt().item()
+    torch.testing.assert_close(inputs[3] - inputs[1], torch.full((1, 1, 2, 2), eta * spread))
