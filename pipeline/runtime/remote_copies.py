@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.runtime.console import progress, say, warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import explain_write_error, make_folder, replacing
-from pipeline.runtime.remote_files import is_url, open_files, pieces_of
+from pipeline.runtime.files import explain_write_error, explained_writes, make_folder, replacing
+from pipeline.runtime.remote_files import DamagedError, is_url, open_files, pieces_of, trying
 from pipeline.runtime.units import size
 
 _THREADS = 4
@@ -108,7 +109,7 @@ def _digest(text: str) -> str:
 def _told(address: str) -> dict[str, str]:
     """What the server says that tells these bytes from later ones under the same address."""
     files, place = open_files(address)
-    told = files.info(place)
+    told = trying(lambda: files.info(place))
     return {name: str(told[name]) for name in _IDENTIFYING if told.get(name) is not None}
 
 
@@ -128,23 +129,32 @@ def _fetch(address: str, path: Path, thin: Callable[[Path], None] | None) -> Non
         try:
             told = _told(address)
             promised = int(told["size"]) if "size" in told else None
-            files, place = open_files(address)
-            for piece in pieces_of(files, place, size=promised):
-                target.write(piece)
+            trying(lambda: _pour(address, promised, target, path))
             is_same = _told(address) == told and _digest(repr(told)) == path.name[8:16]
         except Exception as error:  # as above
             explained = explain_write_error(path, error) if isinstance(error, OSError) else error
             if isinstance(explained, UserError):
                 raise explained from error
             raise _unfetched(address, error) from error
-        if promised is not None and target.tell() != promised:
-            what = "cut off" if target.tell() < promised else "too long"
-            raise UserError(f"{address} came {what}: {target.tell():,} of {promised:,} bytes; run the command again")
         if not is_same:
             raise UserError(f"{address} was replaced on the server meanwhile; run the command again")
         if thin is not None:
             target.flush()
             thin(temporary)
+
+
+def _pour(address: str, promised: int | None, target: BinaryIO, path: Path) -> None:
+    """Write what is behind an address into a file, from its beginning; raises DamagedError if it is not all there."""
+    target.seek(0)
+    target.truncate()
+    files, place = open_files(address)
+    for piece in pieces_of(files, place, size=promised):
+        with explained_writes(path):
+            target.write(piece)
+    found = target.tell()
+    if promised is not None and found != promised:
+        what = "cut off" if found < promised else "too long"
+        raise DamagedError(f"{address} came {what}: {found:,} of {promised:,} bytes; run the command again")
 
 
 def _unfetched(address: str, error: Exception) -> UserError:

@@ -304,28 +304,35 @@ class UrlFolder:
         return f"{self._root}/{name}" if name else self._root
 
     def _retry(self, action: Callable[[], Value], name: str, what: str) -> Value:
-        """What the action gives; tried again after failures that may pass, waiting longer each time."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                return action()
-            except (FileNotFoundError, FileExistsError):
+        try:
+            return trying(action)
+        except (FileNotFoundError, FileExistsError, UserError):
+            raise
+        except Exception as error:  # every file system of fsspec has errors of its own
+            if _is_about_rights(error):
+                raise UserError(
+                    f"{self.describe(name)} cannot be {what}: access is refused ({error}); check the credentials "
+                    f"(of s3:// AWS_ACCESS_KEY_ID and its kin, or a profile), renew them if they have expired, and "
+                    "run the same command again"
+                ) from error
+            raise UserError(f"{self.describe(name)} cannot be {what} ({type(error).__name__}: {error})") from error
+
+
+def trying(action: Callable[[], Value]) -> Value:
+    """What the action gives; tried again after failures that may pass, waiting longer each time; or its last error."""
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return action()
+        except Exception as error:
+            if not _may_pass(error):
                 raise
-            except Exception as error:  # every file system of fsspec has errors of its own
-                if isinstance(error, UserError) and not isinstance(error, DamagedError):
-                    raise
-                if _is_about_rights(error):
-                    raise UserError(
-                        f"{self.describe(name)} cannot be {what}: access is refused ({error}); check the credentials "
-                        f"(of s3:// AWS_ACCESS_KEY_ID and its kin, or a profile), renew them if they have expired, and "
-                        "run the same command again"
-                    ) from error
-                if attempt + 1 < _ATTEMPTS:
-                    time.sleep(_FIRST_WAIT_S * 4**attempt)
-                    continue
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(f"{self.describe(name)} cannot be {what} ({type(error).__name__}: {error})") from error
-        raise AssertionError
+            time.sleep(_FIRST_WAIT_S * 4**attempt)
+    return action()
+
+
+def _may_pass(error: Exception) -> bool:
+    is_final = isinstance(error, UserError) and not isinstance(error, DamagedError)
+    return not (is_final or isinstance(error, FileNotFoundError | FileExistsError) or _is_about_rights(error))
 
 
 def _is_about_rights(error: Exception) -> bool:

@@ -117,6 +117,27 @@ def test_into_a_bucket_from_a_bucket_leaves_no_disk_behind_and_waits_out_throttl
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
+def test_copies_of_tars_wait_out_throttling_and_connections_that_are_cut(s3, made, there, tmp_path, monkeypatch):
+    address = there.replace(f"{{000..{TARS - 1:03d}}}", "000")
+    honest, begun = remote_copies.pieces_of, []
+
+    def cut_twice(*where, **more):
+        begun.append(where)
+        pieces = honest(*where, **more)
+        if len(begun) > 2:
+            yield from pieces
+            return
+        yield next(pieces)[:1000]
+        if len(begun) == 1:  # the second time nobody says that it is cut
+            raise ConnectionResetError("cut")
+
+    monkeypatch.setattr(remote_copies, "pieces_of", cut_twice)
+    s3.throttled = 3
+    remote_copies.fetch([address], tmp_path / "copies")
+    assert len(begun) == 3 and s3.throttled == 0
+    assert remote_copies.local_place(address, tmp_path / "copies").read_bytes() == (made[0] / "000.tar").read_bytes()
+
+
 def test_a_tar_that_is_replaced_meanwhile_ends_the_command_before_its_images_get_into_a_shard(
     s3, made, there, command, tmp_path, monkeypatch
 ):
