@@ -255,7 +255,7 @@ def load_encoder(folder: EncoderFolder, *, device: torch.device, dtype: torch.dt
     with _explained(folder.name), torch.no_grad():
         states = model(pixel_values=black).last_hidden_state
     patch = getattr(model.config, "patch_size", None)
-    side = folder.resolution // patch if isinstance(patch, int) and patch > 0 else 0
+    side = folder.resolution // patch if isinstance(patch, int) else 0
     side = states.shape[-1] if states.ndim == 4 else side
     states = _as_tokens(states)
     if states.ndim != 3 or not side or states.shape[1] < side * side:

@@ -45,6 +45,7 @@ def test_the_folders_that_are_changed_are_sound_and_unknown_keys_are_no_matter(n
         ("encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but must be .* <= 10000"),
         ("encoder", {"num_hidden_layers": 9000}, "num_hidden_layers 9000 in its config.json, but its weights are"),
         ("encoder", {"num_hidden_layers": -1}, "num_hidden_layers is -1, but must be a whole number >= 0"),
+        ("encoder", {"patch_size": 0}, "config.json is damaged: patch_size is 0, but must be"),
         ("encoder", {"vision_config": {"patch_size": 0}}, "vision_config.patch_size is 0, but must be"),
         ("encoder", {"id2label": ["a"]}, "id2label is ..a.., but must be an object"),
         ("encoder", {"mlp_ratio": []}, "cannot be used"),

@@ -2,6 +2,7 @@
 
 import os
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -61,6 +62,17 @@ def test_an_absurd_row_count_in_the_footer_is_refused(rows, tmp_path):
     assert parquet.read_metadata(table).num_rows == rows
     with pytest.raises(UserError, match=r"x.parquet is damaged: it claims [\d,]+ rows"):
         opened(table)
+
+
+@pytest.mark.parametrize(("at_once", "refused"), [(-1, True), (0, False), (1000, False), (1001, True)])
+def test_a_part_of_less_than_nothing_or_more_than_memory_is_refused(at_once, refused, tmp_path, monkeypatch):
+    group = SimpleNamespace(num_rows=2, total_byte_size=at_once)
+    footer = SimpleNamespace(num_rows=2, num_row_groups=1, row_group=lambda _number: group)
+    table = written(tmp_path / "d" / "x.parquet", image=[IMAGE] * 2)
+    monkeypatch.setattr(parquet, "read_metadata", lambda _path: footer)
+    monkeypatch.setattr("pipeline.runtime.devices.machine_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="claims more at once .* or less than nothing") if refused else nullcontext():
+        check_table(table)
 
 
 @pytest.mark.parametrize("length", [0, 8, 1 << 30, (1 << 32) - 1])
@@ -172,6 +184,19 @@ def test_labels_of_any_type_are_classes_or_one_sentence(labels, tmp_path):
     except UserError as error:
         said = str(error)
     assert (said or "x").isprintable() and len(said) < 2000
+
+
+@pytest.mark.parametrize(("labels", "wrong"), [([0, 1, None, -1], None), ([0, 2], 2), ([3, None], 3)])
+def test_labels_go_as_far_as_the_names_of_their_column(labels, wrong):
+    features = datasets.Features({"label": datasets.ClassLabel(names=["a", "b"])})
+    column = pa.table({"label": pa.array(labels, pa.int64())}, schema=features.arrow_schema)
+    table = datasets.Dataset(column)
+    source = TableSource(name="x", table=table, image_column="image", label_column="label")
+    if wrong is None:
+        assert source.inputs().labels.tolist() == [0, 1, -1, -1]
+        return
+    with pytest.raises(UserError, match=f"'label' of x has the label {wrong}, but names 2 classes"):
+        source.inputs()
 
 
 def test_a_label_without_a_name_is_refused(tmp_path):

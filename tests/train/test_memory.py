@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.dit import DiTConfig
-from pipeline.dit.memory import StepSettings, step_memory
+from pipeline.dit.memory import StepSettings, activation_bytes, step_memory
 from pipeline.runtime.errors import UserError
 from tests.train.runs import lines, train
 from train import memory
@@ -25,6 +25,18 @@ def test_the_papers_network_takes_what_was_traced_of_it():
     assert (total(images=257) - total(images=256)) / GIB == pytest.approx(0.41, rel=0.02)
     more, fewer = (total(images=images, checkpointing=True) for images in (257, 256))
     assert (more - fewer) / GIB == pytest.approx(0.047, rel=0.1)
+
+
+@pytest.mark.parametrize(("precision", "added"), [("no", (79.3 * 0.101, 16.1)), ("bf16", (52.2 * 0.268, 20.1))])
+def test_normalized_queries_and_keys_count_once_by_the_norm_that_does_it(precision, added):
+    def kept(**fields):
+        config = DiTConfig.from_preset("DiT-B/2", input_size=32, **fields)
+        return activation_bytes(config, precision=precision, checkpointing=False) / config.tokens / config.hidden_size
+
+    release, layer = kept(), kept(qk_norm=True)
+    assert layer - release == pytest.approx(12 * added[0], rel=1e-3)
+    assert kept(norm="rms") == release
+    assert kept(qk_norm=True, norm="rms") - release == pytest.approx(12 * added[1], rel=1e-3)
 
 
 def test_each_setting_that_is_advised_needs_less_and_ddp_needs_its_gradients_too():

@@ -23,6 +23,7 @@ from pipeline.checkpoint.diffusers_write import fold_normalization
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.release import default_info
 from pipeline.convert import __main__
+from pipeline.convert.features import listed
 from pipeline.convert.parity import fix
 from pipeline.diffusion import GaussianDiffusion, RectifiedFlow
 from pipeline.dit import DiT, DiTConfig
@@ -537,6 +538,15 @@ def test_features_of_fast_dit_become_a_store_of_points(tmp_path, run):
     status, _, err = run(tmp_path / "store", tmp_path / "other", "store")
     assert (status, "holds no latents that are known here; what can become a store is: fast-dit" in err) == (2, True)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("label", [[1.5], [1.0], [True], [0, 1], []])
+def test_a_label_of_fast_dit_that_is_not_one_whole_number_is_refused(tmp_path, label):
+    for kind, value in (("features", np.ones((1, 4, 4, 4), "f4")), ("labels", np.array(label))):
+        (tmp_path / "fast" / f"some_{kind}").mkdir(parents=True)
+        np.save(tmp_path / "fast" / f"some_{kind}" / "0.npy", value)
+    with pytest.raises(UserError, match=r"some_labels/0\.npy holds \w+ \(\d,\), not one whole number"):
+        listed(tmp_path / "fast")
 
 
 def test_a_store_is_replaced_only_by_features_that_were_found_right_and_only_if_an_import_made_it(tmp_path, run):

@@ -60,6 +60,23 @@ def inception_score_of(samples):
     return compute_scores(("is",), Comparison(samples=samples, reference=samples, **SETTINGS))[0]
 
 
+@pytest.mark.parametrize(
+    ("metrics", "read"),
+    [(("fid", "sfid"), ["gaussian features_2048", "gaussian spatial"]), (("kid",), ["features"]), (("is",), [])],
+)
+def test_of_a_file_of_statistics_each_metric_checks_what_it_reads_before_anything_is_computed(metrics, read):
+    asked = []
+    statistics = SimpleNamespace(
+        has_features=True,
+        has_gaussian=lambda _feature: True,
+        gaussian=lambda feature: asked.append(f"gaussian {feature}"),
+        features=lambda: asked.append("features"),
+    )
+    Side(Input(flag="--reference", path="x.npz", images=None, statistics=statistics, made_by=None)).check(metrics)
+    side().check(metrics)  # of images nothing is known yet
+    assert asked == read
+
+
 def test_ten_thousand_images_are_not_few(caplog):
     warn_of_few(("fid", "kid"), side(10_000), side(9_999, flag="--reference"))
     assert [record.message.count("--reference x has 9999") for record in caplog.records] == [1]
