@@ -10,7 +10,9 @@
 `.work` goes when the store is finished; what stays is the store alone.
 """
 
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,7 +29,15 @@ from pipeline.latents.records import ShardRecord, read_record, skipped_lines
 from pipeline.latents.store_files import READY, REPLACEMENT_LOCK, remove_files, replace_store, store_files
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.files import flush_folder, make_folder, read_json, remove_folder, write_bytes, write_json
+from pipeline.runtime.files import (
+    explained_writes,
+    flush_folder,
+    make_folder,
+    read_json,
+    remove_folder,
+    write_bytes,
+    write_json,
+)
 from pipeline.runtime.work_queue import Presence, exclusive, try_claim
 
 _WAIT_FOR_MAIN_S = 60.0
@@ -320,6 +330,7 @@ class OutputFolder:
         Gives up when that process has not been at it for a minute, and goes on with what is there: if it is the store
         asked for, it is continued.
         """
+        since += _seconds_ahead(self.path)
         end = time.monotonic() + _WAIT_FOR_MAIN_S
         while self._is_from_before(since):
             if self._is_beginning():
@@ -352,6 +363,14 @@ class OutputFolder:
         if lock is not None:
             lock.release()
         return lock is None and self.work.is_dir()
+
+
+def _seconds_ahead(folder: Path) -> float:
+    """By how much the clock of a folder's disk, whose times files have, is ahead of this machine's."""
+    if not folder.is_dir():
+        return 0.0
+    with explained_writes(folder), tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime - time.time()
 
 
 def _is_older(path: Path, since: float) -> bool:
