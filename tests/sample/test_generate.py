@@ -14,6 +14,8 @@ from pipeline.dit import compile_blocks
 from pipeline.vae import load_vae
 from sample.decode import NotFiniteError, Overlap, decode_lane, overlapping
 from sample.generate import Generator, ReversePlan
+from sample.options import ComputeOptions, ReverseOptions
+from sample.resolve import resolve_plan
 from sample.trajectory import Watch
 
 DEFAULTS = {
@@ -261,6 +263,13 @@ def test_a_watch_keeps_evenly_spaced_moments_from_noise_to_the_result(generator)
         assert torch.equal(made.raw(moments[-1].x_t[None])[0], latents[row])
         assert [moment.t for moment in moments] == sorted((m.t for m in moments), reverse=True)
     assert torch.equal(generator(8, steps=9).latents(0, labels(0, 8)), latents)
+
+
+@pytest.mark.parametrize(("guidance", "kept"), [(1.0, (None, None)), (0.0, (3, (0.1, 0.9))), (4.0, (3, (0.1, 0.9)))])
+def test_what_is_guided_and_when_counts_wherever_guidance_does_anything_and_nowhere_else(tiny, guidance, kept):
+    reverse = ReverseOptions(guidance=guidance, guidance_channels=3, guidance_interval="0.1:0.9")
+    plan = resolve_plan(reverse, ComputeOptions(), read_checkpoint(tiny), samples=1, device="cpu")
+    assert (plan.channels, plan.interval) == kept
 
 
 def test_overlapped_work_runs_beside_the_main_thread_and_its_errors_come_out():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from tests.train.runs import (
     train,
 )
 from train.data import BatchShard, DataOrder
+from train.loop import Trainer
 from train.losses import LatentNormalization, draw, sample_losses
 
 WIDTH, GRID = 6, (3, 3)
@@ -127,6 +129,17 @@ def test_a_batch_has_the_features_of_its_samples_in_the_views_of_their_latents(s
                 for row, index in enumerate(order.batch(number, shard)):
                     view = [torch.equal(batch.latents[row], every[index, view]) for view in (0, 1)].index(True)
                     assert torch.equal(batch.features[row], known[index, view])
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(("name", "column"), [("features", "features"), ("class_token", "cls")])
+def test_a_step_has_targets_only_where_they_are_asked_for_and_its_batch_has_them(asked, there, name, column):
+    trainer = SimpleNamespace(**{name: SimpleNamespace(of=lambda rows: 2 * rows) if asked else None})
+    batch = SimpleNamespace(**{column: torch.arange(6.0) if there else None})
+    found = getattr(Trainer, f"{name}_of")(trainer, batch, slice(2, 4))
+    assert (found is not None) == (asked and there)
+    assert found is None or found.tolist() == [4.0, 6.0]
 
 
 def test_the_loss_is_the_mean_of_minus_the_cosine_and_0_with_no_gradient_without_targets():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from pipeline.checkpoint import read_checkpoint, read_stored
 from pipeline.diffusion.process import make_process
+from pipeline.dit import DiTConfig
 from pipeline.dit.embeddings import joined, parted
 from pipeline.features import FeatureStore
 from pipeline.features.targets import TokenNormalization
@@ -30,6 +32,8 @@ from tests.train.test_alignment import add_features, features_of, tokens_of
 from train.build import token_normalization
 from train.data import BatchShard, DataOrder
 from train.losses import LatentNormalization, draw, sample_losses, trained_loss
+from train.options import DataOptions, RunOptions, TrainOptions
+from train.summary import describe_work
 
 DIM = 10
 ON = ["--class-token"]
@@ -117,6 +121,19 @@ def test_tokens_are_fed_with_mean_0_and_deviation_1_and_what_does_not_vary_is_on
     back = json.loads(json.dumps(normalization.to_json()))
     assert torch.equal(torch.tensor(back["mean"]), normalization.mean)
     assert torch.equal(torch.tensor(back["std"]), normalization.std)
+
+
+@pytest.mark.parametrize("told", [{}, {"class_token": 6}, {"align_features": 6}])
+def test_a_run_says_what_goes_along_with_the_latents_and_nothing_of_what_does_not(store, tmp_path, told):
+    options = TrainOptions(data=DataOptions(latents=str(store)), run=RunOptions(out=str(tmp_path / "run")))
+    config = DiTConfig.from_preset("DiT-Ti/2", input_size=8, **told)
+    with LatentStore(store) as latents:
+        said = describe_work(
+            options, latents.manifest, config, SimpleNamespace(reason="CPU"), BatchShard(batch_size=8), DataOrder(50, 0)
+        )
+    words = {"class token": "6 numbers as one more token", "features": "6 numbers for a token after block"}
+    found = {name: said[name].startswith(words[name]) for name in said.keys() & words}
+    assert found == {name.replace("_", " ").removeprefix("align "): True for name in told}
 
 
 @pytest.fixture(scope="module")
