@@ -3,10 +3,12 @@
 import functools
 import http.server
 import io
+import json
 import os
 import tarfile
 import threading
 import time
+import zipfile
 from dataclasses import replace
 
 import datasets
@@ -15,6 +17,7 @@ import pytest
 import scipy.io
 
 from extract.options import SourceOptions
+from extract.sources.labels import BY_LABEL
 from extract.sources.listing import UnreadableInputError, cached_listing
 from extract.sources.selection import open_source
 from pipeline.runtime import remote_copies as remote
@@ -166,6 +169,27 @@ def test_folders_named_like_splits_are_mentioned(tmp_path, tree, make_picture):
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------
+
+
+def test_the_listing_of_a_zip_is_cached_whole_until_the_zip_changes(tmp_path, make_picture, monkeypatch):
+    def write(*labels):
+        with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+            for number in range(len(labels)):
+                archive.writestr(f"{number}.png", make_picture(number, kind="PNG"))
+            about = {"labels": [[f"{number}.png", label] for number, label in enumerate(labels)]}
+            archive.writestr("dataset.json", json.dumps(about))
+
+    write(0, 1)
+    source, cache = open_source(SourceOptions(data=str(tmp_path / "d.zip")), tmp_path), tmp_path / "listing.npz"
+    first = cached_listing(source, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(source), "inputs", None)
+        again = cached_listing(source, cache)
+    for name in ("keys", "class_ids", "notes", "labels_from", "order", "sha256"):
+        assert getattr(again, name) == getattr(first, name), name
+    assert again.order == BY_LABEL and read_all(source, again) == read_all(source, first)
+    write(0, 1, 1)
+    assert cached_listing(source, cache).labels.tolist() == [0, 1, 1]
 
 
 def test_the_listing_is_cached_until_a_folder_changes(tmp_path, tree, make_picture):
