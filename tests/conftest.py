@@ -37,7 +37,11 @@ def quick_urls(monkeypatch, tmp_path):
 @pytest.fixture
 def s3(object_store, monkeypatch):
     """The server with a bucket of this test's own and no faults (`tests/object_store.py`)."""
+    import fsspec
+
     from tests.object_store import clear_instances, use
 
+    # An upload that is cut off may leave its sender waiting for as long as s3fs waits for an answer.
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 3}})
     yield use(object_store, monkeypatch)
     clear_instances()
