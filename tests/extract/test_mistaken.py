@@ -10,6 +10,7 @@ import datasets
 import pytest
 from pyarrow import parquet, table
 
+from extract.sources.mistaken import some
 from pipeline.latents import LatentStore
 from pipeline.runtime.errors import UserError
 from tests.extract.test_sources import opened, tar_of
@@ -128,6 +129,18 @@ def test_folders_that_are_parts_are_refused_and_the_one_meant_is_named(tmp_path,
 def test_one_class_with_images_beside_its_folders_is_a_class(tmp_path, tree, image, names):
     tree(tmp_path / "d", dict.fromkeys(names, image))
     assert opened(tmp_path / "d", tmp_path)[1].class_ids == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("names", "what", "said"),
+    [
+        ("a", "folder", "1 folder (a)"),
+        ("cab", "folder", "3 folders (a, b, c)"),
+        ("dcba", "class", "4 classes (a, b, c, …)"),
+    ],
+)
+def test_three_names_are_told_whole_and_more_are_cut(names, what, said):
+    assert some(names, what) == said
 
 
 def test_class_folders_that_hold_the_same_folders_are_said(tmp_path, tree, image):
