@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from extract.sources.pages import check_pages
 from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.console import printable
 from pipeline.runtime.errors import UserError
@@ -70,8 +71,10 @@ def _leads_to_file(file: Path, column: str) -> bool:
 
     if file.suffix != ".parquet":
         return False
-    with _told(file):
-        batch = next(parquet.ParquetFile(file).iter_batches(_LOOKED_AT, columns=[column]), None)
+    with _told(file), parquet.ParquetFile(file) as table:
+        check_pages(file, parts=1)
+        first = range(min(1, table.num_row_groups))
+        batch = next(table.iter_batches(_LOOKED_AT, row_groups=first, columns=[column]), None)
         values = batch[0].to_pylist() if batch is not None else []
     return any(isinstance(value, str) and leads_to_file(file.parent / value) for value in values)
 
@@ -133,6 +136,7 @@ def check_contents(path: Path) -> None:
     if path.suffix != ".parquet":
         return
     with _told(path), parquet.ParquetFile(path) as file:
+        check_pages(path)
         for group in range(file.num_row_groups):
             whole = 0
             for rows in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import save
 
-from extract.sources.tables import check_table
+from extract.sources.tables import check_contents, check_table
 from extract.store_folder import OutputFolder
 from pipeline.checkpoint.folder import METRICS, recorded_files
 from pipeline.checkpoint.info import read_info
@@ -463,6 +463,12 @@ def read_stats(folder: Path, data: bytes) -> None:
     read_latents("lightningdit", "latents_stats.pt", folder, data)
 
 
+def read_table(folder: Path, data: bytes) -> None:
+    path = _write(folder / "x.parquet", data)
+    check_table(path)
+    check_contents(path)
+
+
 def _parquet() -> bytes:
     stream = io.BytesIO()
     parquet.write_table(pa.table({"image": [{"bytes": b"a", "path": "a.png"}] * 9, "label": [0, 1, 2] * 3}), stream)
@@ -530,7 +536,7 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes],
         f"{name} of diffusers": (of_json(value), partial(model_folders.read_pipeline, name))
         for name, value in model_folders.FILES.items()
     },
-    "parquet": (of_bytes(_parquet()), lambda folder, data: check_table(_write(folder / "x.parquet", data))),
+    "parquet": (of_bytes(_parquet()), read_table),
     "reference npz": (of_npz(count=np.asarray(5), mu=np.zeros(3), provenance=PROVENANCE), read_reference),
 }
 

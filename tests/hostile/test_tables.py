@@ -1,5 +1,6 @@
 """Parquet of a stranger: damaged, absurd or of other types, it ends in one sentence before memory is taken."""
 
+import mmap
 import os
 import random
 from contextlib import nullcontext
@@ -12,7 +13,8 @@ from pyarrow import parquet
 
 from extract.sources.huggingface import TableSource, open_table
 from extract.sources.listing import UnreadableInputError
-from extract.sources.tables import check_table
+from extract.sources.pages import MOST_UNPACKED, _name, _pages, _struct
+from extract.sources.tables import check_table, holds_images
 from pipeline.runtime.errors import UserError
 from tests.hostile.limits import run_each
 
@@ -27,8 +29,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def written(path, **columns):
+    """A table at a path; what is no list says how `parquet.write_table` does it."""
     path.parent.mkdir(exist_ok=True)
-    parquet.write_table(pa.table(columns), path)
+    how = {name: columns.pop(name) for name in list(columns) if not isinstance(columns[name], list)}
+    parquet.write_table(pa.table(columns), path, **how)
     return path
 
 
@@ -132,7 +136,7 @@ def test_a_page_that_claims_more_than_it_unpacks_to_is_refused(tmp_path):
     data, page = table.read_bytes(), b"\x15\x00\x15"  # the header: a data page, of so many bytes (zigzag) unpacked
     at = data.index(page) + len(page)
     assert data[at + 3 : at + 5] == varint(2 * 14 * 10**7)[3:], "in five bytes"
-    table.write_bytes(data[:at] + varint(2 * 2**30) + data[at + 5 :])
+    table.write_bytes(data[:at] + varint(2 * 2**28) + data[at + 5 :])
 
     def read(_):
         with pytest.raises(UserError, match=r"x.parquet cannot be read as parquet \("):
@@ -140,6 +144,62 @@ def test_a_page_that_claims_more_than_it_unpacks_to_is_refused(tmp_path):
         return ""
 
     assert run_each(1, read) == [""]
+
+
+@pytest.mark.parametrize("column", [pytest.param("image", marks=pytest.mark.slow), "file_name"])
+def test_a_page_that_unpacks_to_far_more_than_its_bytes_is_refused_before_it_is_unpacked(column, tmp_path):
+    path = tmp_path / "d" / "x.parquet"
+    cell = bytes(3 * MOST_UNPACKED // 2) if column == "image" else "x" * (3 * MOST_UNPACKED // 2)
+    written(path, **{column: [cell], "label": [1]}, compression="zstd", use_dictionary=False)
+    del cell
+    assert path.stat().st_size < 100_000
+
+    def read(_):
+        why = (
+            rf"x.parquet: a page of its column '{column}' claims 805.3 MB unpacked, of [\d,]+ bytes in the file \(with"
+        )
+        for look in (holds_images, lambda *_: opened(path)) if column == "file_name" else (lambda *_: opened(path),):
+            with pytest.raises(UserError, match=why):
+                look(path.parent, [path], None)
+        return ""
+
+    assert run_each(1, read, most=3 * 10**8) == [""]
+
+
+def test_many_columns_whose_pages_are_large_together_are_refused(tmp_path):
+    path = tmp_path / "d" / "x.parquet"
+    columns = {f"c{number}": [bytes(MOST_UNPACKED // 20)] for number in range(25)}
+    written(path, image=[IMAGE], **columns, compression="zstd", use_dictionary=False)
+    with pytest.raises(UserError, match=r"column 'c\d+' claims 26.8 MB unpacked, of .* \(with the other columns' 671"):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"use_dictionary": False},
+        {"data_page_version": "2.0"},
+        {"compression": "gzip", "row_group_size": 7},
+        {"compression": "none", "data_page_size": 10, "write_batch_size": 3},
+        {"write_page_index": True, "write_page_checksum": True},
+    ],
+)
+def test_pages_are_found_as_the_library_wrote_them(how, tmp_path):
+    images = [{"bytes": bytes([row]) * 99, "path": None} for row in range(40)]
+    path = written(tmp_path / "d" / "x.parquet", image=images, label=[None, 1] * 20, boxes=[[1.5, 2]] * 40, **how)
+    footer = parquet.read_metadata(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        begin = len(data) - 8 - footer.serialized_size
+        parts = _struct(data, begin)[0][4]
+        assert len(parts) == footer.num_row_groups
+        for number, part in enumerate(parts):
+            for place, column in enumerate(part[1]):
+                wanted = footer.row_group(number).column(place)
+                pages = list(_pages(data, column, begin))
+                headers = wanted.total_compressed_size - sum(page.held for page in pages)
+                assert _name(column) == wanted.path_in_schema and headers > 0
+                assert sum(page.unpacked for page in pages) == wanted.total_uncompressed_size - headers
+    assert len(opened(path)) == 10
 
 
 def test_a_cell_that_unpacks_to_more_than_an_image_has_is_refused(tmp_path, monkeypatch):
