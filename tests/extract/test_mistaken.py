@@ -10,7 +10,7 @@ import datasets
 import pytest
 from pyarrow import parquet, table
 
-from extract.sources.mistaken import some
+from extract.sources.mistaken import refuse_containers, some
 from pipeline.latents import LatentStore
 from pipeline.runtime.errors import UserError
 from tests.extract.test_sources import opened, tar_of
@@ -509,3 +509,10 @@ def test_files_of_the_split_that_are_missing_stop_the_command_unless_anyway(tmp_
     assert "are copied as Arrow files into" in said and "HF_DATASETS_CACHE names another place" in said
     with LatentStore(tmp_path / "s") as store:
         assert len(store) == 2
+
+
+def test_a_container_beside_images_is_no_mistake():
+    refuse_containers("it", ["a.png", "b.tar"])
+    refuse_containers("it", ["a", "b.tar"], lambda name: name == "a")
+    with pytest.raises(UserError, match="and no images"):
+        refuse_containers("it", ["b.tar"])

@@ -260,6 +260,7 @@ def test_boxes_keep_their_values_for_ever():
 
 def test_a_box_of_an_image_too_thin_for_any_ratio_is_its_middle():
     assert choose_box(1000, 10, 0, 0) == (493, 0, 506, 10)
+    assert choose_box(10, 1000, 0, 0) == (0, 493, 10, 506)
     assert choose_box(1, 1, 0, 0) == (0, 0, 1, 1)
 
 
@@ -359,9 +360,11 @@ def test_12_bit_values_in_16_bits_and_integers_of_32_are_refused_and_not_turned_
     assert np.asarray(decode_image(saved(full, format="PNG"))).max() == 255
 
 
-def test_a_raw_file_s_thumbnail_is_not_taken_for_its_picture():
+@pytest.mark.parametrize("marks", [{50706: b"\1\4\0\0"}, {254: 1, 330: 8}], ids=["version", "reduced"])
+def test_a_raw_file_s_thumbnail_is_not_taken_for_its_picture(marks):
     tags = TiffImagePlugin.ImageFileDirectory_v2()
-    tags[50706] = b"\1\4\0\0"
+    for tag, value in marks.items():
+        tags[tag] = value
     with pytest.raises(ImageError, match="camera's raw file"):
         decode_image(saved(Image.fromarray(gradient()), format="TIFF", tiffinfo=tags))
 

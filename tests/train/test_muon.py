@@ -12,6 +12,7 @@ import torch
 from pipeline.dit import DiT, DiTConfig
 from pipeline.dit.matrices import count_in_matrices, logical_matrices
 from pipeline.dit.memory import StepSettings, step_memory
+from pipeline.runtime.errors import UserError
 from tests.train.runs import (
     assert_close_histories,
     assert_same_run,
@@ -208,6 +209,8 @@ def test_another_optimizer_cannot_go_on_with_a_run_nor_with_its_checkpoint(poiso
 def test_a_momentum_rate_or_rate_that_cannot_be_meant_is_refused(store, tmp_path, capsys):
     assert train(store, tmp_path / "run", "--muon-lr", "1e-3", steps=1) == 2
     assert "--muon-lr 0.001 is for --optimizer muon" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--muon-lr 0.001 is for --optimizer muon, with an --lr above 0"):
+        OptimizerOptions(optimizer="muon", muon_lr=1e-3, lr=0)
     assert train(store, tmp_path / "run", *MUON, "--muon-momentum", "1", steps=1) == 2
     assert "--muon-momentum 1.0 must be at least 0 and below 1" in capsys.readouterr().err
 

@@ -1,14 +1,18 @@
 """Latents of any number of channels: normalised one by one, given back by samples, and not learned by a narrow network."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import read_checkpoint
+from pipeline.diffusion import RectifiedFlow
+from pipeline.dit import DiTConfig
 from pipeline.latents import LatentStore
 from pipeline.latents.manifest import make_manifest
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.units import factors
 from sample.__main__ import main as sample
 from tests.train.runs import VAE, assert_close_histories, assert_same_run, history, launch, make_store, train
@@ -97,6 +101,16 @@ def wide(tmp_path_factory):
 NARROW = ["--hidden-size", "32", "--depth", "2", "--patch-size", "1", "--objective", "flow"]
 HEAD = ["--head-width", "48"]
 SENTENCE = "a token has 36 numbers of the latent and the network is 32 wide: too narrow to predict the noise in them"
+
+
+def test_a_network_as_wide_as_a_token_has_numbers_is_taken_without_a_word(monkeypatch):
+    said = []
+    monkeypatch.setattr(build, "warn", said.append)
+    config = DiTConfig(input_size=4, in_channels=32, patch_size=1, hidden_size=32, depth=1, num_heads=2, num_classes=3)
+    build.refuse_too_wide_latents(config, RectifiedFlow(), allowed=False)
+    assert said == []
+    with pytest.raises(UserError, match="too narrow"):
+        build.refuse_too_wide_latents(replace(config, in_channels=33), RectifiedFlow(), allowed=False)
 
 
 def test_velocities_of_more_channels_than_the_width_are_refused_and_what_learns_is_not(wide, tmp_path, capsys):

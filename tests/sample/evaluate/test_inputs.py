@@ -14,6 +14,7 @@ from sample.evaluate.options import EvaluateOptions
     [
         ("store/manifest.json", "store"),
         ("run/checkpoints/step-1/config.json", "checkpoint"),
+        ("checkpoints/step-1/config.json", "checkpoint"),
         ("checkpoint/config.json", "checkpoint"),
         ("images/a.png", "folder"),
     ],

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from pipeline.runtime.errors import UserError
+from sample.tune.judge import _evaluation
 from sample.tune.options import TuneOptions
 from sample.tune.search import Setting, Space, golden_section, grid_of, search
 
@@ -110,3 +111,19 @@ def test_the_last_field_of_a_grid_changes_fastest():
         (2, 4),
     ]
     assert Space(grid=(Setting(),), ranges={"sigma": (0.1, 0.2)}).starts == (Setting(weights="sigma=0.15"),)
+
+
+def test_each_point_is_evaluated_as_the_search_was_asked_to():
+    """What is given here is none of the defaults, and is found again under its own name."""
+    same = {"checkpoint": "run", "reference": "ref", "features": "pixels", "inception": "file.pth", "image_size": 24}
+    same |= {"num_samples": 77, "labels": "balanced", "vae": "vae", "allow_other_vae": True, "workers": 3}
+    of_sampling = {"eta": 0.5, "guide": "other", "guidance_source": "both", "middle_guidance": 1.2}
+    of_sampling |= {"guidance_channels": 3, "objective": "flow", "num_heads": 2}
+    setting = Setting(sampler="ddim", steps=7, guidance=1.5, interval="0.2:0.8", weights="raw")
+    asked = _evaluation(TuneOptions(out="out", **same, **of_sampling), setting, 5)
+    reverse = asked.reverse
+    same["samples"] = same.pop("checkpoint")
+    assert {name: getattr(asked, name) for name in same} == same and asked.weights == "raw"
+    assert {name: getattr(reverse, name) for name in of_sampling} == of_sampling
+    found = (reverse.sampler, reverse.steps, reverse.guidance, reverse.guidance_interval, reverse.seed)
+    assert found == ("ddim", 7, 1.5, "0.2:0.8", 5)
