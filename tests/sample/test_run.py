@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from pipeline.checkpoint import read_checkpoint
 from pipeline.diffusion import RectifiedFlow
+from pipeline.diffusion.sit import SiTFlow
 from pipeline.runtime.publish import work_folder_of
 from pipeline.vae import load_vae
 from sample import run
@@ -192,6 +194,12 @@ def test_a_strip_shows_the_reverse_process(command, tmp_path):
         width, height = picture.size
     assert width > 4 * 64
     assert height > 8 * 64  # four images, two rows each
+
+
+@pytest.mark.parametrize(("process", "fed", "shown"), [(RectifiedFlow(), 250.0, 250.0), (SiTFlow(), 0.25, 750.0)])
+def test_a_strip_tells_every_process_s_times_from_noise_at_1000_to_data_at_0(process, fed, shown):
+    job = SimpleNamespace(generator=SimpleNamespace(checkpoint=SimpleNamespace(process=process)))
+    assert run._shown_time(fed, job) == shown
 
 
 def test_a_folder_has_a_sub_folder_per_class(command, tmp_path):

@@ -136,6 +136,7 @@ def test_unfinished_work_of_another_command_is_kept_unless_it_is_dropped(folder)
         assert work.missing() == [1, 2]
     with contextlib.closing(open_work(folder, {"steps": 4}, overwrite=True)) as work:
         assert work.missing() == [0, 1, 2]
+        assert not list(folder.glob("chunk-*")), "what is dropped is gone from the disk"
 
 
 def test_parts_of_another_plan_are_never_taken_also_where_the_plan_is_gone(folder):

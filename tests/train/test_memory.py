@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.dit import DiTConfig
-from pipeline.dit.memory import StepSettings, activation_bytes, step_memory
+from pipeline.dit.memory import StepSettings, activation_bytes, forward_bytes, step_memory
 from pipeline.runtime.errors import UserError
 from tests.train.runs import lines, train
 from train import memory
@@ -95,3 +95,10 @@ def test_a_dry_run_says_what_a_gpu_holds_and_writes_nothing(store, tmp_path, cap
     assert train(store, tmp_path / "run", "--dry-run", "--sample-every", "5", steps=2) == 0
     assert "VAE of previews 334.6 MB" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sampling_counts_the_latents_it_moves():
+    """Networks of the same tokens and width, of latents four times as large."""
+    small, large = (DiTConfig.from_preset(f"DiT-S/{size}", input_size=16 * size) for size in (2, 4))
+    held = [forward_bytes(config, 8, precision="bf16") for config in (small, large)]
+    assert held[1] - held[0] >= 8 * 4 * 4 * (64 * 64 - 32 * 32)

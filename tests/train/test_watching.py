@@ -14,13 +14,16 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoint import read_checkpoint
-from pipeline.diffusion import SAMPLERS, classifier_free_guidance
+from pipeline.diffusion import SAMPLERS, RectifiedFlow, classifier_free_guidance
+from pipeline.dit import DiT, DiTConfig
 from pipeline.image_grid import grid
 from pipeline.randomness import normal
 from pipeline.vae import Vae, denormalize, load_vae
 from tests.train.runs import QUICK, ROOT, assert_same_run, command, environment, lines, make_store, train
+from train import previews
 from train.__main__ import main
 from train.optimizer import Optimizer
+from train.options import PreviewOptions
 from train.plot import distinct_names, draw_curves, read_series, smoothed
 from train.plot.__main__ import main as plot
 
@@ -373,3 +376,38 @@ def test_the_rate_of_the_optimizers_groups_is_the_schedules_at_every_step_as_log
     figure = draw_curves({"run": read_series(tmp_path / "run")}, smoothing=0.9)
     axes = next(axes for axes in figure.axes if axes.get_title(loc="left") == "learning rate")
     assert [rate for _, rate in axes.lines[0].get_xydata()] == used
+
+
+def drawing(*, processes=1, **fields):
+    """Previews of a small network on one of so many processes, the other of which has the cells between."""
+    config = DiTConfig(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=1, learn_sigma=False, **fields)
+    hardware = types.SimpleNamespace(
+        processes=processes,
+        rank=0,
+        device=torch.device("cpu"),
+        is_main=True,
+        broadcast=lambda value: value,
+        accelerator=types.SimpleNamespace(gather=lambda made: torch.cat([made, made + 1])),
+    )
+    options = PreviewOptions(sample_every=0, preview_steps=1, preview_classes=2, preview_rows=1, preview_guidance=3.0)
+    return previews.Previews(options, None, config, RectifiedFlow(), hardware, folder=None, seed=0), DiT(config)
+
+
+@pytest.mark.parametrize(("classes", "scale"), [(3, 3.0), (0, 1.0)])
+def test_previews_are_guided_as_asked_where_there_are_classes(monkeypatch, classes, scale):
+    asked = []
+
+    def guided(*given, **how):
+        asked.append(how["scale"])
+        return classifier_free_guidance(*given, **how)
+
+    monkeypatch.setattr(previews, "classifier_free_guidance", guided)
+    drawn, network = drawing(num_classes=classes)
+    drawn._latents(network)
+    assert asked == [scale]
+
+
+def test_the_cells_of_two_processes_are_dealt_back_in_the_order_of_the_grid():
+    drawn, _ = drawing(processes=2, num_classes=3)
+    mine = torch.tensor([0.0, 2.0, 4.0]).view(3, 1, 1, 1)
+    assert drawn._in_order(mine, 5).flatten().tolist() == [0, 1, 2, 3, 4]

@@ -12,9 +12,12 @@ import pytest
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.release import default_info
 from pipeline.convert import __main__ as convert
+from pipeline.convert import run
+from pipeline.convert.options import ConvertOptions
 from pipeline.dit import DiT, DiTConfig
 from pipeline.inspect import __main__ as inspect
 from pipeline.runtime import publish
+from pipeline.runtime.errors import UserError
 
 CONFIG = DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=3)
 HOLDER = """
@@ -279,3 +282,17 @@ def test_a_contact_sheet_is_flushed_before_it_gets_its_name_and_replaces_the_old
         assert status == 0, err
         check_order(events, picture, in_place=False)
         assert [path.name for path in picture.parent.iterdir()] == ["sheet.png"]
+
+
+def test_a_checkpoint_is_read_as_the_conversion_was_asked_to(tmp_path, monkeypatch):
+    asked = {}
+
+    def read(path, **how):
+        asked.update(how)
+        raise UserError("read")
+
+    monkeypatch.setattr(run, "read_stored", read)
+    given = {"average": 0.1, "at_step": 6, "num_heads": 2, "objective": "flow", "verify_weights": False}
+    with pytest.raises(UserError, match="read"):
+        run.convert(ConvertOptions(from_="here.pt", to=str(tmp_path / "there"), format="dit", **given))
+    assert asked == {"weights": "sigma=0.1@6", "num_heads": 2, "objective": "flow", "verify": False}

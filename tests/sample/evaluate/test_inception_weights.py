@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.work_queue import exclusive
+from sample.evaluate import inception_weights
 from sample.evaluate.inception_weights import FILE_NAME, URL, find_inception, load_inception
 
 
@@ -69,6 +71,21 @@ def test_an_address_is_fetched_once_into_the_cache(server, cache):
         assert found.path == cache / name
         assert found.path.read_bytes() == data
     assert len(asked) == 1
+
+
+def test_one_command_at_a_time_downloads(server, cache, monkeypatch):
+    folder, address, _ = server
+    name = named_by_hash(b"weights")
+    (folder / name).write_bytes(b"weights")
+    fetch = inception_weights._fetch
+
+    def watched(url, path):
+        with pytest.raises(UserError, match="taken"), exclusive(path.with_name(f".{name}.lock"), refusal="taken"):
+            pass
+        fetch(url, path)
+
+    monkeypatch.setattr(inception_weights, "_fetch", watched)
+    assert find_inception(f"{address}/{name}").path.read_bytes() == b"weights"
 
 
 def test_what_a_killed_download_left_goes_with_the_next(server, cache):
