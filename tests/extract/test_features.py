@@ -383,15 +383,16 @@ def test_int8_takes_half_the_room_and_gives_each_number_back_within_half_a_step(
 def test_a_scale_that_is_damaged_is_found_and_one_that_is_no_scale_is_refused(store, add):
     assert add(store, "--features-dtype", "int8") == 0
     path = store / "features/train-00003.safetensors"
-    with path.open("r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"\x00\x00\xc0\x7f")  # NaN
-    features, _ = read(store)
-    with LatentStore(store) as latents:
-        (fault,) = features_faults(store, latents.manifest)
-    assert "train-00003.safetensors" in fault
-    with pytest.raises(UserError, match="its features_scale must be numbers above 0"):
-        features.gather(np.array([25]))
+    for damage in (b"\x00\x00\xc0\x7f", bytes(4)):  # NaN, 0
+        with path.open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(damage)
+        features, _ = read(store)
+        with LatentStore(store) as latents:
+            (fault,) = features_faults(store, latents.manifest)
+        assert "train-00003.safetensors" in fault
+        with pytest.raises(UserError, match="its features_scale must be numbers above 0"):
+            features.gather(np.array([25]))
 
 
 def test_the_disk_is_stated_before_anything_is_made(store, add, capsys):

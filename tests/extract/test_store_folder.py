@@ -1,11 +1,14 @@
 """The folder of a store that is being made: what one process at a time may do, while another comes in between."""
 
 import threading
+import zlib
+from types import SimpleNamespace
 
 import pytest
 
 from extract import run, store_folder
-from extract.same_data import LANE
+from extract.plan import Plan
+from extract.same_data import LANE, check_inputs
 from extract.store_folder import OutputFolder
 from pipeline.latents.names import record_name
 from pipeline.runtime.errors import UserError
@@ -176,3 +179,13 @@ def test_another_size_of_batches_is_another_setting_where_it_is_known(folder):
     with pytest.raises(UserError, match="--batch-size 8 there, 32 now"):
         folder.begin({"seed": 0, LANE: 32}, "plan")
     folder.begin({"seed": 0, LANE: 8}, "plan")
+
+
+def test_an_input_that_the_record_does_not_know_is_other_data():
+    source = SimpleNamespace(read=lambda _listing, index: bytes([index]))
+    loader = SimpleNamespace(key=str, source=source, listing=None)
+    plan = Plan(inputs=2, seed=0, samples_per_shard=2)
+    sums = [zlib.crc32(bytes([int(index)])) for index in plan.rows(0)]
+    check_inputs([(0, SimpleNamespace(skipped=(), input_crc32=sums))], plan, loader, "store")
+    with pytest.raises(UserError, match="store was begun with other data"):
+        check_inputs([(0, SimpleNamespace(skipped=(), input_crc32=sums[:1]))], plan, loader, "store")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline.runtime.errors import UserError
 from tests.train.runs import lines, train
 from train.plot.__main__ import main as plot
 from train.plot.reference import FOLDER, band_of, drawn_bands, part_means, read_reference, verdict
@@ -33,6 +34,17 @@ def test_the_spread_is_pooled_over_neighbours_and_only_common_steps_count():
 def test_values_that_have_no_logarithm_are_taken_as_they_are():
     low, high = band_of([[(1, -1.0)], [(1, 1.0)]])[1]
     assert high == pytest.approx(-low) and high > 1
+
+
+def test_a_reference_of_one_run_is_damaged(tmp_path):
+    about = {"format": "dit-reference", "version": 1, "command": "", "data": "", "settings": {}, "made_with": {}}
+    run = {"seed": 0, "curves": {"loss": [[1, 1.0]]}, "scores": {}}
+    for runs in ([], [run]):
+        (tmp_path / "few.json").write_text(json.dumps({**about, "steps": 1, "runs": runs}))
+        with pytest.raises(UserError, match="it has no curves of two runs"):
+            read_reference(str(tmp_path / "few.json"))
+    (tmp_path / "few.json").write_text(json.dumps({**about, "steps": 1, "runs": [run, run]}))
+    assert len(read_reference(str(tmp_path / "few.json")).runs) == 2
 
 
 def test_a_part_is_the_mean_of_what_was_logged_in_it_and_one_that_is_not_over_is_left_out():

@@ -70,7 +70,7 @@ def read_reference(given: str) -> Reference:
         raise UserError(f"--reference {path} is no {FORMAT} of version {VERSION}; make one with --save-reference")
     about = {**content, "name": path.stem}
     reference: Reference = typed(about, Reference, f"--reference {path} is damaged", advice="make it again")
-    if len(reference.runs) < 2 or any(len(each) < 1 for each in _by_name(reference).values()):
+    if len(reference.runs) < 2:
         raise UserError(f"--reference {path} is damaged: it has no curves of two runs; make it again")
     return reference
 

@@ -3,6 +3,8 @@
 import hashlib
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +46,26 @@ def test_files_are_put_listed_read_fetched_replaced_and_removed(folder, tmp_path
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "big").read_bytes()
     folder.remove("one")
     assert folder.names() == {"c/big": 256_000}
+
+
+def test_a_folder_that_is_gone_is_removed_again_without_a_word(folder):
+    folder.put("other", b"1")
+    folder.put("c/one", b"1")
+    for _ in range(2):
+        folder.remove_folder("c")
+        assert folder.names() == {"other": 1}
+
+
+@pytest.mark.parametrize("content", [b"bytes", Path("file")])
+def test_the_server_itself_is_asked_to_refuse_a_name_that_is_taken(content):
+    asked = []
+    answer = SimpleNamespace(
+        protocol="s3", pipe_file=lambda *_, **how: asked.append(how), put_file=lambda *_, **how: asked.append(how)
+    )
+    far = SimpleNamespace(_files=answer, _place=str, _send=lambda *what, **how: UrlFolder._send(far, *what, **how))
+    for replaces in (False, True):
+        UrlFolder._put(far, "name", content, replaces=replaces)
+    assert asked == [{"mode": "create"}, {}]
 
 
 def test_what_is_not_what_was_promised_is_refused_and_leaves_nothing(folder, tmp_path):

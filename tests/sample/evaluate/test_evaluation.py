@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from sample.evaluate import features
 from sample.evaluate.__main__ import main
 from sample.evaluate.folder import FolderImages
+from sample.evaluate.job import EvaluationJob
 from sample.evaluate.metrics import Gaussian
 from sample.evaluate.npz import NpzImages
 from sample.evaluate.reference import write_statistics
@@ -339,3 +341,15 @@ def test_weights_of_another_kind_leave_no_unfinished_work(run, sets, tmp_path, c
     assert status == 2
     assert "is no weight file that is known here" in message
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("work", [None, "shared"])
+def test_overwrite_drops_other_features_only_from_a_work_folder_of_its_own(tmp_path, work):
+    """Where --work names one, other commands may need what is in it; where none is there, nothing is to drop."""
+    options = SimpleNamespace(overwrite=True, work=work, out="scores.json", make_reference=None)
+    job = SimpleNamespace(
+        options=options, metrics=("fid",), extractions={}, work_base=tmp_path / "work", _extractions=lambda *_: {}
+    )
+    assert EvaluationJob.superseded(job) == set()
+    (job.work_base / "other").mkdir(parents=True)
+    assert EvaluationJob.superseded(job) == ({job.work_base / "other"} if work is None else set())
