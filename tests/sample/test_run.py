@@ -18,7 +18,7 @@ from pipeline.diffusion import RectifiedFlow
 from pipeline.diffusion.sit import SiTFlow
 from pipeline.runtime.publish import work_folder_of
 from pipeline.vae import load_vae
-from sample import run
+from sample import progress, run
 from sample.generate import Generator
 from sample.options import ImageOptions, SampleOptions
 from sample.resolve import resolve
@@ -194,6 +194,18 @@ def test_a_strip_shows_the_reverse_process(command, tmp_path):
         width, height = picture.size
     assert width > 4 * 64
     assert height > 8 * 64  # four images, two rows each
+
+
+def test_the_time_to_go_is_that_of_a_batch_s_steps_for_every_batch_that_is_missing(monkeypatch):
+    said, clock = [], iter([0.0, 0.0, 6.0])
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    work, job = SimpleNamespace(missing=lambda: [2, 3]), SimpleNamespace(batch_size=8)
+    bar = SimpleNamespace(set_postfix_str=lambda *_, **__: None, refresh=lambda: None)
+    pace = progress.SamplingProgress(work, job, bar, SimpleNamespace(signal=None))
+    pace.step(1, 4)
+    pace.step(4, 4)
+    assert said == ["estimate: 16 s to go, 1 images/s before decoding"]
 
 
 @pytest.mark.parametrize(("process", "fed", "shown"), [(RectifiedFlow(), 250.0, 250.0), (SiTFlow(), 0.25, 750.0)])
