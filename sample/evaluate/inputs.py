@@ -1,14 +1,19 @@
 """What --samples and --reference may be, told apart by what lies there: images to look at, statistics to take."""
 
+import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.checkpoint.folder import is_inside
 from pipeline.hub import HUB, HUB_NAME
-from pipeline.latents.names import is_store
+from pipeline.image_names import named_like_image
+from pipeline.latents.names import MANIFEST_FILE, is_store
 from pipeline.latents.remote import cache_folder
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.files import make_folder, replacing
 from pipeline.runtime.gate import typed
 from pipeline.runtime.publish import finish
 from pipeline.runtime.remote_copies import fetch, local_place
@@ -94,6 +99,8 @@ def kind_of(path: str, flag: str) -> str:
     place = Path(path)
     if is_url(path) and place.suffix.lower() == ".npz":
         return "npz"
+    if is_url(path) and images_behind(path):
+        return "folder"
     if is_store(path):
         return "store"
     if is_url(path):
@@ -136,7 +143,8 @@ def _open(flag: str, path: str, kind: str, image_size: int | None, options: Eval
         images = NpzImages(file) if "arr_0" in arrays else None
         statistics = StatisticsFile(file) if "mu" in arrays else None
     elif kind == "folder":
-        images = FolderImages(Path(path), image_size=image_size, workers=options.workers)
+        folder = folder_of_copies(path) if is_url(path) else Path(path)
+        images = FolderImages(folder, image_size=image_size, workers=options.workers)
     else:
         from sample.evaluate import generated
 
@@ -158,13 +166,51 @@ def copy_of(url: str) -> Path:
     return local_place(url, folder)
 
 
+def images_behind(url: str) -> list[str]:
+    """The names of the images in a folder behind a URL, sorted; none where it is a store, a run or a checkpoint.
+
+    Raises:
+        UserError: the server cannot be asked.
+    """
+    far = UrlFolder(url)
+    if any(far.size(name) is not None for name in (MANIFEST_FILE, *_OF_CHECKPOINTS)):
+        return []  # nor listed, which not every server does
+    names = far.names()
+    return sorted(name for name in names if named_like_image(name) and is_inside(name))
+
+
+def folder_of_copies(url: str) -> Path:
+    """A folder with a copy of every image behind a URL, made once for the bytes that the server has.
+
+    Raises:
+        UserError: one cannot be fetched.
+    """
+    names, cache = images_behind(url), cache_folder(None)
+    addresses = [f"{url.rstrip('/')}/{name}" for name in names]
+    fetch(addresses, cache / "files")
+    copies = {name: local_place(address, cache / "files") for name, address in zip(names, addresses, strict=True)}
+    told = repr([(name, copy.name) for name, copy in copies.items()])
+    folder = cache / "images" / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{url.rstrip('/').rpartition('/')[2]}"
+    for name, copy in copies.items():
+        place = folder / name
+        make_folder(place.parent)
+        try:
+            place.hardlink_to(copy)
+        except FileExistsError:
+            continue
+        except OSError:  # a disk without links
+            with replacing(place) as part:
+                shutil.copyfile(copy, part)
+    return folder
+
+
 def sidecar_behind(url: str) -> Sidecar | None:
-    """The JSON that dit-sample has put beside a file behind a URL; None where there is none of ours.
+    """The JSON that dit-sample has put beside a file or folder behind a URL; None where there is none of ours.
 
     Raises:
         UserError: it was written by a newer version, or its values are of other types.
     """
-    parent, _, name = url.rpartition("/")
+    parent, _, name = url.rstrip("/").rpartition("/")
     place = sidecar_of(Path(name)).name
     data = UrlFolder(parent).read(place)
     return None if data is None else parse_sidecar(data, f"{parent}/{place}")

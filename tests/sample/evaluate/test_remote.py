@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.runtime import remote_output
+from pipeline.runtime.remote_copies import local_place
 from sample.evaluate import features
 from tests.sample.evaluate.test_publishing import images as write_images
 
@@ -74,6 +77,33 @@ def test_samples_whose_json_is_of_a_newer_version_are_refused_in_a_bucket_as_on_
     for samples in (path, f"{s3.url}/a.npz"):
         status, _, said = run("--samples", samples, "--reference", reference, "--metrics", "kid")
         assert status == 2 and f"{samples}.json is of version 2, but this program knows version 1; upgrade it" in said
+
+
+def test_a_folder_of_images_in_a_bucket_is_judged_as_one_on_a_disk_and_what_was_replaced_is_fetched_anew(
+    s3, run, images, tmp_path
+):
+    pixels = np.random.default_rng(0).integers(0, 256, size=(7, 8, 8, 3), dtype=np.uint8)
+    asked = ("--reference", images("a.npz", 0), "--metrics", "kid")
+    for number, image in enumerate(pixels[:6]):
+        name = f"class {number % 2}/{number:06d}.png"
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "here" / name)
+        s3.files().put_file(str(tmp_path / "here" / name), f"{s3.bucket}/there/{name}")
+    tables = []
+    for samples in (tmp_path / "here", f"{s3.url}/there/", f"{s3.url}/there"):
+        s3.asked.clear()
+        status, table, said = run("--samples", samples, *asked)
+        assert status == 0, said
+        tables.append(table)
+    assert len(set(tables)) == 1
+    assert not [path for method, path in s3.asked if method == "GET" and path.endswith(".png")], "there are copies"
+
+    Image.fromarray(pixels[6]).save(tmp_path / "other.png")
+    s3.files().put_file(str(tmp_path / "other.png"), f"{s3.bucket}/there/class 1/000005.png")
+    local_place.cache_clear()  # as in another process
+    assert run("--samples", f"{s3.url}/there", *asked)[1] != tables[0]
+    status, _, said = run("--samples", f"{s3.url}/nothing", *asked)
+    assert status == 2 and "nothing" in said and "Traceback" not in said
 
 
 def test_an_upload_that_fails_is_completed_by_the_same_command_and_computed_once(s3, run, images, monkeypatch):
