@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	dit-sample --checkpoint demo/run --out demo/samples.png --config examples/digits/sample.yaml
 
 test: $(VENV)/.installed-test
-	python -m pytest -n 3 --dist loadscope -m "not slow and not gpu" -q --durations=10
+	python -m pytest -n 2 --dist loadscope -m "not slow and not gpu" -q --durations=10
 
 slow: $(VENV)/.installed-test
 	$(if $(shell command -v g++),FAKE_CUDA=required) python -m pytest -n 2 --dist loadscope -m "slow and not gpu" -q --durations=10 \
