@@ -238,7 +238,11 @@ def files_of(file: Path) -> list[Path]:
     Raises:
         UserError: the index is damaged, or names what are no shards of this file.
     """
-    return [file] if file.is_file() or not index_path(file).is_file() else [index_path(file), *_shards_of(file)]
+    return [index_path(file), *_shards_of(file)] if _is_cut(file) else [file]
+
+
+def _is_cut(file: Path) -> bool:
+    return not file.is_file() and index_path(file).is_file()
 
 
 def _shards_of(file: Path) -> dict[Path, set[str]]:
@@ -259,7 +263,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file or a shard is missing or damaged, or a shard has other tensors than the index says.
     """
-    if files_of(file) == [file]:
+    if not _is_cut(file):
         return read_safetensors(file)
     tensors: dict[str, Tensor] = {}
     for shard, names in _checked(file).items():
@@ -276,7 +280,7 @@ def each_tensor(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[T
     """
     from safetensors import safe_open
 
-    places = dict.fromkeys(read_header(file), file) if files_of(file) == [file] else _places(file)
+    places = _places(file) if _is_cut(file) else dict.fromkeys(read_header(file), file)
     missing = sorted(shapes.keys() - places.keys())
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}; it belongs to another network")

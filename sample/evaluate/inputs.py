@@ -4,7 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from pipeline.checkpoint.folder import is_inside
@@ -99,7 +99,7 @@ def kind_of(path: str, flag: str) -> str:
     place = Path(path)
     if is_url(path) and place.suffix.lower() == ".npz":
         return "npz"
-    if is_url(path) and images_behind(path):
+    if is_url(path) and images_behind(path.rstrip("/")):
         return "folder"
     if is_store(path):
         return "store"
@@ -166,17 +166,19 @@ def copy_of(url: str) -> Path:
     return local_place(url, folder)
 
 
-def images_behind(url: str) -> list[str]:
+@cache
+def images_behind(url: str) -> tuple[str, ...]:
     """The names of the images in a folder behind a URL, sorted; none where it is a store, a run or a checkpoint.
+
+    Asked once: what it is and what is to be copied are two questions, and a listing may be long.
 
     Raises:
         UserError: the server cannot be asked.
     """
     far = UrlFolder(url)
     if any(far.size(name) is not None for name in (MANIFEST_FILE, *_OF_CHECKPOINTS)):
-        return []  # nor listed, which not every server does
-    names = far.names()
-    return sorted(name for name in names if named_like_image(name) and is_inside(name))
+        return ()  # nor listed, which not every server does
+    return tuple(sorted(name for name in far.names() if named_like_image(name) and is_inside(name)))
 
 
 def folder_of_copies(url: str) -> Path:
@@ -185,12 +187,13 @@ def folder_of_copies(url: str) -> Path:
     Raises:
         UserError: one cannot be fetched.
     """
-    names, cache = images_behind(url), cache_folder(None)
-    addresses = [f"{url.rstrip('/')}/{name}" for name in names]
-    fetch(addresses, cache / "files")
-    copies = {name: local_place(address, cache / "files") for name, address in zip(names, addresses, strict=True)}
-    told = repr([(name, copy.name) for name, copy in copies.items()])
-    folder = cache / "images" / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{url.rstrip('/').rpartition('/')[2]}"
+    url, kept = url.rstrip("/"), cache_folder(None)
+    names = images_behind(url)
+    addresses = [f"{url}/{name}" for name in names]
+    fetch(addresses, kept / "files")
+    copies = {name: local_place(address, kept / "files") for name, address in zip(names, addresses, strict=True)}
+    digest = hashlib.sha256(repr([(name, copy.name) for name, copy in copies.items()]).encode()).hexdigest()
+    folder = kept / "images" / f"{digest[:16]}-{url.rpartition('/')[2]}"
     for name, copy in copies.items():
         place = folder / name
         make_folder(place.parent)
