@@ -196,11 +196,13 @@ def folder_of_copies(url: str) -> Path:
     folder = kept / "images" / f"{digest[:16]}-{url.rpartition('/')[2]}"
     for name, copy in copies.items():
         place = folder / name
+        if place.exists():
+            continue
         make_folder(place.parent)
         try:
             place.hardlink_to(copy)
         except FileExistsError:
-            continue
+            continue  # by another command
         except OSError:  # a disk without links
             with replacing(place) as part:
                 shutil.copyfile(copy, part)

@@ -345,5 +345,6 @@ ELSEWHERE = {
     "pipeline/checkpoint/remote.py:_fetch_averages": "tests/train/test_mirror.py",
     "extract/sources/tar_files.py:without_images": "tests/extract/test_streamed_tars.py",
     "sample/evaluate/remote.py:bring_here": "tests/sample/evaluate/test_remote.py",
+    "sample/evaluate/inputs.py:folder_of_copies": "tests/sample/evaluate/test_remote.py",
 }
 """What no row comes by, as it needs a server that takes files; and which tests disturb it instead."""

@@ -1,6 +1,9 @@
 """dit-evaluate and buckets: results and references go there whole, and references and samples are read from there."""
 
+import errno
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +107,38 @@ def test_a_folder_of_images_in_a_bucket_is_judged_as_one_on_a_disk_and_what_was_
     assert run("--samples", f"{s3.url}/there", *asked)[1] != tables[0]
     status, _, said = run("--samples", f"{s3.url}/nothing", *asked)
     assert status == 2 and "nothing" in said and "Traceback" not in said
+
+
+def test_a_folder_of_copies_is_completed_after_a_full_disk_and_made_where_there_are_no_links(
+    s3, run, images, tmp_path, monkeypatch
+):
+    pixels = np.random.default_rng(0).integers(0, 256, size=(6, 8, 8, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "one.png")
+        s3.files().put_file(str(tmp_path / "one.png"), f"{s3.bucket}/there/{number:06d}.png")
+    asked = ("--samples", f"{s3.url}/there", "--reference", images("a.npz", 0), "--metrics", "kid")
+    copy, copied = shutil.copyfile, []
+
+    def without_links(self, target):
+        raise OSError(errno.EPERM, "no links here", str(self))
+
+    def full_at_the_fourth(source, target):
+        copied.append(target)
+        if len(copied) == 4:
+            target.write_bytes(source.read_bytes()[:20])
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return copy(source, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", without_links)
+    monkeypatch.setattr(shutil, "copyfile", full_at_the_fourth)
+    status, _, said = run(*asked)
+    assert status == 2 and "disk is full" in said and "Traceback" not in said
+    folder = next((tmp_path / "cache" / "images").iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == [f"{number:06d}.png" for number in range(3)]
+    status, table, said = run(*asked)
+    assert status == 0 and len(copied) == 7, said
+    assert all(np.array_equal(Image.open(folder / f"{number:06d}.png"), pixels[number]) for number in range(6))
+    assert run("--samples", folder, *asked[2:])[1] == table, "as a folder that is here"
 
 
 def test_an_upload_that_fails_is_completed_by_the_same_command_and_computed_once(s3, run, images, monkeypatch):
