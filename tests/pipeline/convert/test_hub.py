@@ -1,5 +1,6 @@
 """Checkpoints are published on the Hub as one commit with a card that says what they are, and load by their name."""
 
+import errno
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from pipeline.checkpoint import load_checkpoint, read_checkpoint
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.release import default_info
 from pipeline.convert import __main__
+from pipeline.convert import run as convert_run
 from pipeline.dit import DiT, DiTConfig
 from pipeline.runtime.errors import UserError
 from sample.evaluate import report
@@ -174,6 +176,16 @@ def test_what_the_hub_refuses_is_one_sentence_and_leaves_nothing(checkpoint, hub
     status, _, err = run(checkpoint, "--license", "mit")
     assert status == 2 and message in err and "Traceback" not in err and TOKEN not in err
     assert word == "create" or list(hub.repositories[NAME].files) == [".gitattributes"]
+
+
+def test_a_disk_that_is_full_before_the_push_is_one_sentence_and_makes_no_commit(checkpoint, hub, run, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(convert_run._WRITERS, "dit", full)
+    status, _, err = run(checkpoint, "--license", "mit")
+    assert status == 2 and "the disk is full" in err and "Traceback" not in err
+    assert all(repository.commits == [] for repository in hub.repositories.values())
 
 
 def test_without_a_login_nothing_is_read_or_written(checkpoint, hub, run, monkeypatch):

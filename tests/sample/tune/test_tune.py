@@ -160,6 +160,19 @@ def test_a_mistake_is_one_sentence_and_leaves_no_table(tune, tmp_path, reference
     assert not (tmp_path / "out" / "tune.json").exists()
 
 
+def test_statistics_that_are_damaged_are_told_before_an_image_is_made(tune, tmp_path, monkeypatch):
+    mean, covariance = np.zeros(2048), np.eye(2048)
+    covariance[0, 0] = np.nan
+    np.savez(tmp_path / "reference.npz", mu=mean, sigma=covariance)
+    (tmp_path / "weights.safetensors").write_bytes(b"never read")
+    monkeypatch.setattr("sample.tune.judge.network_of", lambda job: None)
+    monkeypatch.setattr("sample.generate.Generator.latents", lambda *_: pytest.fail("an image is made"))
+    flags = ("--features", "inception", "--inception", tmp_path / "weights.safetensors", "--steps", "2")
+    flags += ("--num-samples", "2048")
+    status, _, said = tune(tmp_path / "out", "--reference", tmp_path / "reference.npz", *flags)
+    assert status == 2 and f"sigma of {tmp_path / 'reference.npz'}" in said, said
+
+
 def test_a_damaged_point_is_named(tune, tmp_path):
     out = tmp_path / "out"
     assert tune(out, "--steps", "2")[0] == 0
