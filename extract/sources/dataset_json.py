@@ -3,17 +3,18 @@
 {"labels": [["00000/img00000000.png", 6], …]}       or "labels": null
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from extract.sources.labels import Labels, numbered_labels
 from extract.sources.listing import UNLABELLED
 from pipeline.image_names import named_like_image
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import check_length, parse_json, shortened
 
 DATASET_JSON = "dataset.json"
+_WITHOUT_IT = "read the folders without it by --ignore dataset.json"
+_ADVICE = f"fetch it again, or {_WITHOUT_IT}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,11 @@ class Labelled:
     keys: list[str]
     labels: Labels
     notes: list[str]
+
+
+def check_member(size: int, where: str) -> None:
+    """Raise UserError for a `dataset.json` that claims more bytes in its archive than the gate lets through."""
+    check_length(size, where, advice=_ADVICE)
 
 
 def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str, folder: str = "") -> Labelled | None:
@@ -37,14 +43,12 @@ def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str, fold
         folder: that folder, with a slash at its end.
 
     Raises:
-        UserError: the file is no JSON or malformed, or some image is not in it.
+        UserError: the file is no JSON within the gate's limits or malformed, names an image twice with two labels, or
+            some image is not in it.
     """
-    content = _content(data)
-    if content is None:
-        raise UserError(
-            f"{where} would tell the labels, but is no JSON that can be read; fetch it again, or read the folders "
-            "without it by --ignore dataset.json"
-        )
+    content = parse_json(data, where, advice=_ADVICE)
+    if not isinstance(content, dict):
+        raise UserError(f"{where} would tell the labels, but is no JSON object; {_ADVICE}")
     if "labels" not in content:
         return None
     keys, rows = sorted(name for name in found if name != f"{folder}{DATASET_JSON}"), content["labels"]
@@ -56,31 +60,26 @@ def labelled_by_dataset_json(data: bytes, found: Iterable[str], where: str, fold
         isinstance(row, list | tuple) and len(row) == 2 and isinstance(row[0], str) for row in rows
     )
     if not is_sound or not rows:
-        raise UserError(
-            f'{where} must hold {{"labels": [["FILE", LABEL], …]}}; mend it, or read the folders without it by '
-            "--ignore dataset.json"
-        )
-    label_of = {folder + str(name).replace("\\", "/").removeprefix("./"): label for name, label in rows}
+        raise UserError(f'{where} must hold {{"labels": [["FILE", LABEL], …]}}; mend it, or {_WITHOUT_IT}')
+    names = [folder + str(name).replace("\\", "/").removeprefix("./") for name, _ in rows]
+    label_of = dict(zip(names, (label for _, label in rows), strict=True))
+    if len(label_of) < len(names):
+        unlike = (name for name, (_, label) in zip(names, rows, strict=True) if label != label_of[name])
+        if (twice := next(unlike, None)) is not None:
+            raise UserError(f"{where} gives {shortened(twice)} two labels; leave one, or {_WITHOUT_IT}")
     known = [key for key in keys if key in label_of]
     others = [key for key in keys if key not in label_of]
     missing = [key for key in others if named_like_image(key)]
     if missing or not known:
         raise UserError(
             f"{len(missing or others):,} of {len(keys):,} files have no label in {where} (the first is "
-            f"{(missing or others or ['none at all'])[0]}); leave them out by --ignore, or read the folders without it "
-            "by --ignore dataset.json"
+            f"{(missing or others or ['none at all'])[0]}); leave them out by --ignore, or {_WITHOUT_IT}"
         )
     notes = [f"left out: {len(others):,} files that are not in {where} ({others[0]})"] if others else []
     if len(label_of) > len(known):
         there = set(known)
         lost = next(name for name in label_of if name not in there)
-        notes.append(f"{len(label_of) - len(known):,} of {len(label_of):,} images in {where} are not there ({lost})")
+        notes.append(
+            f"{len(label_of) - len(known):,} of {len(label_of):,} images in {where} are not there ({shortened(lost)})"
+        )
     return Labelled(keys=known, labels=numbered_labels([label_of[key] for key in known], where), notes=notes)
-
-
-def _content(data: bytes) -> dict[str, Any] | None:
-    try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -35,6 +35,7 @@ from extract.sources.mistaken import refuse_containers, refuse_label_list, refus
 from pipeline.image_names import named_like_image
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import read_regular
 
 LARGEST_INPUT = 1 << 30
 _TELL_EVERY = 200_000
@@ -83,7 +84,7 @@ class FolderSource(Source):
             labels = listed_labels(keys + beside, self.label_of, str(self.root))
             return tree.listing(keys + beside, labels, self.label_ids, labels_from="the list of validation labels")
         if self.layout in ("auto", "dataset-json") and DATASET_JSON in beside:
-            data, where = (self.root / DATASET_JSON).read_bytes(), str(self.root / DATASET_JSON)
+            data, where = read_regular(self.root / DATASET_JSON), str(self.root / DATASET_JSON)
             if (found := labelled_by_dataset_json(data, keys + beside, where)) is not None:
                 return tree.labelled(found.keys, found.labels, DATASET_JSON, notes=found.notes)
         if self.layout == "dataset-json":

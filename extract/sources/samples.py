@@ -1,6 +1,5 @@
 """WebDataset's samples among the members of a tar: files that share a name, wherever in the tar they lie."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 from pipeline.image_names import IMAGE_SUFFIXES
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import check_length, parse_json
 
 LINK = -1
 IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES) | {"img", "image"}
@@ -165,14 +165,16 @@ def json_of(member: Member, descriptor: int, *, strict: bool = True) -> dict[str
     Raises:
         UserError: it is none, and `strict`.
     """
+    origin, advice = f"{member.name} in its tar", "mend it, or leave labels out by --layout flat"
     try:
-        content = json.loads(os.pread(descriptor, min(member.size, _LARGEST_JSON), member.offset).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        check_length(member.size, origin, most=_LARGEST_JSON, advice=advice)
+        content = parse_json(os.pread(descriptor, member.size, member.offset), origin, advice=advice)
+    except UserError:
         if strict:
-            raise UserError(f"{member.name} in its tar is no JSON ({error}); its label cannot be read") from error
+            raise
         content = None
     if isinstance(content, dict):
         return content
     if strict:
-        raise UserError(f"{member.name} in its tar is no JSON object; its label cannot be read")
+        raise UserError(f"{origin} is no JSON object; its label cannot be read")
     return {}

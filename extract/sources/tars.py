@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.sources.archives import dataset_json_in, labels_by_names
-from extract.sources.dataset_json import DATASET_JSON, labelled_by_dataset_json
+from extract.sources.dataset_json import DATASET_JSON, check_member, labelled_by_dataset_json
 from extract.sources.folders import gone, storage_failed
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, hash_of_labels, listed_labels
 from extract.sources.labels import AS_TEXT, numbered_labels
@@ -178,9 +178,10 @@ class TarSource(Source):
         """The images that a dataset.json is about; None where it is another program's."""
         place_of = {member.name: (0, member.offset, member.size) for member in members}
         _, offset, size = place_of[told]
+        where = f"{self.paths[0]}/{told}"
+        check_member(size, where)
         with self.paths[0].open("rb") as file:
             data = os.pread(file.fileno(), max(size, 0), offset)
-        where = f"{self.paths[0]}/{told}"
         found = labelled_by_dataset_json(data, list(place_of), where, told.removesuffix(DATASET_JSON))
         if found is None:
             return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extract.sources.archives import class_folders, dataset_json_in
-from extract.sources.dataset_json import DATASET_JSON, labelled_by_dataset_json
+from extract.sources.dataset_json import DATASET_JSON, check_member, labelled_by_dataset_json
 from extract.sources.folders import LARGEST_INPUT, gone, storage_failed
 from extract.sources.labels import Labels, labels_of_names, synsets_in_names
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
@@ -58,7 +58,10 @@ class ZipSource(Source):
                     place_of[name] = (0, member.header_offset, member.compress_size)
                     original[name] = member
                 told = dataset_json_in(place_of) if self.layout in ("auto", "dataset-json") else None
-                data = archive.read(original[told]) if told is not None else None
+                data = None
+                if told is not None:
+                    check_member(original[told].file_size, f"{self.path}/{told}")
+                    data = archive.read(original[told])
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
             if is_pointer(self.path):
                 raise UserError(f"{self.path} {POINTER_ADVICE}") from error

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.convert.source import CROP, FINGERPRINT, MOST_CLASSES, PIXELS, Rows, Source, as_views, reading
 from pipeline.runtime.arrays import load_npy, load_zipped
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import MOST_BYTES, check_regular, parse_json, read_regular, typed
+from pipeline.runtime.gate import check_length, check_regular, parse_json, read_regular, typed
 from pipeline.vae import STABLE_DIFFUSION
 
 _LOGVAR_RANGE = (-30.0, 20.0)
@@ -95,12 +95,10 @@ def _zipped(path: Path) -> tuple[list[str], bytes | None, _Load]:
         members = [member.filename for member in archive.infolist()]
         data = None
         if _JSON in members:
-            with archive.open(_JSON) as file:
-                data = file.read(MOST_BYTES + 1)
+            check_length(archive.getinfo(_JSON).file_size, f"{path}/{_JSON}", advice="encode it again")
+            data = archive.read(_JSON)
     if len(set(members)) < len(members):
         raise UserError(f"{path} holds a name twice; encode it again")
-    if data is not None and len(data) > MOST_BYTES:
-        raise UserError(f"{path}/{_JSON} is larger than such a file may be; encode it again")
     names = sorted(name for name in members if name.lower().endswith(".npy"))
     return names, data, partial(load_zipped, archive)
 

@@ -182,7 +182,7 @@ def test_dataset_json_of_stylegan_and_edm_is_read(tmp_path, tree, image, kind):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"labels": [["00000/img00000000.png", 1', "no JSON that can be read"),
+        (b'{"labels": [["00000/img00000000.png", 1', "is not valid JSON"),
         (json.dumps({"labels": [["00000/img00000000.png", 1]]}).encode(), "3 of 4 files have no label"),
         (json.dumps({"labels": [[f"0000{k // 2}/img{k:08d}.png", [0, 1]] for k in range(4)]}).encode(), "is a list"),
     ],
