@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -346,14 +346,14 @@ def fingerprint_of(config: Mapping[str, Any], files: Sequence[Path]) -> str:
 
     digest = hashlib.sha256(_canonical(config))
     places = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            places.update(dict.fromkeys(file.keys(), path))
-    for name in sorted(places):
-        with safe_open(places[name], framework="pt") as file:
-            view = file.get_slice(name)
+    with ExitStack() as opened:  # opening a file reads the list of its tensors: once, not for each of them
+        for path in files:
+            file = opened.enter_context(safe_open(path, framework="pt"))
+            places.update(dict.fromkeys(file.keys(), file))
+        for name in sorted(places):
+            view = places[name].get_slice(name)
             digest.update(_canonical([name, view.get_dtype(), view.get_shape()]))
-            digest.update(file.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(places[name].get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """What every test runs under: shapes checked, no network, two threads at most, tiny things only."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -7,6 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import tyro
 from jaxtyping import install_import_hook
 
 from pipeline.runtime.processes import bound_spinning
@@ -15,6 +17,15 @@ bound_spinning()  # before torch is loaded
 # Not pipeline.dit: torch.compile cannot trace functions that the checker wraps.
 CHECKED = ("pipeline.diffusion", "pipeline.features", "pipeline.latents", "pipeline.vae", "pipeline.images")
 install_import_hook(CHECKED, "beartype.beartype")
+# tyro forgets after every command what it found out about its options' types; these stay, and so may that.
+tyro._unsafe_cache.clear_cache = lambda: None
+
+
+def pytest_collection_finish():
+    """What is loaded by now stays: the collector need not walk it again and again, nor copy its pages in every fork."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The rules of the house, kept by a machine."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -18,8 +19,18 @@ BESIDE = ("studies", "benchmarks", "examples", "docs")
 WRITTEN = [*SOURCES, *(path for folder in BESIDE for path in sorted((ROOT / folder).rglob("*.py")))]
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text("utf-8"))
+
+
+@functools.cache
+def nodes_of(path):
+    return list(ast.walk(parsed(path)))
+
+
 def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -44,7 +55,7 @@ def test_nothing_imports_what_has_no_build_beside_torch():
 
 
 def function_bodies(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
             if body and body[-1].end_lineno - body[0].lineno >= 2:
@@ -66,7 +77,7 @@ def test_what_is_defined_in_a_module_is_used_somewhere():
     named = [
         (path, name)
         for path in WRITTEN
-        for node in ast.parse(path.read_text()).body
+        for node in parsed(path).body
         for name in ([node.name] if hasattr(node, "name") else names_defined_by(node))
     ]
     assert len(named) > 1000
@@ -89,7 +100,7 @@ def test_torch_is_unpickled_in_one_module_only():
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_says_what_it_is_for(package):
     for path in (ROOT / package).rglob("*.py"):
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path.relative_to(ROOT)} has no docstring"
+        assert ast.get_docstring(parsed(path)), f"{path.relative_to(ROOT)} has no docstring"
 
 
 def test_no_module_is_named_after_nothing():
@@ -100,7 +111,7 @@ def test_no_module_is_named_after_nothing():
 def test_files_and_functions_keep_to_their_subject():
     for path in SOURCES:
         assert path.read_text().count("\n") <= 420, f"{path.relative_to(ROOT)} is long for one subject"
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno <= 80, f"{path.relative_to(ROOT)} {node.name} is long"
 
@@ -118,9 +129,8 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 def taken_from(path):
     """The project's modules that a file names in imports, wherever they stand; those for the type checker are left out."""
-    tree = ast.parse(path.read_text())
-    for_types = {id(inner) for node in ast.walk(tree) if is_type_checking(node) for inner in ast.walk(node)}
-    for node in ast.walk(tree):
+    for_types = {id(inner) for node in nodes_of(path) if is_type_checking(node) for inner in ast.walk(node)}
+    for node in nodes_of(path):
         if id(node) in for_types:
             continue
         if isinstance(node, ast.Import):
@@ -213,7 +223,7 @@ BRITISH = re.compile(
 
 
 def names_defined(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.arg):
@@ -236,7 +246,7 @@ def test_identifiers_are_spelled_as_torch_spells_them():
 
 def test_docstrings_say_what_is_raised_not_that_nothing_comes_back():
     for path in WRITTEN:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert not (ast.get_docstring(node) or "").startswith("Nothing, if"), (
                     f"{path.relative_to(ROOT)} {node.name}"
@@ -261,7 +271,7 @@ def test_what_the_project_has_a_type_for_is_not_any():
     }
     found = []
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             named = isinstance(node, ast.arg) and node.arg in ours and node.annotation
             field = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in ours
             if (named or field) and ast.unparse(node.annotation) == "Any":
@@ -277,7 +287,7 @@ def test_files_are_utf_8_whatever_the_locale():
     found = []
     for path in SOURCES:
         name = str(path.relative_to(ROOT))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             is_text = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"read_text", "write_text"}
             if is_text and name not in of_the_kernel and "encoding" not in {word.arg for word in node.keywords}:
                 found.append(f"{name}:{node.lineno}")

@@ -154,7 +154,7 @@ def _with_config(options_class: type) -> type:
     return dataclasses.make_dataclass(
         "Command",
         [
-            ("options", Annotated[described(options_class), tyro.conf.arg(name="")]),
+            ("options", Annotated[described(options_class), tyro.conf.arg(name="", help="")]),
             ("config", Annotated[str | None, config], dataclasses.field(default=None)),
         ],
         frozen=True,

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import http.server
 import io
-import multiprocessing
 import sys
 import threading
 from pathlib import Path
@@ -77,8 +76,9 @@ def command(capsys, vae_folder, images):
 @pytest.fixture(scope="session")
 def fork(tmp_path_factory):
     """Runs code in a process of its own, forked from a server that has torch loaded; gives the process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["extract.run", "diffusers.models.autoencoders.autoencoder_kl"])
+    from tests.forked import server
+
+    context = server()
     logs = tmp_path_factory.mktemp("logs")
     started = []
 

@@ -4,6 +4,7 @@ The time is the kernel's alarm, which ends the child also within a library's loo
 that what is asked for and never touched counts, too.
 """
 
+import gc
 import json
 import mmap
 import os
@@ -56,6 +57,7 @@ def run_limited(body: Callable[[Callable[..., Any]], Any], *, seconds: float = S
 
 
 def _be_child(body: Callable[[Callable[..., Any]], Any], at: mmap.mmap, writer: int, seconds: float, most: int) -> None:
+    gc.freeze()
     code, calls, before = 1, count(), _address_bytes("VmSize")
 
     def limited(work: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ import yaml
 
 from pipeline.vae import load_vae
 from studies.__main__ import main
+from tests import forked
 from tests.train.runs import make_store, running, wait_for
 
 CELLS = {"wide": {"hidden-size": 32}, "bad": {"patch-size": 3}, "narrow": {"hidden-size": 16}}
@@ -44,10 +45,12 @@ def study(store, folder, *flags, **changes):
 
 @pytest.fixture(scope="module")
 def made(store, tmp_path_factory):
-    """(folder, status, standard error) of a study with a bad cell."""
+    """(folder, status, standard error) of a study with a bad cell; its processes are forks, which begin sooner."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         said = []
+        context = forked.server()
+        patch.setattr("studies.measure.multiprocessing.get_context", lambda _: context)
         patch.setattr("studies.work.warn", said.append)
         status = main(study(store, folder))
     return folder, status, "\n".join(said)

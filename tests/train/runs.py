@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from pipeline.latents.manifest import LatentSpec
 from pipeline.latents.writer import StoreDescription, finish_store, write_shard
 from tests.families import kill_family
+from tests.forked import Forked, ranks
 from train.__main__ import main
 from train.data import BatchReader
 
@@ -110,8 +111,22 @@ def launch(store, out, *flags, processes=2, **sizes):
 @contextlib.contextmanager
 def start(store, out, *flags, **sizes):
     """A run in a process of its own, which the test goes on to disturb; never left behind."""
-    with running([sys.executable, *command(store, out, *flags, **sizes)]) as process:
+    with fork(*command(store, out, *flags, **sizes)[2:]) as process:
         yield process
+
+
+def fork(*flags, before="", **variables):
+    """`dit-train` with these flags in a process of its own."""
+    return Forked("train", *flags, environment=environment(**variables), where=ROOT, before=before)
+
+
+def launch_forked(store, out, *flags, processes=2, **sizes):
+    """(statuses, standard errors) of a run in real processes that find each other as those of torchrun do."""
+    words = command(store, out, *flags, **sizes)[2:]
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(fork(*words, **variables)) for variables in ranks(processes)]
+        said = [process.communicate()[1] for process in started]
+        return [process.returncode for process in started], said
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.train.runs import ROOT, command, environment, make_store, train
+from tests.train.runs import ROOT, command, fork, make_store, train
 from train.__main__ import main
 from train.data import check_labels
 
@@ -99,18 +99,15 @@ def test_a_validation_store_of_another_vae(store, tmp_path, capsys):
 
 def test_too_little_memory_says_what_to_lower(store, tmp_path):
     """A real process whose address space ends just where a batch would begin."""
-    limited = "import resource, sys, runpy, torch; from train.run import train; "
+    limited = "import resource, torch; from train.run import train; "
     limited += "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
-    limited += "resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000,) * 2); "
-    limited += "sys.argv = ['dit-train', *sys.argv[1:]]; runpy.run_module('train', run_name='__main__')"
+    limited += "resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000,) * 2)"
     flags = command(store, tmp_path / "run", "--batch-size", "4096", "--prefetch", "1", depth=None)[2:]
-    words = [sys.executable, "-c", limited, *flags]
-    result = subprocess.run(
-        words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 2, result.stderr
-    assert "memory ran out on cpu with DiT-Ti/2 and 4096 samples per process at a time" in result.stderr
-    assert "raise --grad-accumulation (now 1)" in result.stderr and "lower --batch-size" in result.stderr
+    with fork(*flags, before=limited) as process:
+        said = process.communicate()[1]
+    assert process.returncode == 2, said
+    assert "memory ran out on cpu with DiT-Ti/2 and 4096 samples per process at a time" in said
+    assert "raise --grad-accumulation (now 1)" in said and "lower --batch-size" in said
 
 
 def test_help_is_quick_and_names_every_default():
@@ -134,10 +131,10 @@ def test_help_is_quick_and_names_every_default():
     ids=lambda variables: next(iter(variables)),
 )
 def test_a_process_that_was_started_with_others_and_finds_none_refuses(store, tmp_path, variables):
-    words = [sys.executable, *command(store, tmp_path / "run", steps=2)]
-    result = subprocess.run(words, env=environment(**variables), capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "the launcher started 2 processes" in result.stderr and "Traceback" not in result.stderr
+    with fork(*command(store, tmp_path / "run", steps=2)[2:], **variables) as process:
+        said = process.communicate()[1]
+    assert process.returncode == 2
+    assert "the launcher started 2 processes" in said and "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
 

@@ -21,6 +21,7 @@ from sample.resolve import resolve
 from sample.tune.__main__ import main
 from sample.tune.points import passes_per_image
 from tests.families import kill_family
+from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent.parent.parent
 FEW = ("--num-samples", "12", "--batch-size", "4", "--device", "cpu")
@@ -230,9 +231,10 @@ def straight(tmp_path_factory, smallest, vae_folder, reference):
 
 def test_a_killed_search_goes_on_and_ends_with_the_same_bytes(words, tune, straight, tmp_path):
     out = tmp_path / "out"
-    process = start(words(out, *SEARCH))
-    wait_for(process, lambda: len(list(out.glob("points/*.json"))) >= 2)
-    kill_family(process)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with Forked("sample.tune", *words(out, *SEARCH), environment=environment, where=ROOT) as process:
+        wait_for(process, lambda: len(list(out.glob("points/*.json"))) >= 2)
+        kill_family(process)
     assert len(list(out.glob("points/*.json"))) >= 2 and not (out / "tune.json").exists()
     assert tune(out, *SEARCH)[0] == 0
     assert contents(out) == straight
