@@ -5,6 +5,7 @@ JPEG: a missing end marker is added, if what stands in its place makes no differ
 """
 
 import io
+import re
 import struct
 import zlib
 
@@ -18,7 +19,10 @@ _END = b"\xff\xd9"
 _TAILS = (_END, b"\x55" * 64 + _END, b"\xaa\x33" * 32 + _END)
 """Bits that would become other pixels if any were still to come."""
 _PROGRESSIVE = 0xC2
-_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xDA))
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd9\xff]", re.DOTALL)
+"""That a length follows."""
+_MOST_CHUNKS = 1 << 17
+"""As many as a GiB has in chunks of 8 KiB; chunks of nothing could be a hundred million."""
 
 
 def mended(data: bytes) -> bytes | None:
@@ -31,7 +35,9 @@ def mended(data: bytes) -> bytes | None:
 def _mended_png(data: bytes) -> bytes | None:
     out, position = [_PNG], len(_PNG)
     ended = False
-    while position + 12 <= len(data) and not ended:
+    for _ in range(_MOST_CHUNKS):
+        if ended or position + 12 > len(data):
+            break
         size = int(struct.unpack(">I", data[position : position + 4])[0])
         kind, body = data[position + 4 : position + 8], data[position + 8 : position + 8 + size]
         told = data[position + 8 + size : position + 12 + size]
@@ -42,6 +48,8 @@ def _mended_png(data: bytes) -> bytes | None:
             out.append(data[position : position + 12 + size])
         ended = kind == b"IEND"
         position += 12 + size
+    else:
+        return None
     if not ended:
         out.append(struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND")))
     return b"".join(out)
@@ -71,10 +79,7 @@ def _has_all_scans(data: bytes) -> bool:
     position, is_progressive = 2, False
     components: set[int] = set()
     exact: set[tuple[int, int]] = set()
-    while position + 4 <= len(data):
-        if data[position] != 0xFF or data[position + 1] in (0x00, 0xFF) or data[position + 1] in _WITHOUT_LENGTH:
-            position += 1
-            continue
+    while (marker := _MARKER.search(data, position)) is not None and (position := marker.start()) + 4 <= len(data):
         kind, size = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
         body = data[position + 4 : position + 2 + size]
         if kind == _PROGRESSIVE and len(body) > 6:

@@ -35,7 +35,7 @@ from extract.sources.mistaken import refuse_containers, refuse_label_list, refus
 from pipeline.image_names import named_like_image
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import read_regular
+from pipeline.runtime.gate import check_regular, read_regular
 
 LARGEST_INPUT = 1 << 30
 _TELL_EVERY = 200_000
@@ -147,11 +147,16 @@ class FolderSource(Source):
     def read(self, listing: Listing, index: int) -> bytes:
         path = self.root / listing.keys[index]
         try:
-            with path.open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > LARGEST_INPUT:
-                    raise UnreadableInputError(f"the file has {size:,} bytes, more than any image here may have")
-                return file.readall()
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # should a pipe have come meanwhile
+            with os.fdopen(descriptor, "rb", buffering=0) as file:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise UnreadableInputError("a pipe or a device, where a file was when the data was listed")
+                if status.st_size > LARGEST_INPUT:
+                    raise UnreadableInputError(
+                        f"the file has {status.st_size:,} bytes, more than any image here may have"
+                    )
+                return file.readall() if status.st_size else b""  # the kernel's own claim none, and some never end
         except _REFUSED as error:
             raise UnreadableInputError(f"cannot be opened: {error.strerror}") from error
         except _GONE as error:
@@ -308,9 +313,10 @@ def _may_be_file(path: str) -> bool:
 
 
 def looks_like_image(path: Path) -> bool:
-    """Whether the first bytes are those of an image."""
+    """Whether the first bytes are those of an image; a pipe, which would wait, is none."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return file.read(8).startswith(_IMAGE_STARTS)
-    except OSError:
+    except (OSError, UserError):
         return False

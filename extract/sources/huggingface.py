@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from extract.sources.folders import gone
 from extract.sources.labels import AS_GIVEN, Labels, numbered_labels, plain_name
 from extract.sources.listing import UNLABELLED, Listing, Source, UnreadableInputError, sorted_listing
+from extract.sources.pages import LEAVE_OUT
 from extract.sources.tables import (
     LABEL_COLUMNS,
     PATH_COLUMNS,
@@ -29,6 +30,7 @@ from pipeline.runtime.console import printable, say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
 from pipeline.runtime.gate import read_regular, shortened, typed
+from pipeline.runtime.units import size
 
 MOST_IMAGE_BYTES = 1 << 30
 _BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # as JPEG, PNG, WebP and GIF begin
@@ -88,11 +90,20 @@ class TableSource(Source):
     def _labels(self) -> Labels:
         if self.label_column is None:
             return Labels(values=[UNLABELLED] * len(self.table))
-        column = self.table.select_columns([self.label_column]).with_format("arrow")[:][self.label_column].to_pylist()
+        column = self.table.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
+        try:
+            column = column.to_pylist()
+        except (ValueError, OverflowError) as error:  # texts that are no Unicode, times before and after Python's
+            raise UserError(
+                f"column {self.label_column!r} of {self.name} cannot be read ({printable(str(error)[:200])}); choose "
+                f"another --label-column, or read it without labels by --layout flat"
+            ) from error
         names = getattr(self.table.features[self.label_column], "names", None)
         if names is None:
             return numbered_labels(column, f"column {self.label_column!r} of {self.name}")
         labels = [UNLABELLED if label is None else max(int(label), UNLABELLED) for label in column]
+        if not all(isinstance(name, str) for name in names):
+            raise UserError(f"column {self.label_column!r} of {self.name} names a class by what is no text; mend it")
         stripped = [plain_name(name) for name in names]
         names = stripped if len(set(stripped)) == len(names) else names
         if max(labels, default=0) >= len(names):
@@ -165,9 +176,9 @@ def open_table(
             name, _, config = data.removeprefix("hf:").partition(":")
             with offline_if_unreachable() as answers:
                 try:
-                    table = datasets.load_dataset(name, config or None, split=split)
+                    table = _copied(datasets.load_dataset_builder(name, config or None), split)
                 except Exception as error:  # many kinds
-                    if answers:
+                    if answers or isinstance(error, UserError):
                         raise
                     raise UserError(
                         f"{data} cannot be opened as a data set: it is not in the local cache, and the Hub cannot be "
@@ -176,8 +187,10 @@ def open_table(
         else:
             name = Path(data).name
             table = _local(Path(data), split, files, anyway=anyway, are_alone=are_alone)
-    except UserError:
-        raise
+    except UserError as error:
+        if not data.startswith("hf:") or str(error).startswith(data):
+            raise
+        raise UserError(f"{data}: {str(error).removesuffix(LEAVE_OUT)}") from error
     except Exception as error:  # the Hub's client and the table readers raise many kinds
         reason = printable(" ".join(str(error).split())[:300])
         raise UserError(f"{data} cannot be opened as a data set with split {split!r}: {reason}") from error
@@ -222,14 +235,14 @@ def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool, are
     of_split = [path for path in files if begins.match(path.name) or path.parent.name == split]
     if (note := refuse_missing(of_split or files, anyway=anyway)) is not None:
         say(note)
-    size = sum(path.stat().st_size for path in of_split or files)
+    held = sum(path.stat().st_size for path in of_split or files)
     say(
-        f"the tables ({size / 1e6:,.1f} MB) are copied as Arrow files into {datasets.config.HF_DATASETS_CACHE}, once; "
+        f"the tables ({held / 1e6:,.1f} MB) are copied as Arrow files into {datasets.config.HF_DATASETS_CACHE}, once; "
         "HF_DATASETS_CACHE names another place"
     )
     plain = [path for path in files if path.parent == folder and path.suffix == ".parquet"]
     if plain and not any(_SPLIT_NAME.match(path.name) for path in plain):
-        return _copied("parquet", split="train", files=plain)
+        return _copied(_of_files("parquet", plain), "train")
     everything = [*folder.glob("*.parquet"), *folder.glob("*/*.parquet")]
     parquet = [path for path in of_split if path.suffix == ".parquet"]
     is_told_by_name = bool(parquet) and len({path.parent for path in parquet}) == 1
@@ -237,39 +250,72 @@ def _local(folder: Path, split: str, files: Sequence[Path], *, anyway: bool, are
         if not of_split and any(_SPLIT_NAME.match(path.name) for path in files):
             raise UserError(f"{folder} holds no table of the split {split}, but {files[0].name}; choose by --split")
         kind = (of_split or files)[0].suffix
-        return _copied(kind[1:], split="train", files=[path for path in of_split or files if path.suffix == kind])
+        return _copied(_of_files(kind[1:], [path for path in of_split or files if path.suffix == kind]), "train")
     if not is_told_by_name or (len(files) == len(everything) and are_alone):
         try:
-            return _copied(str(folder), split=split)
+            return _copied(datasets.load_dataset_builder(str(folder)), split)
         except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError):
             if not is_told_by_name:
                 raise
     say(f"reading {len(parquet)} files of the split {split} in {parquet[0].parent} alone")
-    return _copied("parquet", split="train", files=parquet)
+    return _copied(_of_files("parquet", parquet), "train")
 
 
-def _copied(kind: str, *, split: str, files: Sequence[Path] = ()) -> Any:
-    """The tables as `datasets` copies them, once: looked through first, as it takes a part of a table at once."""
+def _copied(builder: Any, split: str) -> Any:
+    """The tables as `datasets` copies them, once: looked through first, as it takes a part of a table at once.
+
+    What lies on the Hub is in its cache by then, where the builder finds it again.
+    """
     import datasets
 
-    builder = datasets.load_dataset_builder(kind, data_files=[str(path) for path in files] or None)
-    if not Path(builder.cache_dir).exists():
-        listed = builder.config.data_files or {}
-        for path in dict.fromkeys(Path(file) for split_files in listed.values() for file in split_files):
-            check_contents(path)
+    if not (Path(builder.cache_dir) / datasets.config.DATASET_INFO_FILENAME).exists():
+        fetched = datasets.DownloadManager(base_path=builder.base_path).download(dict(builder.config.data_files or {}))
+        for path in dict.fromkeys(Path(file) for files in fetched.values() for file in files):
+            check_table(path, builder.name)
+            check_contents(path, builder.name)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 
-def _from_disk(folder: Path, files: Sequence[Path], *, anyway: bool) -> Any:
-    """What `save_to_disk` left in a folder; with `anyway` those of its files that are there."""
+def _of_files(kind: str, files: Sequence[Path]) -> Any:
+    """The builder of tables of a kind, without those that lie beside them."""
     import datasets
 
+    return datasets.load_dataset_builder(kind, data_files=[str(path) for path in files])
+
+
+class _DataFile(msgspec.Struct, frozen=True):
+    filename: Annotated[str, msgspec.Meta(pattern=r"^[^/\0]+\Z")]
+
+
+class _State(msgspec.Struct, frozen=True):
+    data_files: tuple[_DataFile, ...] = msgspec.field(name="_data_files")
+
+
+def _from_disk(folder: Path, files: Sequence[Path], *, anyway: bool) -> Any:
+    """What `save_to_disk` left in a folder; with `anyway` those of its files that are there.
+
+    All of it is at hand at once: mapped into memory as it is, or unpacked.
+    """
+    import datasets
+
+    from pipeline.runtime.devices import machine_bytes
+
     there = sorted(file for file in files if file.parent == folder and file.name.startswith("data-"))
-    if (note := refuse_missing(there, anyway=anyway)) is None:
-        return datasets.load_from_disk(str(folder))
-    say(note)
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in there])
+    if (note := refuse_missing(there, anyway=anyway)) is not None:
+        say(note)
+    else:
+        path = folder / "state.json"
+        state = typed(read_json(path), _State, f"{path} is damaged", advice="fetch the data set again")
+        there = [folder / file.filename for file in state.data_files]
+    for path in there:
+        check_table(path)
+    if (unpacked := sum(check_contents(path, "arrow") for path in there)) > machine_bytes():
+        raise UserError(
+            f"{folder} unpacks to {size(unpacked)}, more than this machine's memory; save the data set without "
+            f"compression, or as parquet"
+        )
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in there])
 
 
 def _can_hold_images(kind: Any) -> bool:

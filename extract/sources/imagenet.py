@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import read_regular
+from pipeline.runtime.gate import read_regular, shortened
 
 SYNSET = re.compile(r"n\d{8}")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_ID = re.compile(r"[0-9]{1,9}")
 _SOLUTION = "LOC_val_solution.csv"
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
@@ -40,11 +41,11 @@ def labels_from_files(val_labels: Path | None, devkit: Path | None) -> ImageLabe
     if devkit is not None:
         synset_of_id = _synsets_of_ids(_find(devkit, "meta.mat", "--devkit"))
         numbers = _lines(val_labels or _find(devkit, _GROUND_TRUTH, "--devkit"))
-        unknown = [number for number in numbers if not number.isdigit() or int(number) not in synset_of_id]
+        unknown = [number for number in numbers if not _ID.fullmatch(number) or int(number) not in synset_of_id]
         if unknown:
             raise UserError(
-                f"{val_labels or devkit} names class {unknown[0]!r}, which the development kit's meta.mat does not "
-                "have; give --devkit its own ground truth file"
+                f"{val_labels or devkit} names class {shortened(unknown[0])}, which the development kit's meta.mat "
+                "does not have; give --devkit its own ground truth file"
             )
         return _numbered([synset_of_id[int(number)] for number in numbers], set(synset_of_id.values()))
     if val_labels is None:
@@ -60,7 +61,7 @@ def labels_from_files(val_labels: Path | None, devkit: Path | None) -> ImageLabe
     synsets = [line.strip() for line in lines]
     wrong = [number for number, synset in enumerate(synsets, 1) if not SYNSET.fullmatch(synset)]
     if wrong or not synsets:
-        line = f"line {wrong[0]} is {lines[wrong[0] - 1]!r}" if wrong else "it is empty"
+        line = f"line {wrong[0]} is {shortened(lines[wrong[0] - 1])}" if wrong else "it is empty"
         raise UserError(f"{val_labels} must hold one synset a line, as n01440764, but {line}")
     return _numbered(synsets, set(synsets))
 
@@ -111,7 +112,10 @@ def _numbered(synsets: Sequence[str], all_synsets: Iterable[str]) -> ImageLabels
 
 def _from_solution(lines: Sequence[str], path: Path) -> ImageLabels:
     """Kaggle's solution: `ImageId,PredictionString`, where the second begins with the synset."""
-    rows = list(csv.reader(io.StringIO("\n".join(lines))))
+    try:
+        rows = list(csv.reader(io.StringIO("\n".join(lines))))
+    except csv.Error:  # fields of more than 131,072 characters
+        rows = []
     pairs = [(row[0], (row[1].split() or [""])[0]) for row in rows[1:] if len(row) > 1]
     if not pairs or len(pairs) != len(rows) - 1 or not all(SYNSET.fullmatch(synset) for _, synset in pairs):
         raise UserError(f"{path} is not Kaggle's solution file: its lines must be like `ILSVRC2012_val_1,n01440764 …`")
@@ -127,7 +131,7 @@ def _synsets_of_ids(path: Path) -> dict[int, str]:
     try:
         rows = loadmat(path, squeeze_me=True)["synsets"].reshape(-1)
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows if int(row["num_children"]) == 0}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # scipy's reader raises many kinds
         raise UserError(f"{path} is not the meta.mat of ImageNet's development kit ({error})") from error
 
 

@@ -22,7 +22,7 @@ _WHOLE = re.compile(r"-?[0-9]+(?:\.0*)?")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]*)?")
 _NAMED_BY_SYNSET = re.compile(r"(?:.*_)?(n\d{8})|(n\d{8})_.*")
 _LIST = re.compile(r"[\[({].*[\])}]|-?[0-9.]+(?:\s*[,;]\s*-?[0-9.]+)+", re.DOTALL)
-_MOST_LABELS = 100_000
+_MOST_LABELS, _MOST_DIGITS = 100_000, 18
 _STRAY = "\ufeff\0 \t\r\n"
 """What is no part of a class's name at its ends: byte order marks, padding, line ends."""
 
@@ -70,14 +70,21 @@ def numbered_labels(values: Sequence[object], where: str = "the data") -> Labels
         rest = iter(labelled.values)
         filled = [UNLABELLED if text is None else next(rest) for text in texts]
         return Labels(values=filled, class_ids=labelled.class_ids, order=labelled.order)
-    labels = [UNLABELLED if text is None else max(int(text.partition(".")[0]), UNLABELLED) for text in texts]
+    labels = [UNLABELLED if text is None else _whole(text) for text in texts]
     count = max(labels, default=UNLABELLED) + 1
     if count > max(_MOST_LABELS, len(texts)):
+        told = f"{count - 1:,}" if count <= 10**_MOST_DIGITS else f"a number of more than {_MOST_DIGITS} digits"
         raise UserError(
-            f"a label is {count - 1:,}, which makes far more classes than the {len(texts):,} samples can fill; "
+            f"a label is {told}, which makes far more classes than the {len(texts):,} samples can fill; "
             f"choose what holds the labels by --label-column"
         )
     return Labels(values=labels, class_ids=tuple(map(str, range(count))), order=BY_LABEL if count else "")
+
+
+def _whole(text: str) -> int:
+    """The label that a whole number is, without what no label needs of its digits: Python reads 4,300 of them."""
+    digits = text.partition(".")[0].lstrip("-0") or "0"
+    return UNLABELLED if text.startswith("-") and digits != "0" else int(digits[: _MOST_DIGITS + 1])
 
 
 def _text_of(value: object, where: str) -> str | None:
@@ -105,7 +112,7 @@ def plain_name(text: str) -> str:
 
 def _is_name_in_brackets(text: str) -> bool:
     """Whether a text in brackets is a name all the same, as `[cat]` is: no list of numbers, of texts, no object."""
-    return text[0] in "[({" and not re.search(r"[,;:\"']|^[\[({]\s*(-?[0-9.]+\s*)*[\])}]$", text)
+    return text[0] in "[({" and not re.search(r"[,;:\"']|^[\[({]\s*(?:-?[0-9.]++\s*+)*+[\])}]$", text)
 
 
 def _no_label(value: object, where: str, kind: str) -> str:

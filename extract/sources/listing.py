@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.runtime.arrays import load_zipped
+from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import replacing
+from pipeline.runtime.gate import check_regular, parse_json, typed
 
 UNLABELLED = -1
 _VERSION = 3
@@ -188,29 +192,59 @@ def _save(cache: Path, identity: str, listing: Listing) -> None:
         )
 
 
+class _Header(msgspec.Struct, frozen=True):
+    version: int
+    identity: str
+    class_ids: tuple[str, ...]
+    containers: tuple[str, ...]
+    notes: tuple[str, ...]
+    labels_from: str
+    order: str
+    stamps: tuple[tuple[str, int, int], ...]
+
+
 def _load(cache: Path, identity: str) -> Listing | None:
     """The cached listing, or None if there is none that holds: a cache is never a reason to stop."""
     try:
-        with cache.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
-            if header["version"] != _VERSION or header["identity"] != identity:
+        check_regular(cache)
+        with zipfile.ZipFile(cache) as archive:
+            said = parse_json(load_zipped(archive, "header.npy").tobytes(), cache)
+            header = typed(said, _Header, f"{cache} is no listing", advice="remove it")
+            if (header.version, header.identity) != (_VERSION, identity):
                 return None
-            mtime_sizes = tuple(MtimeSize(path=path, changed_ns=at, size=size) for path, at, size in header["stamps"])
+            mtime_sizes = tuple(MtimeSize(path=path, changed_ns=at, size=size) for path, at, size in header.stamps)
             if not all(one.holds() for one in mtime_sizes):
                 return None
-            return Listing(
-                keys=_split(arrays["keys"].tobytes()),
-                labels=arrays["labels"],
-                class_ids=tuple(header["class_ids"]),
-                places=arrays["places"],
-                containers=tuple(header["containers"]),
+            names = load_zipped(archive, "keys.npy").tobytes()
+            found = Listing(
+                keys=_split(names),
+                labels=load_zipped(archive, "labels.npy"),
+                class_ids=header.class_ids,
+                places=load_zipped(archive, "places.npy"),
+                containers=header.containers,
                 mtime_sizes=mtime_sizes,
-                notes=tuple(header["notes"]),
-                labels_from=header["labels_from"],
-                order=header["order"],
+                notes=header.notes,
+                labels_from=header.labels_from,
+                order=header.order,
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, UserError):
         return None
+    if not _is_whole(found):
+        return None
+    leads_out = not len(found.places) and any(step in b"\0" + names for step in (b"\0/", b"\0../", b"/../"))
+    return None if leads_out else found
+
+
+def _is_whole(listing: Listing) -> bool:
+    """Whether every input has a label, which is of a class, and a place, which is in a container."""
+    labels, places, inputs = listing.labels, listing.places, len(listing)
+    if labels.dtype != np.int64 or places.dtype != np.int64 or labels.shape != (inputs,):
+        return False
+    if places.shape not in {(0, 3), (inputs, 3)} or labels.min(initial=UNLABELLED) < UNLABELLED:
+        return False
+    numbers = places[:, 0]
+    is_contained = numbers.min(initial=0) >= 0 and numbers.max(initial=-1) < len(listing.containers)
+    return bool(is_contained and labels.max(initial=UNLABELLED) < max(len(listing.class_ids), UNLABELLED + 1))
 
 
 def printable(name: str) -> str:

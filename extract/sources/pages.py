@@ -10,8 +10,10 @@ from pipeline.runtime.console import printable
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.units import size
 
+LEAVE_OUT: Final = ", or leave it out by --ignore"
+"""The end of what is said of a table among others."""
 MOST_UNPACKED: Final = 1 << 29
-"""Bytes of the pages that are unpacked at once, one of each column; more only where the file has a part of them."""
+"""Bytes that are unpacked at once, as one page of each column is; more only where the file has a part of them."""
 _TIMES_HELD: Final = 4
 _LONGEST_KEPT: Final = 200
 _MOST_LISTED: Final = 1 << 20
@@ -28,6 +30,11 @@ class _Page(NamedTuple):
     held: int
     """Bytes in the file."""
     is_dictionary: bool
+
+
+def most_at_once(held: int) -> int:
+    """Bytes that so many bytes of a file may unpack to at once."""
+    return max(MOST_UNPACKED, _TIMES_HELD * held)
 
 
 def check_pages(path: Path, *, parts: int | None = None) -> None:
@@ -63,14 +70,13 @@ def _check_part(path: Path, columns: dict[str, list[_Page]]) -> None:
         for name, pages in columns.items()
     }
     unpacked, held = (sum(page[what] for pages in largest.values() for page in pages) for what in (0, 1))
-    if unpacked > max(MOST_UNPACKED, _TIMES_HELD * held):
+    if unpacked > most_at_once(held):
         name = max(largest, key=lambda name: max(largest[name]))
         page = max(largest[name])
         raise UserError(
             f"{path}: a page of its column {printable(name)!r} claims {size(page.unpacked)} unpacked, of {page.held:,} "
             f"bytes in the file (with the other columns' {size(unpacked)}), where {size(MOST_UNPACKED)}, or "
-            f"{_TIMES_HELD} times the file's bytes, are the most; write it with smaller pages, or leave it out by "
-            "--ignore"
+            f"{_TIMES_HELD} times the file's bytes, are the most; write it with smaller pages{LEAVE_OUT}"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from extract.sources.archives import dataset_json_in, labels_by_names
 from extract.sources.dataset_json import DATASET_JSON, check_member, labelled_by_dataset_json
-from extract.sources.folders import gone, storage_failed
+from extract.sources.folders import LARGEST_INPUT, gone, storage_failed
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, hash_of_labels, listed_labels
 from extract.sources.labels import AS_TEXT, numbered_labels
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
@@ -82,7 +82,7 @@ class TarSource(Source):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        names = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        names = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
         return {"tars": names, "image-column": self.image_extension, "label-column": self.label_extension}
 
     @property
@@ -273,6 +273,8 @@ class TarSource(Source):
         container, offset, size = (int(number) for number in listing.places[index])
         if size == LINK:
             raise UnreadableInputError("a link in the tar, without contents; pack it with tar --hard-dereference -h")
+        if size > LARGEST_INPUT:
+            raise UnreadableInputError(f"it has {size:,} bytes in its tar, more than any image here may have")
         if self.streamed and is_url(self.addresses[container]):
             if not size:
                 raise UnreadableInputError("zero bytes")

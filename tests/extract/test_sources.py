@@ -214,7 +214,8 @@ def test_a_million_cached_inputs_load_in_seconds(tmp_path, tree, make_picture):
     from extract.sources.listing import MtimeSize, _load, _save, sorted_listing
 
     keys = [f"n{n // 1300:08d}/n{n // 1300:08d}_{n}.JPEG" for n in range(1_000_000)]
-    listing = sorted_listing(keys, np.arange(1_000_000) // 1300, mtime_sizes=[MtimeSize.of(tmp_path)])
+    labels, names = np.arange(1_000_000) // 1300, tuple(f"n{number:08d}" for number in range(770))
+    listing = sorted_listing(keys, labels, class_ids=names, mtime_sizes=[MtimeSize.of(tmp_path)])
     _save(tmp_path / "listing.npz", "x", listing)
     os.utime(tmp_path, ns=(0, listing.mtime_sizes[0].changed_ns))
     began = time.monotonic()

@@ -463,15 +463,29 @@ def read_stats(folder: Path, data: bytes) -> None:
     read_latents("lightningdit", "latents_stats.pt", folder, data)
 
 
-def read_table(folder: Path, data: bytes) -> None:
-    path = _write(folder / "x.parquet", data)
+def read_table(kind: str, folder: Path, data: bytes) -> None:
+    """Look through a table, and then read all that it holds."""
+    path = _write(folder / f"x.{kind}", data)
     check_table(path)
     check_contents(path)
+    if kind == "arrow":
+        with pa.memory_map(str(path)) as source:
+            table = (pa.ipc.open_file if data.startswith(b"ARROW1") else pa.ipc.open_stream)(source).read_all()
+            with contextlib.suppress(ValueError, OverflowError):  # what its callers put into words
+                table.to_pylist()
 
 
 def _parquet() -> bytes:
     stream = io.BytesIO()
     parquet.write_table(pa.table({"image": [{"bytes": b"a", "path": "a.png"}] * 9, "label": [0, 1, 2] * 3}), stream)
+    return stream.getvalue()
+
+
+def _arrow(form: Callable[..., Any], codec: str | None) -> bytes:
+    stream, images = io.BytesIO(), [{"bytes": bytes(40), "path": None}] * 8
+    table = pa.table({"image": images, "label": [0, 1] * 4, "name": pa.array(["a", "b"] * 4).dictionary_encode()})
+    with form(stream, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        writer.write_table(table, max_chunksize=4)
     return stream.getvalue()
 
 
@@ -536,7 +550,14 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path, bytes],
         f"{name} of diffusers": (of_json(value), partial(model_folders.read_pipeline, name))
         for name, value in model_folders.FILES.items()
     },
-    "parquet": (of_bytes(_parquet()), read_table),
+    "parquet": (of_bytes(_parquet()), partial(read_table, "parquet")),
+    **{
+        f"arrow {form.__name__.removeprefix('new_')} {codec or 'mapped'}": (
+            of_bytes(_arrow(form, codec)),
+            partial(read_table, "arrow"),
+        )
+        for form, codec in ((pa.ipc.new_stream, None), (pa.ipc.new_stream, "zstd"), (pa.ipc.new_file, "lz4"))
+    },
     "reference npz": (of_npz(count=np.asarray(5), mu=np.zeros(3), provenance=PROVENANCE), read_reference),
 }
 

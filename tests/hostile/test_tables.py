@@ -213,7 +213,7 @@ def test_a_cell_that_unpacks_to_more_than_an_image_has_is_refused(tmp_path, monk
 def test_what_is_copied_already_is_not_unpacked_again(tmp_path, monkeypatch):
     table = written(tmp_path / "d" / "x.parquet", image=[IMAGE] * 3, label=[0, 1, 2])
     looked = []
-    monkeypatch.setattr("extract.sources.huggingface.check_contents", looked.append)
+    monkeypatch.setattr("extract.sources.huggingface.check_contents", lambda path, _kind: looked.append(path))
     assert len(opened(table)) == len(opened(table)) == 3 and looked == [table]
 
 
