@@ -3,10 +3,13 @@
 // replaced by PID and long hexadecimal numbers by #; together with its occurrence it stays the same when threads change the order of all calls.
 //
 // crash_arm(folder, log, name, occurrence, mode), or CRASH_FOLDER, CRASH_LOG, CRASH_NAME, CRASH_OCCURRENCE, CRASH_MODE.
+// In mode reads the log also has, unchanged, "open PATH", "ask PATH" (its status), "list PATH", "walk PATH"
+// (listed by a descriptor, as on the way to a removal), "drop PATH" and "move PATH<tab>TARGET".
 // Modes: kill (before the call), half (of a write, then killed), stop (SIGSTOP before it), watch (SIGSTOP before every
-// call), reads (logs also "open PATH" and "move PATH", unchanged), enospc1 and eio1 (that call fails), enospc and eio
+// call), reads, enospc1 and eio1 (that call fails), enospc and eio
 // (it and all later ones fail). No disk lacks the space for a removal, so enospc spares these.
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -69,6 +72,14 @@ static void note_read(const char *how, const char *path) {
     note(line);
 }
 
+static void note_move(const char *path, const char *target) {
+    char line[4 * LENGTH + 16];
+    const char *one = below(path), *two = below(target);
+    if (strcmp(mode, "reads") || (!one && !two)) return;
+    snprintf(line, sizeof line, "move %s\t%s\n", one ? one : "", two ? two : "");
+    note(line);
+}
+
 static void absolute(int at, const char *path, char *out) {
     char base[LENGTH] = "", link[64];
     if (path[0] == '/') { snprintf(out, LENGTH, "%s", path); return; }
@@ -123,6 +134,7 @@ static int at_path(const char *call, int at, const char *path, int is_removal) {
     char full[2 * LENGTH];
     if (!armed) return GO_ON;
     absolute(at, path, full);
+    if (is_removal) note_read("drop", full);
     return meet(call, full, NULL, 0, is_removal);
 }
 static int at_two(const char *call, int at, const char *path, int to_at, const char *target) {
@@ -130,8 +142,7 @@ static int at_two(const char *call, int at, const char *path, int to_at, const c
     if (!armed) return GO_ON;
     absolute(at, path, one);
     absolute(to_at, target, two);
-    note_read("move", one);
-    note_read("move", two);
+    note_move(one, two);
     return meet(call, one, two, 0, 0);
 }
 static int at_fd(const char *call, int fd, int is_write) {
@@ -147,9 +158,9 @@ static int at_open(int at, const char *path, int flags) {
     char full[2 * LENGTH];
     if (!armed) return GO_ON;
     absolute(at, path, full);
-    note_read("open", full);
+    note_read(flags & O_TRUNC ? "drop" : "open", full);
     if (!(flags & (O_CREAT | O_TRUNC))) return GO_ON;
-    if (!(flags & O_TRUNC) && !access(full, F_OK)) return GO_ON;
+    if (!(flags & O_TRUNC) && !syscall(SYS_faccessat, AT_FDCWD, full, F_OK)) return GO_ON;
     return meet("create", full, NULL, 0, 0);
 }
 
@@ -179,6 +190,23 @@ SENDFILE(sendfile) SENDFILE(sendfile64)
 ssize_t copy_file_range(int from, off64_t *a, int to, off64_t *b, size_t n, unsigned flags) {
     REAL(ssize_t, "copy_file_range", int, off64_t *, int, off64_t *, size_t, unsigned);
     WRITING(to, real(from, a, to, b, n, flags), real(from, a, to, b, half_of(from), flags)); }
+
+// What only looks; who knows the folder by its descriptor is on the way through a tree, and asks nothing.
+#define ASK(name, about) int name(const char *path, struct about *s) { char full[2 * LENGTH]; REAL(int, #name, const char *, struct about *); \
+    if (armed) { absolute(AT_FDCWD, path, full); note_read("ask", full); } return real(path, s); }
+ASK(stat, stat) ASK(lstat, stat) ASK(stat64, stat64) ASK(lstat64, stat64)
+#define ASK_AT(name, about) int name(int at, const char *path, struct about *s, int flags) { char full[2 * LENGTH]; \
+    REAL(int, #name, int, const char *, struct about *, int); \
+    if (armed && at == AT_FDCWD) { absolute(at, path, full); note_read("ask", full); } return real(at, path, s, flags); }
+ASK_AT(fstatat, stat) ASK_AT(fstatat64, stat64)
+int access(const char *path, int how) { char full[2 * LENGTH]; REAL(int, "access", const char *, int);
+    if (armed) { absolute(AT_FDCWD, path, full); note_read("ask", full); } return real(path, how); }
+DIR *opendir(const char *path) { char full[2 * LENGTH]; REAL(DIR *, "opendir", const char *);
+    if (armed) { absolute(AT_FDCWD, path, full); note_read("list", full); } return real(path); }
+DIR *fdopendir(int fd) { char full[LENGTH], link[64]; REAL(DIR *, "fdopendir", int);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = armed ? readlink(link, full, LENGTH - 1) : 0;
+    if (n > 0) { full[n] = 0; note_read("walk", full); } return real(fd); }
 
 #define ON_FD(name, call) int name(int fd) { REAL(int, #name, int); return at_fd(call, fd, 0) == FAIL ? -1 : real(fd); }
 ON_FD(fsync, "fsync") ON_FD(fdatasync, "fdatasync")

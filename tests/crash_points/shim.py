@@ -67,10 +67,59 @@ def points_of(log):
     return points
 
 
+@dataclass(frozen=True)
+class Reads:
+    """Paths below the folder that a run in mode "reads" came by, by the names that they had at its start."""
+
+    opened: frozenset[str]
+    moved: frozenset[str]
+    asked: frozenset[str]
+    """Whether they are there."""
+    listed: frozenset[str]
+    """Folders whose names it has read."""
+    dropped: frozenset[str]
+    """Removed or cut to nothing; what was done with that name later is not told."""
+    swept: frozenset[str]
+    """Folders that were removed with all that was in them, whatever it was."""
+
+    @property
+    def touched(self):
+        """Every path that the run did more with than ask whether it is there."""
+        return self.opened | self.moved | self.listed | self.dropped
+
+
 def reads_of(log):
-    """(opened, moved) paths below the folder, of a run in mode "reads"."""
-    lines = [line.partition(" ") for line in Path(log).read_text().splitlines()]
-    return tuple({path for how, _, path in lines if how == wanted} for wanted in ("open", "move"))
+    """What a run in mode "reads" looked at."""
+    found, renames = {how: set() for how in ("open", "move", "ask", "list", "walk", "drop")}, []
+    for line in Path(log).read_text().splitlines():
+        how, _, path = line.partition(" ")
+        if how == "move":
+            pair = tuple(path.split("\t"))
+            found[how] |= {_first_name(one, renames) for one in pair if one}
+            renames.append(pair)
+        elif how in found:
+            path = _first_name(path, renames)
+            if path not in found["drop"] and not found["walk"] & found["drop"] & set(with_parents(path)):
+                found[how].add(path)
+    opened, moved, asked, listed, walked, dropped = map(frozenset, found.values())
+    swept = (walked & dropped) - listed
+    return Reads(opened, moved, asked, listed | (walked - swept), dropped, swept)
+
+
+def with_parents(path):
+    """A path and the folders that it is in, the innermost first."""
+    parts = path.split("/")
+    return ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def _first_name(path, renames):
+    """What a path was called before the renames; one that was renamed over had the other's name, as if exchanged."""
+    for one, two in reversed(renames):
+        for now, was in ((two, one), (one, two)):
+            if now and was and (path == now or path.startswith(f"{now}/")):
+                path = was + path[len(now) :]
+                break
+    return path
 
 
 def was_hit(log):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash_points import shim
+from tests.crash_points.memory import Looked
 from tests.crash_points.writers import ELSEWHERE, SITES, WRITERS
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,35 @@ def test_a_watched_run_shows_what_kills_leave_and_a_remembered_answer_is_what_th
     assert spared["ran"] < spared["asked"] == full["asked"] == full["ran"]
 
 
+def test_what_a_command_looked_at_is_told_by_the_names_of_its_start(tmp_path):
+    (tmp_path / "log").write_text(
+        "drop run/x\nopen run/x\nopen run/y\ndrop run/y\nmkdir run/z\nlist run\nask run/t\n"
+        "move old\t.gone\nwalk .gone\ndrop .gone/a\nopen .gone/b\ndrop .gone\nmove new\told\nopen old/c\nmove \tin\n"
+    )
+    reads = shim.reads_of(tmp_path / "log")
+    assert reads.opened == {"run/y", "old/b", "new/c"} and reads.moved == {"old", ".gone", "new", "in"}
+    assert reads.dropped == {"run/x", "run/y", "old/a", "old"} and reads.swept == {"old"}
+    assert reads.listed == {"run"} and reads.asked == {"run/t"}
+
+
+def test_names_in_a_folder_that_is_removed_whole_are_no_other_question_unless_they_are_asked_for():
+    looked = Looked(
+        contents=frozenset({"run/config"}),
+        names=frozenset({"run/w/record"}),
+        listed=frozenset({"run"}),
+        unseen=frozenset({"run/w", "run/kept"}),
+        left=frozenset({"run/kept"}),
+    )
+    tree = {"run/config": "1", "run/w/a": "2", "run/kept/x": "5"}
+    for other in ({"run/w/b": "3", "run/w/c/d": "4"}, {"run/w/": ""}):
+        same = {"run/config": "1", "run/kept/y": "6", **other}
+        assert looked.view(tree) == looked.view(same)
+        assert looked.after(same, {"run/z": "7", "run/kept/x": "5"}) == {"run/z": "7", "run/kept/y": "6"}
+    for other in ({"run/w/a": "2", "run/w/record": ""}, {}, {"run/w/a": "2", "run/x": ""}):
+        assert looked.view(tree) != looked.view({"run/config": "1", "run/kept/x": "5", **other})
+    assert looked.view(tree) != looked.view({**tree, "run/config": "0"})
+
+
 def writing_functions():
     """Every "file.py:function" of the sources that calls what publishes files."""
     for package in PACKAGES:
@@ -150,7 +180,8 @@ def test_the_library_names_calls_and_fails_kills_and_halves_them_where_it_is_tol
     assert run("unlink y", "enospc", 5)[0].returncode == 0, "no disk lacks the space for a removal"
 
     _, place = run("", "reads")
-    assert shim.reads_of(place / "log") == ({"a/x"}, {"a/x", "y"})
+    reads = shim.reads_of(place / "log")
+    assert (reads.opened, reads.moved, reads.dropped) == (set(), {"a/x", "y"}, {"a/x"})
     place = tmp_path / "watched"
     told = environment(place, "", "watch")
     watched, stood = subprocess.Popen([sys.executable, "-c", code], cwd=place, env=told), []
