@@ -67,14 +67,21 @@ class Memory:
         self.differing = []
         """Commands that a check has found to end otherwise than remembered: there is something they look at unseen."""
 
+    def knows(self, words, tree):
+        """Whether a command on a tree need not be run."""
+        return not self.checks and self._recall(tuple(words), tree) is not None
+
+    def _recall(self, words, tree):
+        for looked in self.looked.get(words, ()):
+            if known := self.answers.get((words, looked, looked.view(tree))):
+                return known[0], looked.after(tree, known[1])
+        return None
+
     def ask(self, words, tree, arrange):
         """(how it ended, the tree after it) of a command on a tree, which `arrange` puts into the place."""
         self.asked += 1
         words = tuple(words)
-        known = None
-        for looked in self.looked.get(words, ()):
-            answer = None if known else self.answers.get((words, looked, looked.view(tree)))
-            known = known or (answer and (answer[0], looked.after(tree, answer[1])))
+        known = self._recall(words, tree)
         if known and not self.checks:
             return known
         self.ran += 1

@@ -29,7 +29,7 @@ class Report:
     points: int = 0
     visits: int = 0
     watched: int = 0
-    """Kills among the visits whose tree one watched run has shown to be one that was asked about already."""
+    """Kills among the visits whose tree one watched run has shown, and every question about it was answered before."""
     unwatched: int = 0
     """Kills that have left a tree which that run has not shown: threads came in another order."""
     missed: int = 0
@@ -102,8 +102,9 @@ def visit_all(place, row, plan, tell, *, spares=True):
     """A writer's report.
 
     `plan(points)` says which (point, mode) are visited, `tell` hears of each fault at once. What `spares`: one run that
-    stands still before each of its calls shows what a kill would leave there, and only what is new is killed; and a
-    question is asked again only of what its command looks at. Without it all is done, and compared.
+    stands still before each of its calls shows what a kill would leave there, and it is killed only where a question
+    about that was not answered yet; and a question is asked again only of what its command looks at. Without it all is
+    done, and compared.
     """
     start, cpu = time.monotonic(), _cpu_seconds()
     report = Report(row.name)
@@ -119,12 +120,12 @@ def visit_all(place, row, plan, tell, *, spares=True):
         report.visits += 1
         if mode == "kill" and row.processes == 1:
             leaves = leaves or _watch(place, row)
-            if spares and leaves.get(point) in seen:
+            if spares and _is_known(row, known, memory, seen, leaves.get(point)):
                 report.watched += 1
                 continue
         met = len(seen)
         ending, faults = _visit(place, row, known, memory, seen, point, mode)
-        report.unwatched += mode == "kill" and not set(list(seen)[met:]) <= set(leaves.values())
+        report.unwatched += mode == "kill" and not set(list(seen)[met:]) <= set(map(anonymous, leaves.values()))
         report.endings[ending] += 1
         report.missed += ending == "not reached"
         for fault in faults:
@@ -141,7 +142,24 @@ def visit_all(place, row, plan, tell, *, spares=True):
 def _watch(place, row):
     """{point: the tree before it} of one run."""
     place.put_back("before")
-    return {point: anonymous(tree) for points, tree in place.watched(row.command) for point in points}
+    return {point: tree for points, tree in place.watched(row.command) for point in points}
+
+
+def _is_known(row, known, memory, seen, tree):
+    """Whether nothing needs to be run to judge a tree that a kill leaves; then it is judged, in `seen`."""
+    if tree is None:
+        return False
+    state = anonymous(tree)
+    if state not in seen:
+        parts = _parts(row, tree)
+        if any(below(tree, part) not in (below(known.old, part), below(known.new, part)) for part in parts):
+            return False
+        if _is_mixed(row, tree, known):
+            return False
+        if not all(memory.knows(words, tree) for words in _questions(row)):
+            return False
+        seen[state] = _answers(row, known, memory, tree, [], None)
+    return not seen[state][1]
 
 
 def _cpu_seconds():
@@ -181,15 +199,25 @@ def _after(place, row, known, memory, disturb):
     if row.processes > 1:
         again = place.run(row.command, processes=row.processes)
         return "not asked", faults + _same_again(row, known, again, place.tree())
-    faults += _same_again(row, known, *memory.ask(row.command, place.tree(), lambda: None))
-    other, tree = memory.ask(row.other, left, disturb)
-    how = "refused" if other.is_refusal else "its own"
-    if not other.is_refusal:  # unfinished work of the first one may stay, hidden, until --overwrite drops it
-        status = row.expects
-        faults += _not_equal("the other command", other, _visible(tree), _visible(known.other), status=status)
-    if row.forces:
-        forced, tree = memory.ask([*row.other, "--overwrite"], left, disturb)
-        faults += _not_equal("the other command with --overwrite", forced, tree, known.other, status=row.expects)
+    return _answers(row, known, memory, left, faults, disturb, now=place.tree())
+
+
+def _questions(row):
+    """The commands that are given after a crash."""
+    return [row.command, row.other, *([[*row.other, "--overwrite"]] if row.forces else [])]
+
+
+def _answers(row, known, memory, left, faults, disturb, now=None):
+    """(what became of the other command, all faults); `now`, where a reader has changed what was left, is that."""
+    again, other, *forced = _questions(row)
+    faults = faults + _same_again(row, known, *memory.ask(again, now or left, lambda: None))
+    ended, tree = memory.ask(other, left, disturb)
+    how = "refused" if ended.is_refusal else "its own"
+    if not ended.is_refusal:  # unfinished work of the first one may stay, hidden, until --overwrite drops it
+        faults += _not_equal("the other command", ended, _visible(tree), _visible(known.other), status=row.expects)
+    for words in forced:
+        ended, tree = memory.ask(words, left, disturb)
+        faults += _not_equal("the other command with --overwrite", ended, tree, known.other, status=row.expects)
     return how, faults
 
 
@@ -216,28 +244,35 @@ def _errors(mode, ended):
 def _half_things(place, row, known):
     tree = place.tree()
     faults = []
-    for name in row.outputs:
-        parts = [name] if row.kind != "run" else _checkpoints(tree, name)
-        for part in parts:
-            found, old, new = (below(known_tree, part) for known_tree in (tree, known.old, known.new))
-            if found in (old, new):
-                continue
-            if not found and not _is_safe(tree, part, new):
+    for part in _parts(row, tree):
+        found, old, new = (below(known_tree, part) for known_tree in (tree, known.old, known.new))
+        if found in (old, new):
+            continue
+        if not found and not _is_safe(tree, part, new):
+            faults.append(f"the old {part} is gone before the new one is whole")
+        elif row.kind == "store":
+            taken = place.run(["inspect", f"o/{part}", "--verify"])  # a reader first ends what was begun
+            found = below(place.tree(), part)
+            if taken.status == 0 and found not in (old, new):
+                faults.append(f"dit-inspect --verify takes a half {part} for whole")
+            elif taken.status != 0 and old and row.overwrites and not _is_safe(tree, part, new):
                 faults.append(f"the old {part} is gone before the new one is whole")
-            elif row.kind == "store":
-                taken = place.run(["inspect", f"o/{part}", "--verify"])  # a reader first ends what was begun
-                found = below(place.tree(), part)
-                if taken.status == 0 and found not in (old, new):
-                    faults.append(f"dit-inspect --verify takes a half {part} for whole")
-                elif taken.status != 0 and old and row.overwrites and not _is_safe(tree, part, new):
-                    faults.append(f"the old {part} is gone before the new one is whole")
-            elif row.kind != "run" or why_not_resumable(place.out / part):  # a whole one may be about to go
-                faults.append(f"{part} is half there under its name")
-        if row.kind == "run":
-            kinds = {_whose(tree, part, known) for part in parts} - {None}
-            if len(kinds) > 1:
-                faults.append("checkpoints of two runs stand side by side")
+        elif row.kind != "run" or why_not_resumable(place.out / part):  # a whole one may be about to go
+            faults.append(f"{part} is half there under its name")
+    if _is_mixed(row, tree, known):
+        faults.append("checkpoints of two runs stand side by side")
     return faults
+
+
+def _is_mixed(row, tree, known):
+    return row.kind == "run" and len({_whose(tree, part, known) for part in _parts(row, tree)} - {None}) > 1
+
+
+def _parts(row, tree):
+    """The names of what is looked at whole: outputs, and of a run its checkpoints."""
+    if row.kind != "run":
+        return row.outputs
+    return [part for name in row.outputs for part in _checkpoints(tree, name)]
 
 
 def _is_safe(tree, store, new):
