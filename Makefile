@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow crash-points crash-points-short crash-points-random mutants lint install docs clean-demo
+.PHONY: demo test slow crash-points crash-points-short mutants lint install docs clean-demo
 
 demo: $(VENV)/.installed
 	python examples/digits/make_images.py --out demo/images
@@ -24,12 +24,7 @@ crash-points: $(VENV)/.installed-test
 	python -m tests.crash_points --jobs 2 --table docs/robustness.md $(ARGS)
 
 crash-points-short: $(VENV)/.installed-test
-	python -m tests.crash_points --jobs 2 --plan all --modes kill --calls rename,renameat2,link,unlink,rmdir $(ARGS)
-
-RANDOMLY := dit-extract safetensors --overwrite,dit-train --overwrite,dit-sample FOLDER/ --overwrite,dit-convert diffusers --overwrite
-RANDOMLY := $(RANDOMLY),dit-evaluate --out --overwrite,dit-evaluate --make-reference
-crash-points-random: $(VENV)/.installed-test
-	python -m tests.crash_points --jobs 2 --plan random --kills 100 --exactly --writers "$(RANDOMLY)" $(ARGS)
+	python -m tests.crash_points --jobs 2 --plan all --modes kill,eio $(ARGS)
 
 mutants: $(VENV)/.installed-test
 	$(PIP_INSTALL) -e '.[test,mutants]'

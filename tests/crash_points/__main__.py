@@ -4,7 +4,7 @@
 --plan all|ci|sites|sample    every point in every mode; kill and EIO at every point and the others once per call
                               site; all modes once per call site; a few points of each writer
 --all-the-same   kill also where one watched run shows a tree that was asked about already, and ask also what the
-                 command does not look at (--plan random does)
+                 command does not look at
 --jobs N         processes that share the rows
 --inputs FOLDER  where what the commands read is made, or is already (default: made anew and removed)
 --json FILE, --table FILE    the report, and the table for docs/robustness.md
@@ -15,7 +15,6 @@ import functools
 import http.server
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -65,13 +64,11 @@ def main():
 def _arguments():
     parser = argparse.ArgumentParser(prog="crash_points", description="Visits every file operation of every writer.")
     parser.add_argument("--writers", default="")
-    parser.add_argument("--plan", choices=["all", "ci", "sites", "sample", "random"], default="all")
+    parser.add_argument("--plan", choices=["all", "ci", "sites", "sample"], default="all")
     parser.add_argument("--exactly", action="store_true")
     parser.add_argument("--all-the-same", action="store_true")
     parser.add_argument("--modes", default=",".join(shim.MODES))
     parser.add_argument("--calls", default="")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", default="0")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--inputs")
     parser.add_argument("--json")
@@ -146,8 +143,8 @@ def _work(folder, inputs, rows, queue, given, port):
     remember(folder)
     while taken := os.read(queue, 1):
         row = rows[taken[0]]
-        spares = not given.all_the_same and given.plan != "random"
-        report = visit_all(place, row, functools.partial(_plan, given, row), _tell, spares=spares)
+        plan = functools.partial(_plan, given, row)
+        report = visit_all(place, row, plan, _tell, spares=not given.all_the_same)
         (folder / f"report-{taken[0]:03d}.json").write_text(json.dumps(vars(report)))
         print(
             f"{row.name}: {report.points} points, {report.visits} visits, {report.states} states, "
@@ -169,10 +166,6 @@ def _plan(given, row, points):
         points = [point for point in points if point.call in NAMING]
     if given.calls:
         points = [point for point in points if point.call in given.calls.split(",")]
-    if given.plan == "random":
-        draws = random.Random(f"{given.seed} {row.name}")
-        yield from ((draws.choice(points), "kill") for _ in range(given.kills))
-        return
     for mode in given.modes.split(","):
         if row.processes > 1 and mode not in {"kill", "eio1"}:
             continue
@@ -212,7 +205,11 @@ def _serve(folder):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_):
+            pass  # a client was killed while it read
+
+    server = Server(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     pid = _fork(server.serve_forever)
     port = server.server_port
     server.socket.close()
