@@ -23,9 +23,14 @@ tyro._unsafe_cache.clear_cache = lambda: None
 
 def pytest_collection_finish():
     """What is loaded by now stays: the collector need not walk it again and again, nor copy its pages in every fork."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 20, 20)
+
+
+def pytest_sessionfinish():
+    """What is garbage by now is told of, once: pytest's own looks find nothing more to walk."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

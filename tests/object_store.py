@@ -8,6 +8,7 @@ def test_…(s3):                 the fixture of tests/conftest.py: a server wit
     s3.expired = True           whoever asks has credentials that have expired
 """
 
+import functools
 import itertools
 import os
 import re
@@ -15,11 +16,22 @@ import socket
 import threading
 
 import fsspec
+from botocore.loaders import JSONFileLoader
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 _ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
 _LISTED = re.compile(rb"<Contents>.*?</Contents>", re.DOTALL)
 _NUMBERS = itertools.count()
+_load = JSONFileLoader.load_file
+
+
+@functools.cache
+def _described(path):
+    """A service's description, which botocore would parse again for every connection."""
+    return _load(JSONFileLoader(), path)
+
+
+JSONFileLoader.load_file = lambda _, path: _described(path)
 
 
 class _Quiet(WSGIRequestHandler):

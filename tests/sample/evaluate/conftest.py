@@ -1,5 +1,6 @@
 """The FID network with weights filled by a rule, so that no weight file is needed; and tiny images to show it."""
 
+import functools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from sample.evaluate import features
 from sample.evaluate.__main__ import main
 from sample.evaluate.inception import FIDInception
+from sample.evaluate.inception_weights import InceptionWeights, load_inception
 
 
 def weights_by_rule(state):
@@ -92,8 +94,21 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "dit-pipeline"
 
 
+@pytest.fixture(scope="session")
+def loaded_once():
+    """`load_inception`, which reads the same file once."""
+    kept = functools.cache(lambda path, sha256: load_inception(InceptionWeights(path=path, sha256=sha256)))
+    return lambda weights: kept(weights.path, weights.sha256)
+
+
 @pytest.fixture
-def run(weights_file, monkeypatch, capsys):
+def kept_network(loaded_once, monkeypatch):
+    """The same weights are read by one command only."""
+    monkeypatch.setattr("sample.evaluate.evaluation.load_inception", loaded_once)
+
+
+@pytest.fixture
+def run(weights_file, kept_network, monkeypatch, capsys):
     """`run(*arguments)`: (status, stdout, stderr); the network is replaced by a projection that costs nothing."""
     from tests.sample.evaluate.test_protocol import stand_in
 

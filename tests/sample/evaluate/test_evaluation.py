@@ -35,7 +35,7 @@ def sets(tmp_path_factory, pictures, save_pictures):
 
 
 @pytest.fixture
-def run(weights_file, capsys):
+def run(weights_file, kept_network, capsys):
     """`run(*arguments)`: (status, stdout, stderr) of dit-evaluate in this process."""
 
     def go(*arguments, inception=True):
