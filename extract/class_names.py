@@ -1,15 +1,13 @@
 """Readable names of the classes: ImageNet's for its synsets, the user's own, or the folder names."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.classes import brief, imagenet_classes, readable_names
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import read_regular
+from pipeline.runtime.gate import parse_json, read_regular
 
 
 def class_names(class_ids: Sequence[str], given: str | None) -> tuple[str, ...]:
@@ -59,22 +57,20 @@ def _told(names: tuple[str, ...], given: str) -> tuple[str, ...]:
 
 def _read(path: Path) -> list[str] | dict[str, str]:
     try:
-        text = read_regular(path).decode("utf-8-sig")
+        data = read_regular(path)
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class-names {path} cannot be read: {error}") from error
     if path.suffix.lower() == ".json":
-        return _from_json(text, path)
+        return _from_json(data, path)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and all("\t" in line for line in lines):
         return {key.strip(): name.strip() for key, _, name in (line.partition("\t") for line in lines)}
     return lines
 
 
-def _from_json(text: str, path: Path) -> list[str] | dict[str, str]:
-    try:
-        content: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--class-names {path} is not valid JSON: {error}") from error
+def _from_json(data: bytes, path: Path) -> list[str] | dict[str, str]:
+    content = parse_json(data, f"--class-names {path}", advice="mend it")
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return content
     if isinstance(content, dict) and all(isinstance(name, str) for name in content.values()):

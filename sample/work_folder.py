@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json, replacing, write_json
+from pipeline.runtime.gate import check_regular, parse_json
 from pipeline.runtime.work_queue import Presence, try_claim
 
 PLAN = "plan.json"
@@ -194,12 +195,14 @@ def _checksum(arrays: Arrays) -> str:
 def _seal_of(path: Path) -> dict[str, str]:
     """What the header of a safetensors file says beside its tensors; nothing where there is no sound header."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 1 << 20)))
-    except (OSError, ValueError):
+            header = parse_json(file.read(min(length, 1 << 20)), path)
+    except (OSError, UserError):
         return {}
-    return dict(header.get("__metadata__", {})) if isinstance(header, dict) else {}
+    seal = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    return seal if isinstance(seal, dict) else {}
 
 
 def begin(path: Path, plan: dict[str, Any], *, chunks: int, overwrite: bool) -> WorkFolder:

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from pipeline.checkpoint.folder import METRICS
+from pipeline.runtime.arrays import load_member
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder, read_json, remove_folder, write_bytes, write_json
 from pipeline.runtime.gate import Count, NotNegative, read_log, typed
@@ -280,5 +281,4 @@ def _validation_loss(trained: Path, step: int) -> float | None:
 
 def samples_of(folder: Path) -> np.ndarray:
     """The pictures that a run's samples.npz holds: uint8 [n, H, W, 3]; number k has the same noise in every run."""
-    with np.load(folder / "samples.npz", allow_pickle=False) as file:
-        return np.asarray(file["arr_0"])
+    return load_member(folder / "samples.npz", "arr_0")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.latents import LatentStore
+from pipeline.runtime.arrays import load_member
 from pipeline.runtime.console import say, warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder
@@ -56,7 +57,7 @@ def open_place(study: Study, data: str, out: Path, *, vae: str | None = None) ->
         make_once(reference, decode)
         judge = out.absolute() / f"judge-{identity[:12]}" / JUDGE
         if any(JUDGE in features_of(study, run) for run in planned(study, {}, ())):
-            make_judge(store, lambda: np.asarray(np.load(reference)["arr_0"]), judge)
+            make_judge(store, lambda: load_member(reference, "arr_0"), judge)
     return Place(
         data=str(Path(data).absolute()) if "://" not in data else data,
         identity=identity,

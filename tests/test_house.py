@@ -97,6 +97,24 @@ def test_torch_is_unpickled_in_one_module_only():
             assert "trust_remote_code=True" not in text, path
 
 
+READS_ITSELF = {
+    "pipeline/runtime/gate.py": "the gate",
+    "pipeline/runtime/arrays.py": "the gate of arrays",
+    "pipeline/runtime/config_files.py": "the gate of YAML",
+    "extract/sources/litter.py": "looks whether a small file was made here",
+    "extract/sources/mistaken.py": "looks whether a small file is a list of labels",
+    "studies/measure.py": "what it has just written",
+    "train/summary.py": "a preset that is part of the program",
+}
+
+
+def test_what_a_file_holds_is_read_through_the_gate():
+    reads = re.compile(r"\b(json\.loads?|np\.load|yaml\.(safe_)?load|pickle\.loads?)\(")
+    found = {path.relative_to(ROOT).as_posix() for path in WRITTEN if reads.search(path.read_text())}
+    outside = ("benchmarks/", "examples/", "docs/")  # read what they wrote
+    assert {path for path in found if not path.startswith(outside)} == READS_ITSELF.keys()
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_says_what_it_is_for(package):
     for path in (ROOT / package).rglob("*.py"):

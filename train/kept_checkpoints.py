@@ -8,7 +8,7 @@ from pipeline.checkpoint.snapshots import discard_snapshots_after
 from pipeline.runtime.console import warn
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import remove_folder
-from pipeline.runtime.gate import parse_json
+from pipeline.runtime.gate import parse_json, read_regular
 from train.options import RunOptions
 from train.run_folder import drop_replaced
 
@@ -79,14 +79,14 @@ def discard_after(run: Path, step: int) -> None:
 def is_amid_skips(folder: Path) -> bool:
     """Whether steps had just been skipped when the checkpoint was taken, or it does not tell."""
     path = folder / "state" / "trainer.json"
-    return tells_skips(path.read_bytes() if path.is_file() else None)
+    return tells_skips(read_regular(path) if path.is_file() else None)
 
 
 def tells_skips(trainer: bytes | None) -> bool:
     """Whether a checkpoint's trainer.json says that steps had just been skipped, or does not tell."""
     try:
         return float(parse_json(trainer or b"", Path("trainer.json"))["skipped_in_a_row"]) > 0
-    except (UserError, KeyError, TypeError, ValueError):
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return True
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from pipeline.checkpoint.folder import CONFIG, METRICS, checkpoint_folders
-from pipeline.runtime.config_files import MOST_SETTINGS, parse_settings
+from pipeline.runtime.config_files import MOST_SETTINGS, Setting, parse_settings
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import (
@@ -169,14 +169,26 @@ def _text_of(path: Path) -> str:
     try:
         return read_regular(path, most=MOST_SETTINGS).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as this project's settings; choose another --out") from error
+        raise UserError(
+            f"{path} cannot be read as this project's settings; restore it, or choose another folder"
+        ) from error
+
+
+def settings_in(folder: Path) -> tuple[dict[str, Setting], str]:
+    """What a run's config.yaml says, and its text.
+
+    Raises:
+        UserError: it cannot be read, or as `parse_settings`.
+    """
+    text = _text_of(folder / CONFIG)
+    return parse_settings(text, folder / CONFIG), text
 
 
 def recorded_intervals(folder: Path) -> dict[str, int]:
     """Every how many steps the run was logged and validated so far, by flag."""
     if not (folder / CONFIG).is_file():
         return {}
-    values = parse_settings(_text_of(folder / CONFIG), folder / CONFIG)
+    values, _ = settings_in(folder)
     return {name: value for name in ("log-every", "validate-every") if type(value := values.get(name)) is int}
 
 

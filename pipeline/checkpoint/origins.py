@@ -4,7 +4,6 @@ The public DiT, SiT and REPA have the same tensors under the same names, and sam
 and REPA's training files say it under `args`; of bare weights only REPA's projectors and the channels tell something.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.checkpoint.tensor_files import PROCESS
+from pipeline.checkpoint.tensor_files import PROCESS, block_numbers
 from pipeline.diffusion.process import OBJECTIVES, make_process
 from pipeline.dit.config import DiTConfig
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import parse_json
 
 _PROJECTORS = re.compile(r"projectors\.")
 _SAYS_WHOSE = re.compile(r"(?<![a-z])(sit|dit)(?![a-z])", re.IGNORECASE)
@@ -51,10 +51,10 @@ def plain_network(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int
     REPA's first checkpoints call the blocks behind its encoder `decoder_blocks`, counted anew.
     """
     kept = {name: tensor for name, tensor in tensors.items() if not _PROJECTORS.match(name)}
-    before = {int(number) for name in kept for number in re.findall(r"^blocks\.(\d+)\.", name)}
+    before = block_numbers(kept)
 
     def renamed(name: str) -> str:
-        return re.sub(r"^decoder_blocks\.(\d+)\.", lambda found: f"blocks.{int(found[1]) + len(before)}.", name)
+        return re.sub(r"^decoder_blocks\.([0-9]{1,6})\.", lambda found: f"blocks.{int(found[1]) + len(before)}.", name)
 
     return {renamed(name): tensor for name, tensor in kept.items()}, len(tensors) - len(kept)
 
@@ -109,8 +109,9 @@ def check_objective(given: str | None, recorded: str, origin: object) -> None:
 
 def _recorded(path: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     if PROCESS in arguments:
+        said = str(arguments[PROCESS]).encode(errors="replace")
+        recorded = parse_json(said, f"the process in {path}", advice="convert it again")
         try:
-            recorded = json.loads(arguments[PROCESS])
             make_process(recorded)
         except (AttributeError, TypeError, UserError, ValueError) as error:
             raise UserError(f"{path} says in its metadata what makes no sense ({error}); convert it again") from error

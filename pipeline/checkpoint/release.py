@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.folder import FORMAT, VERSION
 from pipeline.checkpoint.info import CheckpointInfo, make_info
-from pipeline.checkpoint.tensor_files import join_names
+from pipeline.checkpoint.tensor_files import block_numbers, join_names
 from pipeline.dit.config import PRESETS, BlockOptions, ConfigError, DiTConfig
 from pipeline.dit.embeddings import position_table
 from pipeline.dit.model import on_meta
@@ -84,7 +84,7 @@ def infer_config(state: Mapping[str, Tensor], *, num_heads: int | None, origin: 
             patch_size=patch_size,
             in_channels=in_channels,
             hidden_size=hidden_size,
-            depth=1 + max(int(number) for name in state for number in re.findall(r"^blocks\.(\d+)\.", name)),
+            depth=1 + max(block_numbers(state)),
             num_heads=_heads(hidden_size, num_heads, origin),
             mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,

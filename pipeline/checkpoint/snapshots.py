@@ -24,8 +24,8 @@ from pipeline.runtime.gate import Sha256, typed
 
 FORMAT: Final = "dit-average"
 VERSION: Final = 1
-_NAME = re.compile(r"step-(\d+)-sigma-([0-9.e-]+)\.safetensors")
-_ASKED = re.compile(r"sigma=([0-9.e+-]+)(?:@(\d+))?")
+_NAME = re.compile(r"step-(\d+)-sigma-([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\.safetensors")
+_ASKED = re.compile(r"sigma=([0-9.e+-]+)(?:@(\d{1,18}))?")
 
 
 @dataclass(frozen=True, slots=True)

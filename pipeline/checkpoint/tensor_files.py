@@ -181,7 +181,19 @@ def plain_names(tensors: Mapping[str, Tensor], *, origin: object) -> dict[str, T
 
 def join_names(names: Iterable[str]) -> str:
     """Names in order, for a message: every one of them, numbers sorted as numbers."""
-    return ", ".join(sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]))
+    return ", ".join(sorted(names, key=_in_order))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Numbers by how many digits they have, then as text: one of thousands of digits is no number to Python."""
+    parts = re.split(r"(\d+)", name)
+    return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
+
+
+def block_numbers(names: Iterable[str]) -> set[int]:
+    """The numbers of the blocks that tensors of these names belong to; more than six digits number none."""
+    found = (re.match(r"blocks\.([0-9]{1,6})\.", name) for name in names)
+    return {int(match[1]) for match in found if match}
 
 
 def check_readable(path: Path) -> None:

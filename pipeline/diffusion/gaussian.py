@@ -23,7 +23,9 @@ from pipeline.diffusion.denoiser import (
 )
 from pipeline.diffusion.process import Loss, Prediction, Schedule, Variance
 from pipeline.diffusion.schedules import PerStep, Tables, kept_timesteps, tables_of
+from pipeline.runtime.bounds import ReverseSteps, are_within
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import shortened
 
 BITS_PER_NAT = 1 / math.log(2)
 DIFFUSERS_PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -63,10 +65,14 @@ class GaussianDiffusion:
     """Original timesteps that a respaced process keeps, ascending; None keeps all."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"this process cannot be made: steps is {self.steps} but must be at least 1")
+        if not are_within([self.steps], ReverseSteps):
+            raise UserError(
+                f"this process cannot be made: steps is {self.steps} but must be at least 1 and at most 100,000"
+            )
         if self.kept is not None and not _rises_within(self.kept, self.steps):
-            raise UserError(f"this process cannot be made: kept must rise within 0 … {self.steps - 1}, not {self.kept}")
+            raise UserError(
+                f"this process cannot be made: kept must rise within 0 … {self.steps - 1}, not {shortened(self.kept)}"
+            )
 
     objective: ClassVar[str] = "ddpm"
     sampled_as: ClassVar[str] = "ddpm"  # whose samplers it takes

@@ -247,8 +247,8 @@ def sealed(values: Mapping[str, Any]) -> bytes:
 def is_intact(data: bytes) -> bool:
     """Whether these are, to the byte, the bytes that `sealed` gave; True for JSON that was never sealed."""
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
+        values = parse_json(data, "it")
+    except UserError:
         return False
     if not isinstance(values, dict) or not values:
         return False

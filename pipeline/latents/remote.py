@@ -17,6 +17,7 @@ from pipeline.latents.shards import size_fault
 from pipeline.latents.store_files import complete_replacement
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import make_folder
+from pipeline.runtime.gate import read_regular
 from pipeline.runtime.remote_files import UrlFolder, is_url
 from pipeline.runtime.work_queue import exclusive
 
@@ -86,7 +87,7 @@ class LocalFolder:
 
     def small_file(self, name: str) -> bytes | None:
         path = self.path / name
-        return path.read_bytes() if path.is_file() else None
+        return read_regular(path) if path.is_file() else None
 
     def fetch(self, shard: ShardEntry) -> Path:
         return self.path / shard.file

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.latents.shards import Column, Layout, RowType, ShardFile
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import parse_json
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _LARGEST_HEADER = 1 << 20
@@ -77,13 +78,15 @@ def starts_of(file: ShardFile, tensors: Sequence[Described]) -> dict[str, int]:
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else _LARGEST_HEADER + 1
     if length > min(_LARGEST_HEADER, file.size - 8):
         raise UserError(f"{file.path} is no safetensors file: its header cannot be {length} bytes long; extract again")
+    entries = parse_json(
+        bytes(file.read(8, length)), f"the header of {file.path}", advice="restore it or extract again"
+    )
     try:
-        entries = json.loads(bytes(file.read(8, length)))
         starts = {
             name: 8 + length + _start(entries[name], dtype, shape, bytes_, file.size - 8 - length)
             for name, dtype, shape, bytes_ in tensors
         }
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file.path} does not hold what the manifest promises ({error}); "
             "it is damaged or of another store, restore it or extract again"

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from pipeline.latents.manifest import DTYPE_BYTES, LatentSpec
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import check_regular
 
 _NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 _preadv = os.preadv
@@ -94,6 +95,7 @@ class ShardFile:
         self.descriptor = -1
         self.can_tell_what_is_cached = bool(_NO_WAIT)
         try:
+            check_regular(path)
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             found = os.fstat(self.descriptor).st_size
         except OSError as error:

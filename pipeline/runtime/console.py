@@ -40,6 +40,9 @@ Options = TypeVar("Options")
 _GONE = {errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESTALE}
 # C0 and C1 controls, line and paragraph separators, marks of direction, lone surrogates.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_MOST_OF_A_LINE = 10_000
+_OF_ITS_END = 2_000
+"""Characters of a line for people that are shown: names in it may have a million, and the advice stands last."""
 _log = logging.getLogger("dit")
 
 
@@ -150,7 +153,7 @@ def _refused(prog: str, sentence: str, status: int) -> int:
     with contextlib.suppress(UserError):
         place = launch()
         process = f" (process {place.rank} of {place.world_size})" if place.world_size > 1 else ""
-    _write_line(f"{prog}{process}: error: {printable(sentence)}")
+    _write_line(f"{prog}{process}: error: {_shown(sentence)}")
     return status
 
 
@@ -262,16 +265,27 @@ def printable(text: str) -> str:
     )
 
 
+def _shown(line: str) -> str:
+    """A line as it is written: printable, and without its middle where it is too long to be read."""
+    return _without_middle(printable(_without_middle(line)))
+
+
+def _without_middle(line: str) -> str:
+    if len(line) <= _MOST_OF_A_LINE:
+        return line
+    return f"{line[: _MOST_OF_A_LINE - _OF_ITS_END]} … {line[-_OF_ITS_END:]}"
+
+
 def say(*lines: str, every_process: bool = False) -> None:
     """Lines for people, from the main process only, or from whichever has something to say."""
     if every_process or launch().is_main:
-        _log.info("%s", "\n".join(map(printable, lines)))
+        _log.info("%s", "\n".join(map(_shown, lines)))
 
 
 def warn(message: str) -> None:
     """A line for people that begins with "warning:", from the main process only."""
     if launch().is_main:
-        _log.warning("warning: %s", printable(message))
+        _log.warning("warning: %s", _shown(message))
 
 
 def refuse_unless(anyway: bool, sentence: str, advice: str = "") -> None:
@@ -288,7 +302,7 @@ def refuse_unless(anyway: bool, sentence: str, advice: str = "") -> None:
 def show(lines: Iterable[str]) -> None:
     """Lines of a result, on standard output."""
     for line in lines:
-        sys.stdout.write(f"{printable(line)}\n")
+        sys.stdout.write(f"{_shown(line)}\n")
 
 
 def progress(total: int | None, *, unit: str, description: str, initial: int = 0) -> "tqdm[Any]":

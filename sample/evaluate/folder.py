@@ -13,19 +13,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.image_names import is_litter, named_like_image
-from pipeline.images import FORMATS, ImageError, center_crop, decode_image
+from pipeline.images import FORMATS, MOST_BYTES, ImageError, center_crop, decode_image
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
+from pipeline.runtime.gate import check_regular, read_regular
 from sample.evaluate.options import PART_IMAGES
 
 _BATCHES_AHEAD = 2
 
 
 def list_images(folder: Path) -> list[str]:
-    """The relative paths of all image files at any depth, sorted; without hidden ones and litter, folders likewise."""
+    """The relative paths of all image files at any depth, sorted; without hidden ones and litter, folders likewise.
+
+    Links are followed, but never back into a folder that they lie in: two such links in one folder would not end.
+    """
     found: list[str] = []
+    above = {folder: frozenset({os.path.realpath(folder)})}
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = filter(_may_be_data, folders)
+        here = above.pop(Path(place))
+        inner = {name: os.path.realpath(Path(place, name)) for name in filter(_may_be_data, folders)}
+        folders[:] = [name for name, real in inner.items() if real not in here]
+        above |= {Path(place, name): here | {inner[name]} for name in folders}
         wanted = (name for name in filter(_may_be_data, names) if named_like_image(name))
         found += [Path(place, name).relative_to(folder).as_posix() for name in wanted]
     return sorted(found)
@@ -37,8 +45,9 @@ def _may_be_data(name: str) -> bool:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[Path]:
-    """Turn what keeps the file from being read inside the block into a `UserError` that names it."""
+    """Turn what keeps the file from being read inside the block into a `UserError` that names it; so no file at all."""
     try:
+        check_regular(path)
         yield path
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file and its rights") from error
@@ -123,7 +132,7 @@ class FolderImages:
     def _read(self, name: str) -> NDArray[np.uint8]:
         try:
             with _readable(self.folder / name) as path:
-                image = decode_image(path.read_bytes(), str(path))
+                image = decode_image(read_regular(path, most=MOST_BYTES), str(path))
         except ImageError as error:
             raise UserError(f"{path} cannot be used: {error}; restore it or take it out of the folder") from error
         return np.asarray(image, dtype=np.uint8) if self.image_size is None else center_crop(image, self.image_size)

@@ -13,11 +13,16 @@ import pytest
 
 from pipeline.convert.layouts import LAYOUTS
 from pipeline.features.encoder import find_encoder
+from pipeline.latents.shards import ShardFile
+from pipeline.runtime.config_files import read_config
 from pipeline.runtime.errors import UserError
 from pipeline.vae import load_vae
 from pipeline.vae_folder import DEMO_FOLDER, WEIGHTS
+from sample.edits import read_mask
+from sample.evaluate.folder import FolderImages, list_images
 from tests.encoders import write_encoder
 from tests.pipeline.convert.foreign import make
+from train.run_folder import settings_in
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -120,6 +125,39 @@ def test_what_is_no_file_in_a_vaes_folder_is_named_and_never_opened(name, kind, 
     replaced(folder, name, put)
     with pytest.raises(UserError, match=f"{name} is {what}, where a file is expected"):
         load_vae(str(folder))
+
+
+READ = {
+    "a shard": lambda path: ShardFile(path, size=0),
+    "an image": lambda path: FolderImages(path.parent, image_size=None, workers=1),
+    "a mask": lambda path: read_mask(path, (4, 4)),
+    "a run's config.yaml": lambda path: settings_in(path.parent),
+    "a user's config.yaml": read_config,
+}
+
+
+@pytest.mark.parametrize("kind", PUT)
+@pytest.mark.parametrize("what", READ)
+def test_what_is_no_file_where_one_is_named_or_found_is_named_and_never_opened(what, kind, tmp_path):
+    put, found = PUT[kind]
+    put(path := tmp_path / ("config.yaml" if "config" in what else "a.png"))
+    why = "holds no images" if what == "an image" and "folder" in kind else f"is {found}, where a file is expected"
+    with pytest.raises(UserError, match=why):
+        READ[what](path)
+
+
+def test_links_that_lead_back_are_not_followed_among_images(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.png").touch()
+        for other in ("a", "b", "c"):
+            (tmp_path / name / f"to-{other}").symlink_to(tmp_path / other)
+    (tmp_path / "top").symlink_to(tmp_path)
+    orders = [(x, *rest) for x in "abc" for y in "abc" for z in "abc" for rest in ((), (y,), (y, z))]
+    each_once = {order for order in orders if len({*order}) == len(order)}
+    assert list_images(tmp_path) == sorted(
+        "/".join([order[0], *(f"to-{name}" for name in order[1:]), f"{order[-1]}.png"]) for order in each_once
+    )
 
 
 @pytest.fixture(scope="module")

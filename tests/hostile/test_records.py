@@ -1,17 +1,27 @@
 """Records with values of other types, or with names that leave their folder: refused by key."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from extract.class_names import class_names
 from pipeline.checkpoint.folder import find_damage, recorded_files
+from pipeline.checkpoint.origins import origin_of
+from pipeline.checkpoint.snapshots import snapshots
+from pipeline.checkpoint.tensor_files import PROCESS
+from pipeline.diffusion.process import make_process
+from pipeline.dit import DiTConfig
+from pipeline.latents.manifest import is_intact
 from pipeline.runtime.errors import UserError
 from sample.evaluate.reference import StatisticsFile, read_written
 from sample.evaluate.report import read_result
 from sample.sidecar import read_sidecar
 from tests.hostile.test_mutants import FILES, SCORES, SIDECAR, TRAINER
 from train.checkpointing import restore
+from train.kept_checkpoints import tells_skips
+from train.plot.reference import make_reference
 from train.run_folder import recorded_intervals
 
 
@@ -134,6 +144,10 @@ def test_a_record_of_names_elsewhere_moves_nothing(tmp_path, key, name):
     assert (tmp_path / "data" / "x.png").read_text() == "theirs"
 
 
+BOMB = "".join(f"a{k}: &a{k} {{<<: [{', '.join(4 * [f'*a{k - 1}' if k else '*b'])}]}}\n" for k in range(20))
+"""Of 4^20 keys, made of twenty lines."""
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -142,11 +156,11 @@ def test_a_record_of_names_elsewhere_moves_nothing(tmp_path, key, name):
         ("steps: [[1]]", "must be"),
         ("1: 2", "must be a text"),
         ("a: " + "[" * 5000, "cannot be read"),
-        ("a: &b [x, x]\nc: &d [*b, *b]\ne: [*d, *d]", "must be"),
+        ("a: &b {x: 1}\n" + BOMB, r"line 2 refers to another by \*"),
         ("a: !!python/object/apply:os.system [ls]", "cannot be read"),
         ("a: \0", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
-        ("a: " + "x" * (1 << 20), "more than the 1.0 MB"),
+        ("a: " + "x" * (1 << 20), "more than the 131"),
     ],
 )
 def test_the_settings_of_a_run_that_are_none_are_refused_in_one_sentence(tmp_path, text, sentence):
@@ -159,3 +173,50 @@ def test_the_settings_of_a_run_that_are_none_are_refused_in_one_sentence(tmp_pat
 def test_the_settings_of_a_run_are_flags_and_values(tmp_path):
     (tmp_path / "config.yaml").write_text("log-every: 10\nvalidate-every: true\nbetas: [0.9, 0.999]\nvae: null\n")
     assert recorded_intervals(tmp_path) == {"log-every": 10}
+
+
+@pytest.mark.parametrize("text", ["seed: 1e400", "seed: abc", "seed: [1]", "seed: true"])
+def test_a_seed_that_is_no_number_makes_no_reference(tmp_path, text):
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.yaml").write_text(text)
+        (tmp_path / run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="have the seed .*, which is no whole number"):
+        make_reference([tmp_path / "a", tmp_path / "b"])
+
+
+@pytest.mark.parametrize("skipped", ["1" + "0" * 400, "[]", '"x"', "{}", "null"])
+def test_a_trainers_record_that_does_not_tell_of_skips_is_taken_for_one_amid_them(skipped):
+    assert tells_skips(f'{{"skipped_in_a_row": {skipped}}}'.encode()) and not tells_skips(b'{"skipped_in_a_row": 0}')
+
+
+@pytest.mark.parametrize("steps", [0, 100_001, 10**9, 10**30])
+def test_a_process_of_more_steps_than_any_has_is_refused_before_its_tables_are_made(steps):
+    with pytest.raises(UserError, match="must be at least 1 and at most 100,000"):
+        make_process({"objective": "ddpm", "steps": steps})
+
+
+def test_a_seal_over_lists_as_deep_as_python_reads_is_broken_and_no_more():
+    for depth in range(980, 1000):
+        assert not is_intact(b'{"a": ' + b"[" * depth + b"]" * depth + b', "checksum": "' + b"0" * 64 + b'"}')
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"objective":' + "[" * 100 + "]" * 100 + "}", "1" * 5000])
+def test_a_process_in_a_files_metadata_passes_the_gate(text):
+    with pytest.raises(UserError, match="the process in x.safetensors .*; it is damaged, convert it again"):
+        origin_of(Path("x.safetensors"), {PROCESS: text}, DiTConfig(), projectors=False, objective=None)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "[" * 100 + "]" * 100, "1" * 5000, '{"a": '])
+def test_class_names_pass_the_gate(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match="--class-names .*x.json .*mend it"):
+        class_names(["a"], str(tmp_path / "x.json"))
+
+
+def test_an_average_with_no_number_for_its_width_is_none(tmp_path):
+    (tmp_path / "averages").mkdir()
+    for name in ("step-1-sigma-1.2.3", "step-1-sigma-e", "step-1-sigma-0.05"):
+        (tmp_path / "averages" / f"{name}.safetensors").touch()
+        (tmp_path / "averages" / f"{name}.safetensors.json").touch()
+    assert [one.sigma for one in snapshots(tmp_path)] == [0.05]

@@ -20,7 +20,7 @@ from extract.sources.tar_files import tar_members
 from pipeline.checkpoint.folder import write_model_files
 from pipeline.checkpoint.forms import load_checkpoint
 from pipeline.checkpoint.release import default_info
-from pipeline.checkpoint.tensor_files import find_changed
+from pipeline.checkpoint.tensor_files import find_changed, join_names
 from pipeline.checkpoint.weight_files import load_tensors
 from pipeline.convert.__main__ import main as convert
 from pipeline.convert.imports import import_latents
@@ -225,6 +225,21 @@ def test_a_vae_or_an_encoder_that_describes_more_than_its_weights_hold_is_refuse
     )
     with pytest.raises(UserError, match=why):
         check_sizes(config, [tmp_path / "x.safetensors"], "the VAE")
+
+
+@pytest.mark.parametrize("number", ["9" * 9, "9" * 5000])
+def test_numbers_of_blocks_in_names_of_tensors_make_no_network(number, tmp_path):
+    """More of them than anyone has, or more digits than Python reads: such a tensor belongs to no block."""
+    for block in ("blocks", "decoder_blocks"):
+        odd = f"{block}.{number}.attn.qkv.weight"
+        save_file({**DiT(NETWORK).state_dict(), odd: torch.ones(1)}, tmp_path / "x.safetensors")
+        with pytest.raises(UserError, match=f"1 surplus: {block}.999"):
+            load_checkpoint(tmp_path / "x.safetensors", num_heads=4)
+
+
+def test_names_with_numbers_of_any_length_and_script_are_put_in_order():
+    names = ["b10", "b9", "b" + "9" * 5000, "²", "1²3", "٣", "b"]
+    assert join_names(names).split(", ") == ["1²3", "٣", "b", "b9", "b10", "b" + "9" * 5000, "²"]
 
 
 @pytest.mark.timeout(20)

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.runtime.config_files import find_config, read_config
+from pipeline.runtime.config_files import find_config
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
-from pipeline.runtime.gate import Count, Finite, typed
+from pipeline.runtime.gate import Count, Finite, shortened, typed
 from train.plot.curves import Points, Series, read_series
 
 FORMAT, VERSION = "dit-reference", 1
@@ -223,17 +223,19 @@ def _span(ends: tuple[float, float]) -> str:
 
 def _settings(run: Path) -> tuple[dict[str, Any], str]:
     """(every flag that decides what a run learned, the identity of its data)."""
-    from pipeline.checkpoint.folder import CONFIG
     from train.options import TrainOptions
-    from train.run_folder import may_change
+    from train.run_folder import may_change, settings_in
 
-    path = run / CONFIG
-    values = read_config(path, flag="the settings")
+    values, text = settings_in(run)
+    seed = values.get("seed", 0)
+    if type(seed) is not int:
+        raise UserError(
+            f"the settings of {run} have the seed {shortened(seed)}, which is no whole number; restore them"
+        )
     free = may_change(TrainOptions, with_checkpoint=True)
     kept = {name: value for name, value in values.items() if name not in free}
-    text = path.read_text(encoding="utf-8")
     lines = [line.removeprefix(_IDENTITY) for line in text.splitlines() if line.startswith(_IDENTITY)]
-    return kept | {"seed": int(values.get("seed", 0))}, (lines or ["unknown"])[0]
+    return kept | {"seed": seed}, (lines or ["unknown"])[0]
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

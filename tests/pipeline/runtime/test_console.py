@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from pipeline.runtime.cli import flag_values, nearest
-from pipeline.runtime.console import run_command
+from pipeline.runtime.console import run_command, show, warn
 from pipeline.runtime.errors import UserError
 
 
@@ -203,7 +203,7 @@ def test_a_reader_that_has_seen_enough_is_no_traceback():
     code = """
 import sys
 from dataclasses import dataclass
-from pipeline.runtime.console import run_command
+from pipeline.runtime.console import run_command, show, warn
 @dataclass
 class Options:
     '''None.'''
@@ -238,3 +238,17 @@ def test_a_mistake_is_one_plain_sentence_on_a_terminal_too():
 
 def test_nearest_ignores_case():
     assert nearest("Golden Retreiver", ["golden retriever", "goldfish", "tench"])[0] == "golden retriever"
+
+
+@pytest.mark.parametrize("name", ["x" * 10**6, "\x1b" * 10**5, "é\0" * 10**5])
+def test_a_line_with_a_name_of_a_million_characters_keeps_its_beginning_and_its_advice(name, capsys):
+    def run(_):
+        show([f"shown {name} to its end"])
+        warn(f"warned of {name} to its end")
+        raise UserError(f"refused {name}; do this")
+
+    assert run_command(Options, run, prog="dit-x", description="", argv=["--data", "d"]) == 2
+    printed = capsys.readouterr()
+    (shown,), (warned, refused) = printed.out.splitlines(), printed.err.splitlines()
+    assert shown.startswith("shown ") and warned.startswith("warning: warned of ") and refused.endswith("; do this")
+    assert all(len(line) < 10_100 and line.isprintable() for line in (shown, warned, refused))
