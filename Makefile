@@ -14,10 +14,10 @@ demo: $(VENV)/.installed
 	dit-sample --checkpoint demo/run --out demo/samples.png --config examples/digits/sample.yaml
 
 test: $(VENV)/.installed-test
-	python -m pytest -n 2 --dist loadscope -m "not slow and not gpu" -q --durations=10
+	python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" -q --durations=10
 
 slow: $(VENV)/.installed-test
-	$(if $(shell command -v g++),FAKE_CUDA=required) python -m pytest -n 2 --dist loadscope -m "slow and not gpu" -q --durations=10 \
+	$(if $(shell command -v g++),FAKE_CUDA=required) python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "slow and not gpu" -q --durations=10 \
 	  --deselect tests/crash_points/test_crash_points.py::test_a_writer_disturbed_at_any_point_leaves_nothing_half_and_is_mended_by_the_next
 
 crash-points: $(VENV)/.installed-test

@@ -1,5 +1,6 @@
 """What every test runs under: shapes checked, no network, two threads at most, tiny things only."""
 
+import collections
 import gc
 import os
 
@@ -19,6 +20,24 @@ CHECKED = ("pipeline.diffusion", "pipeline.features", "pipeline.latents", "pipel
 install_import_hook(CHECKED, "beartype.beartype")
 # tyro forgets after every command what it found out about its options' types; these stay, and so may that.
 tyro._unsafe_cache.clear_cache = lambda: None
+
+# Of few tests, and long: begun last, they would leave a worker without work.
+BEGUN_FIRST = ("tests/test_long_runs", "tests/test_shared_disks", "tests/studies/", "tests/crash_points/")
+BEGUN_FIRST += ("tests/examples/", "tests/fake_cuda/", "tests/docs/", "tests/train/test_processes")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Files of long tests come first and then those of many, as workers take them (make test, make slow)."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    tests = collections.Counter(item.path for item in items)
+
+    def place(item):
+        first = [number for number, name in enumerate(BEGUN_FIRST) if item.nodeid.startswith(name)]
+        return (*first, len(BEGUN_FIRST))[0], -tests[item.path], item.path
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish():
