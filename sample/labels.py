@@ -15,6 +15,7 @@ from pipeline.classes import find_class, find_classes
 from pipeline.randomness import Permutation, derive_seed
 from pipeline.runtime.arrays import load_member, load_npy
 from pipeline.runtime.bounds import MOST_IMAGES
+from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.gate import check_regular, read_regular
 from sample.options import ImageOptions
@@ -23,6 +24,8 @@ UNLABELLED = -1
 SHOWN_CLASSES = 20  # with more than this, a plain command shows a few of them
 DRAWN_CLASSES = 8
 SAMPLES_PER_CLASS = 8
+_SOON_DRAWN = 1_000_000
+"""Samples whose classes are drawn within some seconds, each by the SHA-256 of its number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +86,8 @@ def choose_labels(options: ImageOptions, known: KnownClasses, *, seed: int) -> C
     classes = list(range(known.count)) if named is None else named
     positions = np.arange(options.num_samples)
     if rule == "random":
+        if options.num_samples > _SOON_DRAWN:
+            say(f"drawing the classes of {options.num_samples:,} samples; a million take some seconds")
         positions = np.array([derive_seed(seed, "sample-label", int(k)) for k in positions], dtype=np.int64)
     values = np.asarray(classes, dtype=np.int64)[positions % len(classes)]
     return _chosen(values, {"rule": rule, "classes": "all" if named is None else classes})

@@ -149,6 +149,8 @@ def _labels_and_plan(
     options: SampleOptions, checkpoint: Checkpoint, device: str, source: Source | None = None
 ) -> tuple[ChosenLabels, ReversePlan]:
     known = _known_classes(checkpoint)
+    if options.kind == "grid":
+        _check_grid(options.images.num_samples or 0, checkpoint.info.latent)  # before a class is drawn for each
     if source is not None and source.labels is not None and options.images == ImageOptions():
         labels = labels_of(source.labels, known)
     else:

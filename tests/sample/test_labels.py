@@ -23,6 +23,15 @@ def test_by_class_gives_rows_of_each_class_in_the_order_asked_for():
     assert chosen.rule["samples_per_class"] == 2
 
 
+def test_that_many_classes_are_drawn_is_said_before_it_takes_its_time(monkeypatch):
+    monkeypatch.setattr("sample.labels._SOON_DRAWN", 9)
+    said = []
+    monkeypatch.setattr("sample.labels.say", said.append)
+    assert labels(num_samples=9).rule["rule"] == "random" and not said
+    assert labels(num_samples=10).rule["rule"] == "random"
+    assert said == ["drawing the classes of 10 samples; a million take some seconds"]
+
+
 def test_without_a_word_every_class_is_shown_eight_times():
     assert labels().values.tolist() == [0] * 8 + [1] * 8 + [2] * 8
 

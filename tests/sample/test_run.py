@@ -298,6 +298,10 @@ def test_the_images_of_a_number_do_not_depend_on_how_many_there_are(command, tmp
         (("--steps", "1001"), "1001"),
         (("--device", "tpu"), "--device tpu is not a device; use auto, cpu, cuda or cuda:N"),
         (("--num-samples", "20000"), "a grid of 20000 images is too large to look at; choose at most 19531"),
+        (
+            ("--num-samples", "20000000"),
+            "a grid of 20000000 images is too large to look at",
+        ),  # before they have classes
         (("--labels", "nowhere.txt"), "--labels nowhere.txt is neither random nor balanced nor a file"),
     ],
 )

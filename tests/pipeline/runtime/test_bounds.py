@@ -147,6 +147,21 @@ def test_a_number_out_of_bounds_is_refused_by_parsing_alone(flag, value):
     assert len(str(refusal.value)) < 200
 
 
+@pytest.mark.parametrize("flag", ["--batch-size", "--num-samples", "--guidance"])
+@pytest.mark.parametrize("odd", ["", " ", "½", "²", "1e400", "0x10", "1,5", "true", "NaN", "--", "5\x1b[31m", "٣x"])
+def test_what_is_no_number_is_one_sentence_by_parsing_alone(flag, odd):
+    with pytest.raises(UserError) as refusal:
+        parse_options(SampleOptions, [*FEW[SampleOptions], f"{flag}={odd}"], prog="x", description="x")
+    assert flag in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize(("written", "number"), [(" 5", 5), ("5 ", 5), ("+5", 5), ("٣", 3), ("1_000", 1000)])
+def test_a_number_is_what_python_reads(written, number):
+    words = [*FEW[SampleOptions], f"--batch-size={written}", f"--guidance={written}"]
+    options = parse_options(SampleOptions, words, prog="x", description="x")
+    assert (options.compute.batch_size, options.reverse.guidance) == (number, number)
+
+
 def test_a_command_refuses_with_status_2_and_creates_nothing(tmp_path):
     words = ["-m", "train", "--latents", "x", "--out", str(tmp_path / "run"), "--batch-size", "1000000"]
     ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
