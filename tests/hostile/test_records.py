@@ -220,3 +220,13 @@ def test_an_average_with_no_number_for_its_width_is_none(tmp_path):
         (tmp_path / "averages" / f"{name}.safetensors").touch()
         (tmp_path / "averages" / f"{name}.safetensors.json").touch()
     assert [one.sigma for one in snapshots(tmp_path)] == [0.05]
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "lr": 1.0}', '{"step": 1, "loss": "x"}', ""])
+def test_runs_without_losses_make_no_reference(tmp_path, line):
+    for seed, run in enumerate("ab"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.yaml").write_text(f"seed: {seed}")
+        (tmp_path / run / "metrics.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match="a has logged no loss|holds no|no losses"):
+        make_reference([tmp_path / "a", tmp_path / "b"])

@@ -100,7 +100,12 @@ def make_reference(runs: Sequence[Path], scores: Sequence[Path] = ()) -> dict[st
         different = _differences(settings, first) + ["the data"] * (data != other_data)
         if different:
             raise UserError(f"{run} differs from {runs[0]} in more than the seed: {'; '.join(different)}")
-    steps = int(min(each["loss"][-1][0] for each in series if "loss" in each))
+    for run, each in zip(runs, series, strict=True):
+        if lacks := [name for name in AVERAGED if not each.get(name)]:
+            raise UserError(
+                f"--save-reference needs curves, but {run} has logged no {', '.join(lacks)}; train it first"
+            )
+    steps = int(min(each["loss"][-1][0] for each in series))
     parts = sorted({round(steps * part / PARTS) for part in range(1, PARTS + 1)} - {0})
     curves = [
         {name: part_means(each[name], parts) for name in AVERAGED}
