@@ -160,6 +160,7 @@ def holds_tensors(path: Path) -> bool:
 
     try:
         if path.suffix == ".safetensors":
+            check_readable(path)
             with safe_open(path, framework="pt") as file:
                 return bool(file.keys())
         return bool(load_pickled_tensors(path))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.checkpoint.weight_files import holds_tensors
 from pipeline.convert.layouts import LAYOUTS
 from pipeline.features.encoder import find_encoder
 from pipeline.latents.shards import ShardFile
@@ -144,6 +145,13 @@ def test_what_is_no_file_where_one_is_named_or_found_is_named_and_never_opened(w
     why = "holds no images" if what == "an image" and "folder" in kind else f"is {found}, where a file is expected"
     with pytest.raises(UserError, match=why):
         READ[what](path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("kind", PUT)
+def test_what_is_no_file_holds_no_weights_that_a_conversion_may_replace(suffix, kind, tmp_path):
+    PUT[kind][0](path := tmp_path / f"x{suffix}")
+    assert not holds_tensors(path)
 
 
 def test_links_that_lead_back_are_not_followed_among_images(tmp_path):
