@@ -97,7 +97,7 @@ def _text_of(value: object, where: str) -> str | None:
     text = plain_name(str(value))
     if _LIST.fullmatch(text) and not _is_name_in_brackets(text):
         raise UserError(_no_label(text, where, "list"))
-    if any(char < " " or char == "\ufffd" for char in text):
+    if any(char < " " or char == "\ufffd" or "\ud800" <= char <= "\udfff" for char in text):
         raise UserError(
             f"a label in {where} is no text ({text[:20]!r}); write it as digits or a name, or leave labels out by "
             "--layout flat"

@@ -149,7 +149,7 @@ def sorted_listing(
     return Listing(
         keys=[keys[i] for i in by_key],
         labels=np.asarray(labels, dtype=np.int64).reshape(-1)[by_key],
-        class_ids=class_ids,
+        class_ids=tuple(map(printable, class_ids)),
         places=np.asarray(places, dtype=np.int64).reshape(-1, 3)[by_key if places else []],
         containers=containers,
         mtime_sizes=tuple(mtime_sizes),

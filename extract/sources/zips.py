@@ -1,5 +1,6 @@
 """Images inside a zip, read in place: StyleGAN's and EDM's data sets, and class folders that were zipped."""
 
+import lzma
 import os
 import struct
 import zipfile
@@ -16,10 +17,13 @@ from extract.sources.litter import LeftOut, rule_against_path
 from extract.sources.mistaken import refuse_containers
 from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import shortened
 
 _HEADER = struct.Struct("<4s5H3I2H")
 """Of a file in a zip: signature, version, flags, method, time, date, CRC-32, two sizes, lengths of name and extra."""
 _ENCRYPTED = 1
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError, struct.error)
+"""What reading one may end in; RuntimeError for a password or a method that nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,8 @@ class ZipSource(Source):
                     if (rule := rule_against_path(name, self.ignored)) is not None:
                         left_out.add(rule, name)
                         continue
+                    if not 0 <= member.header_offset <= stamps[0].size - member.compress_size:
+                        raise zipfile.BadZipFile(f"{shortened(name)} lies outside of it")
                     if name in place_of:
                         raise UserError(f"{self.path} holds {name} twice; make it anew")
                     place_of[name] = (0, member.header_offset, member.compress_size)
@@ -62,7 +68,7 @@ class ZipSource(Source):
                 if told is not None:
                     check_member(original[told].file_size, f"{self.path}/{told}")
                     data = archive.read(original[told])
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        except _DAMAGED as error:
             if is_pointer(self.path):
                 raise UserError(f"{self.path} {POINTER_ADVICE}") from error
             raise UserError(f"{self.path} cannot be read as a zip ({error}); fetch it again or unpack it") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import tarfile
 import time
 import zipfile
@@ -138,6 +139,38 @@ def test_a_file_of_chunks_or_bytes_of_nothing_takes_no_time_to_give_up():
     assert time.process_time() - began < 1.5
 
 
+def write_zip(path, kind=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        archive.writestr("a.png", PNG)
+        archive.writestr("dataset.json", json.dumps({"labels": [["a.png", 1]]}) + " " * 5000)
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_dataset_json_that_is_damaged_in_its_zip_is_one_sentence(kind, tmp_path):
+    data = write_zip(tmp_path / "x.zip", kind)
+    begin = data.index(b"dataset.json") + len(b"dataset.json")
+    for at in range(begin, begin + 60, 4):
+        (tmp_path / "x.zip").write_bytes(data[:at] + b"\xff" * 8 + data[at + 8 :])
+        with pytest.raises(UserError, match=r"x.zip cannot be (read as a zip \(|read \()"):
+            source_of(tmp_path / "x.zip", tmp_path).inputs()
+
+
+@pytest.mark.parametrize("place", [1 << 30, (1 << 63) - 1, (1 << 63) + 5, (1 << 64) - 1])
+@pytest.mark.parametrize("field", ["its size", "its place"])
+def test_a_member_outside_of_its_zip_is_one_sentence(field, place, tmp_path):
+    data = write_zip(tmp_path / "x.zip")
+    entry, end = data.index(b"PK\1\2"), data.rindex(b"PK\5\6")
+    extra = struct.pack("<HHQ", 1, 8, place)  # as zips of more than 4 GB have it, for the field that is all ones
+    struct.pack_into("<I", data, entry + (20 if field == "its size" else 42), 0xFFFFFFFF)
+    struct.pack_into("<H", data, entry + 30, len(extra))
+    struct.pack_into("<I", data, end + 12, int.from_bytes(data[end + 12 : end + 16], "little") + len(extra))
+    at = entry + 46 + len("a.png")
+    (tmp_path / "x.zip").write_bytes(data[:at] + extra + data[at:])
+    with pytest.raises(UserError, match=r"x.zip cannot be read as a zip \('a.png' lies outside of it\)"):
+        source_of(tmp_path / "x.zip", tmp_path).inputs()
+
+
 # --- no files ----------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +207,13 @@ def test_names_that_are_no_unicode_are_read_in_archives_too(tmp_path):
     write_tar(path, {"a.png": PNG, "a.cls": "0"})
     source = source_of(path, tmp_path)
     assert source.settings["tars"] and source.read(source.inputs(), 0) == PNG
+    write_tar(path, {os.fsdecode(b"\xfe/a.png"): PNG, "ant/b.png": PNG})
+    assert source_of(path, tmp_path).inputs().class_ids == ("ant", r"\xfe"), "as a class folder is called"
+
+
+def test_a_class_that_is_half_a_character_is_one_sentence():
+    with pytest.raises(UserError, match=r"a label in the data is no text \('\\ud800'\)"):
+        numbered_labels([json.loads('"\\ud800"'), "cat"])
 
 
 # --- the cache of a listing --------------------------------------------------------------------------------------
