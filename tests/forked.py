@@ -44,6 +44,8 @@ class Forked:
 
     def __init__(self, module, *words, environment, where, before=""):
         self._said = tempfile.TemporaryDirectory(prefix="forked-")
+        for name in ("out", "err"):
+            Path(self._said.name, name).touch()  # it may be killed before it writes
         given = (self._said.name, dict(environment), str(where), before, [module, *map(str, words)])
         self._process = server().Process(target=_become, args=given)
         self._process.start()
@@ -71,8 +73,8 @@ class Forked:
         return self
 
     def __exit__(self, *_):
-        kill_family(self)
-        self._said.cleanup()
+        with self._said:
+            kill_family(self)
 
 
 def free_port():
