@@ -25,8 +25,6 @@ FORMATS = tuple(
     if name in Image.OPEN
 )
 """What is decoded. Formats that start other programs (EPS, WMF) or hold no photographs stay out."""
-MOST_BYTES = 1 << 30
-"""Of an image's file."""
 MOST_RESIZED_PX = 64_000_000
 """A thin image is refused if its short side, brought to size, would make it larger than this."""
 ORIENTATION_TAG = 0x0112

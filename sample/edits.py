@@ -22,9 +22,9 @@ from pipeline.diffusion.denoiser import at_least_float32
 from pipeline.diffusion.process import Process, noise_share
 from pipeline.dit import DiTConfig
 from pipeline.dit.embeddings import state_noise
-from pipeline.images import MOST_BYTES, ImageError, decode_image
+from pipeline.images import ImageError, decode_image
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import read_regular
+from pipeline.runtime.gate import MOST_IMAGE_BYTES, read_regular
 from pipeline.vae import normalize
 from sample.options import EditOptions
 
@@ -261,7 +261,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
         UserError: it cannot be read, or is all black.
     """
     try:
-        picture = decode_image(read_regular(path, most=MOST_BYTES), str(path)).convert("L")
+        picture = decode_image(read_regular(path, most=MOST_IMAGE_BYTES), str(path)).convert("L")
     except (ImageError, OSError) as error:
         raise UserError(f"the mask {path} of --inpaint cannot be read: {error}") from error
     grey = torch.from_numpy(np.asarray(picture, dtype=np.float32))[None, None]

@@ -35,9 +35,8 @@ from extract.sources.mistaken import refuse_containers, refuse_label_list, refus
 from pipeline.image_names import named_like_image
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import check_regular, read_regular
+from pipeline.runtime.gate import MOST_IMAGE_BYTES, check_regular, read_regular
 
-LARGEST_INPUT = 1 << 30
 _TELL_EVERY = 200_000
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _GONE = (FileNotFoundError, NotADirectoryError)
@@ -152,7 +151,7 @@ class FolderSource(Source):
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     raise UnreadableInputError("a pipe or a device, where a file was when the data was listed")
-                if status.st_size > LARGEST_INPUT:
+                if status.st_size > MOST_IMAGE_BYTES:
                     raise UnreadableInputError(
                         f"the file has {status.st_size:,} bytes, more than any image here may have"
                     )

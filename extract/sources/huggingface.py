@@ -29,10 +29,9 @@ from pipeline.hub import offline_if_unreachable
 from pipeline.runtime.console import printable, say
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import read_json
-from pipeline.runtime.gate import read_regular, shortened, typed
+from pipeline.runtime.gate import MOST_IMAGE_BYTES, read_regular, shortened, typed
 from pipeline.runtime.units import size
 
-MOST_IMAGE_BYTES = 1 << 30
 _BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # as JPEG, PNG, WebP and GIF begin
 _SHORTEST_BASE64 = 64
 _BINARY, _TEXT = frozenset({"binary", "large_binary"}), frozenset({"string", "large_string"})

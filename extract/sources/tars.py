@@ -17,7 +17,7 @@ from typing import Any
 
 from extract.sources.archives import dataset_json_in, labels_by_names
 from extract.sources.dataset_json import DATASET_JSON, check_member, labelled_by_dataset_json
-from extract.sources.folders import LARGEST_INPUT, gone, storage_failed
+from extract.sources.folders import gone, storage_failed
 from extract.sources.imagenet import VAL_IMAGE, ImageLabels, hash_of_labels, listed_labels
 from extract.sources.labels import AS_TEXT, numbered_labels
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
@@ -27,6 +27,7 @@ from extract.sources.samples import LINK, Member, Reader, grouped, reader_for
 from extract.sources.tar_files import part_of, tar_members, without_images
 from pipeline.runtime.console import say
 from pipeline.runtime.errors import UserError
+from pipeline.runtime.gate import MOST_IMAGE_BYTES
 from pipeline.runtime.remote_copies import check_unchanged, fetch, local_place
 from pipeline.runtime.remote_files import is_url
 
@@ -273,7 +274,7 @@ class TarSource(Source):
         container, offset, size = (int(number) for number in listing.places[index])
         if size == LINK:
             raise UnreadableInputError("a link in the tar, without contents; pack it with tar --hard-dereference -h")
-        if size > LARGEST_INPUT:
+        if size > MOST_IMAGE_BYTES:
             raise UnreadableInputError(f"it has {size:,} bytes in its tar, more than any image here may have")
         if self.streamed and is_url(self.addresses[container]):
             if not size:

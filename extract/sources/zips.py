@@ -10,14 +10,14 @@ from pathlib import Path
 
 from extract.sources.archives import class_folders, dataset_json_in
 from extract.sources.dataset_json import DATASET_JSON, check_member, labelled_by_dataset_json
-from extract.sources.folders import LARGEST_INPUT, gone, storage_failed
+from extract.sources.folders import gone, storage_failed
 from extract.sources.labels import Labels, labels_of_names, synsets_in_names
 from extract.sources.listing import UNLABELLED, Listing, MtimeSize, Source, UnreadableInputError, sorted_listing
 from extract.sources.litter import LeftOut, rule_against_path
 from extract.sources.mistaken import refuse_containers
 from pipeline.hub import POINTER_ADVICE, is_pointer
 from pipeline.runtime.errors import UserError
-from pipeline.runtime.gate import shortened
+from pipeline.runtime.gate import MOST_IMAGE_BYTES, shortened
 
 _HEADER = struct.Struct("<4s5H3I2H")
 """Of a file in a zip: signature, version, flags, method, time, date, CRC-32, two sizes, lengths of name and extra."""
@@ -114,7 +114,7 @@ class ZipSource(Source):
 
     def read(self, listing: Listing, index: int) -> bytes:
         _, offset, size = (int(number) for number in listing.places[index])
-        if size > LARGEST_INPUT:
+        if size > MOST_IMAGE_BYTES:
             raise UnreadableInputError(f"the file has {size:,} bytes, more than any image here may have")
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
@@ -147,7 +147,7 @@ def _inflated(data: bytes, method: int) -> bytes:
         raise UnreadableInputError(f"compressed by method {method} in its zip; unpack it first")
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        contents = inflater.decompress(data, LARGEST_INPUT)
+        contents = inflater.decompress(data, MOST_IMAGE_BYTES)
     except zlib.error as error:
         raise UnreadableInputError(f"damaged in its zip ({error})") from error
     if not inflater.eof:

@@ -22,6 +22,8 @@ from pipeline.runtime.units import size
 
 MOST_BYTES: Final = 1 << 28
 """Of JSON: the commit record of a million samples has about a third, ImageNet's labels in a dataset.json a quarter."""
+MOST_IMAGE_BYTES: Final = 1 << 30
+"""Of an image's file, or of one in an archive."""
 MOST_LINE: Final = 1 << 20
 """Of a line of a log; a run's have about a thousand."""
 MOST_DEPTH: Final = 64

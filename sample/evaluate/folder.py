@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.image_names import is_litter, named_like_image
-from pipeline.images import FORMATS, MOST_BYTES, ImageError, center_crop, decode_image
+from pipeline.images import FORMATS, ImageError, center_crop, decode_image
 from pipeline.runtime.errors import UserError
 from pipeline.runtime.files import sha256_of
-from pipeline.runtime.gate import check_regular, read_regular
+from pipeline.runtime.gate import MOST_IMAGE_BYTES, check_regular, read_regular
 from sample.evaluate.options import PART_IMAGES
 
 _BATCHES_AHEAD = 2
@@ -132,7 +132,7 @@ class FolderImages:
     def _read(self, name: str) -> NDArray[np.uint8]:
         try:
             with _readable(self.folder / name) as path:
-                image = decode_image(read_regular(path, most=MOST_BYTES), str(path))
+                image = decode_image(read_regular(path, most=MOST_IMAGE_BYTES), str(path))
         except ImageError as error:
             raise UserError(f"{path} cannot be used: {error}; restore it or take it out of the folder") from error
         return np.asarray(image, dtype=np.uint8) if self.image_size is None else center_crop(image, self.image_size)
